@@ -1,0 +1,193 @@
+"""What a run reports: console lines or a progress bar, metrics.jsonl, wandb, validation loss, throughput, MFU.
+
+Owns every number that leaves a run. Only rank 0 reports; the other ranks hold a Reporter that says nothing, so that
+train.py needs no `if` for it. metrics.jsonl has one JSON object a line, with `step` = updates made; a resume cuts the
+lines past its checkpoint, so the file reads as if the run had never been interrupted.
+
+Throughput counts training only: the time spent within `excluded()` (evaluation, saving) is left out of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from data import EvalOrder, to_device
+from distributed import Job, sum_over_ranks
+from model import GPT
+
+# Dense bfloat16 (float16 on V100 and T4) matrix peaks in flops/s, from the vendor's data sheets, by what the device's
+# name holds as a whole word. A device that is not listed has no MFU: "unknown" is better than a guess.
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+              "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "L4": 121e12, "V100": 125e12, "T4": 65e12,
+              "RTX 4090(?! )": 165e12, "RTX 3090(?! )": 71e12}
+
+
+@dataclass
+class LogConfig:
+    """Logging"""
+
+    log_interval: int = 1  # steps between reports of the training loss
+    wandb_log: bool = False  # report to Weights & Biases as well
+    wandb_project: str = "owt"  # project there
+    wandb_run_name: str = "gpt2"  # name of the run there
+
+
+def flops_per_token(model: GPT) -> int:
+    """Forward and backward: 6 N for the matrices, 12 L H Q T for attention (PaLM, arXiv:2204.02311, appendix B)."""
+    c = model.config
+    return 6 * model.num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Of one device; None when it is not in the table."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}(?!\w)", name)), None)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory this process has held: of the GPU where there is one, else of the machine. In 1e9 bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+@torch.no_grad()
+def validation_loss(model: GPT, order: EvalOrder, batch_size: int, here: Job) -> float:
+    """Mean loss over all targets of the order's windows, in nats; every rank takes a share and gets the same answer."""
+    training = model.training
+    model.eval()
+    total = torch.zeros(2, device=here.device)
+    first, end = (len(order) * r // here.world_size for r in (here.rank, here.rank + 1))
+    for start in range(first, end, batch_size):
+        x, y = order.batch(start, min(batch_size, end - start))
+        count = int((y >= 0).sum())
+        with here.autocast():
+            _, loss_sum = model(to_device(x, here.device), to_device(y, here.device), num_targets=1)
+        total += torch.stack([loss_sum, loss_sum.new_tensor(count)])
+    model.train(training)
+    loss_sum, count = sum_over_ranks(total, here).tolist()
+    return loss_sum / count
+
+
+class Reporter:
+    """Rank 0's mouth: `say` writes a line for people, `record` one of metrics.jsonl. Silent on the other ranks."""
+
+    def __init__(self, folder: Path, config: LogConfig, max_iters: int, here: Job):
+        """Nothing is written to `folder` before `start`."""
+        self._path, self._config, self._max_iters, self._here = folder / "metrics.jsonl", config, max_iters, here
+        self._speaks = here.rank == 0
+        self._bar: tqdm | None = None
+        self._wandb: Any = None
+
+    def start(self, model: GPT, step: int, elapsed_s: float, options: dict[str, Any]) -> None:
+        """Begin to report at `step`, after `elapsed_s` of earlier work: cut what a killed run wrote past it, open the
+        progress bar (on a terminal) and wandb (when asked)."""
+        self._flops_per_token, self._peak_flops = flops_per_token(model), peak_flops(self._here.device)
+        self._step = step
+        self._began = time.perf_counter() - elapsed_s
+        if self._speaks:
+            cut_metrics(self._path, step)
+            if sys.stderr.isatty() and sys.stdout.isatty():
+                self._bar = tqdm(total=self._max_iters, initial=step, unit="step", dynamic_ncols=True)
+            if self._config.wandb_log:
+                self._wandb = _start_wandb(self._config, self._path.parent, options)
+        self._restart_clock()
+
+    def say(self, line: str) -> None:
+        if self._speaks:
+            tqdm.write(line)
+            sys.stdout.flush()
+
+    @contextlib.contextmanager
+    def excluded(self) -> Iterator[None]:
+        """Time in here does not count as training."""
+        began = time.perf_counter()
+        yield
+        self._excluded_s += time.perf_counter() - began
+
+    def elapsed_s(self) -> float:
+        return time.perf_counter() - self._began
+
+    def _restart_clock(self) -> None:
+        self._since, self._excluded_s, self._tokens_since = time.perf_counter(), 0.0, 0
+
+    def count(self, tokens: int) -> None:
+        """A step over `tokens` was made (not waited for)."""
+        self._tokens_since += tokens
+        if self._bar:
+            self._bar.update(1)
+
+    def train(self, step: int, tokens: int, loss: float, grad_norm: float, lr: float) -> None:
+        """Report the latest step, and the speed since the report before; the caller has waited for the device."""
+        if not self._speaks:
+            return
+        seconds = max(time.perf_counter() - self._since - self._excluded_s, 1e-9)
+        ms_per_step = 1000 * seconds / (step - self._step)
+        tokens_per_sec = self._tokens_since / seconds
+        self._step = step
+        self._restart_clock()
+        mfu = None
+        if self._peak_flops:
+            mfu = self._flops_per_token * tokens_per_sec / (self._peak_flops * self._here.world_size)
+        self.record({"step": step, "tokens": tokens, "train/loss": loss, "lr": lr, "grad_norm": grad_norm,
+                     "tokens_per_sec": tokens_per_sec, "mfu": mfu, "memory_gb": peak_memory_gb(self._here.device),
+                     "elapsed_s": self.elapsed_s()})
+        if self._bar:
+            self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_sec:,.0f} tok/s")
+        else:
+            self.say(f"step {step}/{self._max_iters}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.2f}, "
+                     f"{ms_per_step:.1f} ms, {tokens_per_sec:,.0f} tok/s, "
+                     f"mfu {'unknown' if mfu is None else format(mfu, '.1%')}")
+
+    def record(self, values: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl, and send it to wandb."""
+        if not self._speaks:
+            return
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+        if self._wandb:
+            self._wandb.log(values, step=values["step"])
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drop the lines past `step` (all, for a new run at step 0), and a line torn by a kill."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    fresh = path.with_name(".metrics.jsonl")
+    fresh.write_text("".join(kept if step else []), encoding="utf-8")
+    os.replace(fresh, path)
+
+
+def _start_wandb(config: LogConfig, folder: Path, options: dict[str, Any]) -> Any:
+    import wandb
+
+    # Without a key wandb would ask for a login, and the job would wait for an answer that nobody gives.
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+    return wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=options, dir=folder, mode=mode)

@@ -1,0 +1,343 @@
+"""The GPT in one file: configuration, blocks, loss, cached generation.
+
+The architecture is GPT-2's: learned positions, pre-norm blocks, one fused query-key-value projection, a head tied to
+the token table. Parameters carry GPT-2's own names (wte, wpe, h.0.attn.c_attn, ..., ln_f), with the matrices of
+nn.Linear, (out, in).
+
+Letters: B sequences, T positions, C channels (n_embd), H heads, D channels a head, V vocabulary, N = B * T rows.
+
+Invariants:
+- The token table has `padded_vocab_size` rows (a multiple of 128, which matrix units like). Rows from vocab_size on are
+  zero, get no gradient, take no part in the loss's softmax and never leave `forward` as logits.
+- The logits of a training batch are never held whole: see LinearCrossEntropy.
+- Nothing here knows about files, devices or processes; weights.py speaks other people's layouts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
+
+VOCAB_MULTIPLE = 128
+LOGITS_CHUNK_ELEMENTS = 2**24  # 64 MB of float32 logits at a time; a chunk this size still fills a GPU
+
+
+@dataclass
+class GPTConfig:
+    """Shape of the model"""
+
+    block_size: int = 1024  # context length T, in tokens
+    vocab_size: int = 50257  # vocabulary V, in tokens
+    n_layer: int = 12  # blocks
+    n_head: int = 12  # attention heads a block; divides n_embd
+    n_embd: int = 768  # channels C
+    dropout: float = 0.0  # dropout probability; 0 for pretraining, 0.1 and up for small data or fine-tuning
+    bias: bool = False  # biases in linear layers and norms (GPT-2 has them; without is a bit better and faster)
+    mlp: Literal["gelu", "gelu_tanh"] = "gelu"  # activation: exact GELU (nanoGPT's) or its tanh form (OpenAI's GPT-2)
+    norm_eps: float = 1e-5  # added to the variance in the norms
+
+    def validate(self) -> None:
+        """Raises ValueError, naming every bad value."""
+        faults = [f"{key}={getattr(self, key)} must be positive"
+                  for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd") if getattr(self, key) < 1]
+        if not faults and self.n_embd % self.n_head:
+            faults.append(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
+        if not 0 <= self.dropout < 1:
+            faults.append(f"dropout={self.dropout} must be at least 0 and below 1")
+        if faults:
+            raise ValueError("; ".join(faults))
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+class KVCache:
+    """Keys and values of the positions read so far, (n_layer, B, H, block_size, D) each; `length` are filled."""
+
+    def __init__(self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype):
+        head_dim = config.n_embd // config.n_head
+        shape = (config.n_layer, batch_size, config.n_head, config.block_size, head_dim)
+        self.k = torch.empty(shape, device=device, dtype=dtype)
+        self.v = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store new keys and values (B, H, T, D) behind the old ones; returns old and new, (B, H, length + T, D)."""
+        end = self.length + k.size(2)
+        self.k[layer, :, :, self.length:end] = k
+        self.v[layer, :, :, self.length:end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k and v in one product
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
+
+    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, T, 3, H, D) -> 3 x (B, H, T, D)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        if k.size(2) == T:
+            # From scratch, the usual causal mask.
+            dropout = self.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        else:
+            # The T queries are the last of the keys' positions; a single one sees all of them and needs no mask.
+            # (is_causal would align the mask to the first position instead.)
+            mask = causal_lower_right(T, k.size(2)) if T > 1 else None
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, D) -> (B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.act = nn.GELU(approximate="tanh" if config.mlp == "gelu_tanh" else "none")
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.c_proj(self.act(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)). This is the unit that train.py compiles."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of `x @ weight.T` against targets, in chunks of rows.
+
+    The logits of a batch, (N, V) in float32, would be the largest tensor of the whole step. Here a chunk of them
+    exists at a time, and since the softmax of a chunk is all that its gradient needs, the gradients of x and weight
+    are made on the spot: the backward pass only scales them. Softmax and loss are float32 whatever the matrix products
+    run in; the gradient of the weight is summed in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, vocab_size, dtype, want_grad):
+        """x (N, C), weight (rows >= V, C), targets (N,) with -1 for "ignore" -> float32 scalar."""
+        w = weight.to(dtype)
+        loss = x.new_zeros((), dtype=torch.float32)
+        dx = torch.empty_like(x) if want_grad else None
+        dw = torch.zeros_like(weight, dtype=torch.float32) if want_grad else None
+        rows = max(1, LOGITS_CHUNK_ELEMENTS // weight.size(0))
+        for x_c, t_c, start in zip(x.split(rows), targets.split(rows), range(0, x.size(0), rows)):
+            x_c = x_c.to(dtype)
+            logits = (x_c @ w.t()).float()  # (n, rows of w)
+            logits[:, vocab_size:] = -math.inf
+            log_z = logits.logsumexp(dim=1, keepdim=True)
+            valid = (t_c >= 0).unsqueeze(1)
+            t_c = t_c.clamp(min=0).unsqueeze(1)
+            loss += ((log_z - logits.gather(1, t_c)) * valid).sum()
+            if want_grad:
+                p = logits.sub_(log_z).exp_()  # softmax; minus one at the target it is d loss / d logits
+                p.scatter_add_(1, t_c, p.new_full((), -1.0).expand_as(t_c))
+                p = p.to(dtype)
+                dx[start:start + rows] = (p @ w) * valid
+                if dtype == torch.float32:
+                    dw.addmm_(p.t(), x_c * valid)
+                else:
+                    dw += p.t() @ (x_c * valid)
+        ctx.grads = dx, dw
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        dx, dw = ctx.grads
+        ctx.grads = None  # scaled in place below, so they are good for one backward pass
+        return dx.mul_(grad), dw.mul_(grad), None, None, None, None
+
+
+def sampling_probs(logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = None,
+                   top_p: float | None = None) -> torch.Tensor:
+    """The distribution that a next token is drawn from: logits (B, V) -> probabilities (B, V), rows sum to one.
+
+    Applied in this order: divide by `temperature` (0: all mass on the likeliest token), keep the `top_k` likeliest
+    tokens, then keep the fewest likeliest of those that together hold at least `top_p` of the probability
+    (Holtzman et al. 2019, arXiv:1904.09751). Of equal logits at a border the lower token id is kept.
+    """
+    if temperature < 0:
+        raise ValueError(f"temperature={temperature} must not be negative")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k} must be at least 1, or left out")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must be above 0 and at most 1, or left out")
+    if temperature == 0:
+        return torch.zeros_like(logits, dtype=torch.float32).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
+    # Less the maximum first, so that dividing by a tiny temperature cannot overflow.
+    logits = logits.float()
+    logits = (logits - logits.max(dim=1, keepdim=True).values) / temperature
+    if top_k is None and top_p is None:
+        return logits.softmax(dim=1)
+    ordered, token = logits.sort(dim=1, descending=True, stable=True)
+    probs = ordered[:, :top_k].softmax(dim=1)  # (B, k), likeliest first
+    if top_p is not None:
+        before = probs.cumsum(dim=1) - probs  # mass of the likelier tokens: below top_p, this one is still needed
+        probs = probs.masked_fill(before >= top_p, 0.0)
+        probs = probs / probs.sum(dim=1, keepdim=True)
+    return torch.zeros_like(logits).scatter_(1, token[:, :top_k], probs)
+
+
+class GPT(nn.Module):
+    """A GPT-2. `GPT(GPTConfig())` is the 124M model, freshly initialised."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        config.validate()
+        self.config = config
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)  # tokens; also the output head
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)  # positions
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """GPT-2's: N(0, 0.02), into the residual path N(0, 0.02 / sqrt(2 n_layer)), biases 0, norms 1."""
+        for name, p in self.named_parameters():
+            if p.dim() < 2:
+                p.fill_(1.0 if name.endswith("weight") else 0.0)
+            elif name.endswith("c_proj.weight"):
+                p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
+            else:
+                p.normal_(std=0.02)
+        self.wte.weight[self.config.vocab_size:] = 0.0
+
+    def num_params(self, non_embedding: bool = True) -> int:
+        """Parameters, padding rows aside; `non_embedding` leaves out the positions (the token table is the head)."""
+        padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
+        total = sum(p.numel() for p in self.parameters()) - padding
+        return total - self.wpe.weight.numel() if non_embedding else total
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None,
+                num_targets: torch.Tensor | int | None = None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Logits (B, T, V) of tokens idx (B, T), or, with targets (B, T), the loss: (logits, None) or (None, loss).
+
+        Targets of -1 are ignored. The loss, float32, is the summed cross-entropy divided by `num_targets`: by default
+        the number of targets in this batch (a mean); a training step split over micro-batches and ranks passes the
+        number in the whole of it. Raises ValueError when T exceeds block_size.
+        """
+        x = self._hidden(idx)
+        if targets is None:
+            return self._logits(x), None
+        if num_targets is None:
+            num_targets = (targets >= 0).sum().clamp(min=1)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        loss = LinearCrossEntropy.apply(x.flatten(0, 1), self.wte.weight, targets.flatten(), self.config.vocab_size,
+                                        dtype, torch.is_grad_enabled())
+        return None, loss / num_targets
+
+    def _hidden(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """Tokens (B, T), which stand behind those in the cache, -> normed output of the last block (B, T, C)."""
+        start = cache.length if cache is not None else 0
+        end = start + idx.size(1)
+        if end > self.config.block_size:
+            raise ValueError(f"{end} positions, but the model has learned only block_size={self.config.block_size}")
+        x = self.drop(self.wte(idx) + self.wpe.weight[start:end])
+        for block in self.h:
+            x = block(x, cache)
+        if cache is not None:
+            cache.length = end
+        return self.ln_f(x)
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.wte.weight)[..., :self.config.vocab_size]
+
+    def crop_block_size(self, block_size: int) -> None:
+        """Shorten the context in place, e.g. to fine-tune a model of 1,024 positions on windows of 256."""
+        if not 1 <= block_size <= self.config.block_size:
+            raise ValueError(f"block_size={block_size}: the model has {self.config.block_size} positions, no more")
+        self.config.block_size = block_size
+        self.wpe = nn.Embedding.from_pretrained(self.wpe.weight[:block_size].detach().clone(), freeze=False)
+
+    def generate(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+                 top_p: float | None = None, generator: torch.Generator | None = None,
+                 use_cache: bool = True) -> torch.Tensor:
+        """Continue each row of idx (B, T >= 1) by `max_new_tokens` tokens: (B, T + max_new_tokens). See `stream`."""
+        tokens = self.stream(idx, max_new_tokens, temperature, top_k, top_p, generator, use_cache)
+        return torch.cat([idx, *(token.unsqueeze(1) for token in tokens)], dim=1)
+
+    @torch.no_grad()
+    def stream(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+               top_p: float | None = None, generator: torch.Generator | None = None,
+               use_cache: bool = True) -> Iterator[torch.Tensor]:
+        """Yield the next tokens of each row, (B,) at a time; `sampling_probs` says what the options do.
+
+        The window starts as the last block_size tokens of the prompt. When it is full, its last block_size // 2
+        tokens are read again as a fresh window, which keeps the cost of a token bounded; `use_cache=False` recomputes
+        every position for every token, and gives the same tokens.
+        """
+        if idx.size(1) == 0:
+            raise ValueError("the prompt is empty: generation needs at least one token to start from")
+        limit, device = self.config.block_size, self.wte.weight.device
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else self.wte.weight.dtype
+        cache = KVCache(self.config, idx.size(0), device, dtype) if use_cache else None
+        training = self.training
+        self.eval()
+        try:
+            window = unread = idx[:, -limit:]
+            for _ in range(max_new_tokens):
+                logits = self._logits(self._hidden(unread, cache)[:, -1])
+                probs = sampling_probs(logits, temperature, top_k, top_p)
+                token = torch.multinomial(probs, num_samples=1, generator=generator)  # (B, 1)
+                yield token.squeeze(1)
+                window = torch.cat([window, token], dim=1)
+                unread = token if use_cache else window
+                if window.size(1) > limit:
+                    window = unread = window[:, -max(1, limit // 2):]
+                    if use_cache:
+                        cache.length = 0
+        finally:
+            self.train(training)
+
+    @classmethod
+    def from_pretrained(cls, source: str, **overrides) -> GPT:
+        """Load a GPT-2: a hub id (`gpt2` ... `gpt2-xl`, `owner/name`), a Hugging Face folder, a checkpoint or run
+        folder, or nanoGPT's ckpt.pt. `overrides` replace fields of the configuration that do not change the weights'
+        shapes (dropout). Raises ValueError or OSError in words for a user."""
+        from weights import load_pretrained
+
+        config, state = load_pretrained(source)
+        for key, value in overrides.items():
+            setattr(config, key, value)
+        with torch.device("meta"):
+            model = cls(config)
+        model.load_state_dict(state, assign=True)
+        return model
+
+    def save_pretrained(self, folder: str, eot_id: int | None = None) -> None:
+        """Write a Hugging Face model folder: config.json, generation_config.json, model.safetensors."""
+        from weights import save_pretrained
+
+        save_pretrained(self.config, self.state_dict(), folder, eot_id)

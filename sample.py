@@ -1,0 +1,118 @@
+"""Write text with a model.
+
+    python sample.py --out_dir=out/shakespeare_char_cpu              the best checkpoint of a run
+    python sample.py --init_from=gpt2 --prompt="The meaning of life" a hub id, a model folder, a checkpoint, a ckpt.pt
+    python sample.py --init_from=gpt2-xl --prompt=FILE:prompt.txt    the prompt from a file
+
+Text appears as it is written. Keys and defaults are nanoGPT's; --start is another name of --prompt.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import checkpoint
+import settings
+import weights
+from data import DATA_DIR, folder_tokenizer
+from distributed import DeviceConfig, Job, pick_device, pick_dtype
+from model import GPT
+from tokenizer import GPT2_VOCAB_SIZE, GPT2Tokenizer, Tokenizer, load_tokenizer
+
+
+@dataclass
+class SampleConfig:
+    init_from: str = "resume"  # gpt2 ... gpt2-xl, a hub id, a model or run folder, ckpt.pt; resume: the run in out_dir
+    out_dir: str = "out"  # run folder; its best checkpoint writes
+    prompt: str = ""  # what to continue; FILE:path reads it from a file; empty: end-of-text, or else a newline
+    num_samples: int = 10  # samples to draw
+    max_new_tokens: int = 500  # tokens in each
+    temperature: float = 0.8  # below 1 more predictable, above 1 more random, 0 = always the likeliest token
+    top_k: int = 200  # draw among this many likeliest tokens; 0 = all
+    top_p: float = 1.0  # draw among the likeliest tokens that hold this much probability; 1 = all
+    seed: int = 1337  # the same seed writes the same text
+    where: DeviceConfig = field(default_factory=DeviceConfig)
+
+
+def main(argv: list[str]) -> None:
+    config, _ = settings.parse(SampleConfig, argv, usage=__doc__, aliases={"start": "prompt"})
+    check_options(config)
+    source = config.out_dir if config.init_from == "resume" else config.init_from
+    device = pick_device(config.where.device)
+    here = Job(0, 1, device, pick_dtype(config.where.dtype, device))
+    prompt = read_prompt(config.prompt)
+    model = checkpoint.load_model(source).to(device).eval()
+    tokenizer = find_tokenizer(weights.resolve(source), model)
+    ids = encode_prompt(tokenizer, prompt)
+    print(f"{source}: {model.num_params(non_embedding=False):,} parameters on {device}, {here.dtype}", flush=True)
+    torch.manual_seed(config.seed)
+    began = time.perf_counter()
+    with here.autocast():
+        for _ in range(config.num_samples):
+            write_sample(model, tokenizer, prompt, ids, config)
+    seconds = time.perf_counter() - began
+    print(f"{config.num_samples * config.max_new_tokens / seconds:.1f} tokens/s")
+
+
+def check_options(config: SampleConfig) -> None:
+    """Raises ValueError that lists all faults."""
+    faults = [f"{key}={getattr(config, key)} must be {what}" for key, ok, what in (
+        ("num_samples", config.num_samples >= 1, "at least 1"),
+        ("max_new_tokens", config.max_new_tokens >= 0, "0 or more"),
+        ("temperature", config.temperature >= 0, "0 or more"),
+        ("top_k", config.top_k >= 0, "0 (all tokens) or more"),
+        ("top_p", 0 < config.top_p <= 1, "above 0 and at most 1"),
+    ) if not ok]
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
+def read_prompt(prompt: str) -> str:
+    """The prompt itself, or the content of the file that FILE:path names."""
+    return Path(prompt[5:]).read_text(encoding="utf-8") if prompt.startswith("FILE:") else prompt
+
+
+def find_tokenizer(path: Path, model: GPT) -> Tokenizer:
+    """The tokenizer of the model at path: beside it, nanoGPT's by the data set it was trained on, or GPT-2's.
+
+    Raises ValueError when there is none for a vocabulary that is not GPT-2's."""
+    vocab_size, looked_in = model.config.vocab_size, path
+    if (path / "tokenizer.json").is_file():
+        return load_tokenizer(path)
+    if path.is_file():
+        looked_in = DATA_DIR / weights.read_nanogpt(path).get("config", {}).get("dataset", "")
+        tokenizer = folder_tokenizer(looked_in, vocab_size) if looked_in.is_dir() else None
+        if tokenizer and tokenizer.vocab_size <= vocab_size:
+            return tokenizer
+    if vocab_size >= GPT2_VOCAB_SIZE:
+        return GPT2Tokenizer()
+    raise ValueError(f"no tokenizer for the model's {vocab_size} tokens: {looked_in} has no tokenizer.json"
+                     + (" and no meta.pkl" if path.is_file() else ""))
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> torch.Tensor:
+    """Ids (1, T) of the prompt; an empty one starts from end-of-text where there is such a token, else a newline."""
+    if not prompt and tokenizer.eot_id is not None:
+        ids = np.array([tokenizer.eot_id])
+    else:
+        ids = tokenizer.encode_prompt(prompt or "\n")
+    return torch.from_numpy(ids.astype(np.int64))[None, :]
+
+
+def write_sample(model: GPT, tokenizer: Tokenizer, prompt: str, ids: torch.Tensor, config: SampleConfig) -> None:
+    """Print the prompt and, token by token, what the model writes behind it."""
+    tokens = model.stream(ids.to(model.wte.weight.device), config.max_new_tokens, config.temperature,
+                          top_k=config.top_k or None, top_p=config.top_p if config.top_p < 1 else None)
+    print(prompt, end="", flush=True)
+    for text in tokenizer.decode_stream(int(token) for token in tokens):
+        print(text, end="", flush=True)
+    print("\n---------------", flush=True)
+
+
+if __name__ == "__main__":
+    settings.run(main)

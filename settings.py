@@ -1,0 +1,183 @@
+"""Options: config files and --key=value arguments -> a validated dataclass.
+
+Owns how options are written down, not which there are: each room has a dataclass of its own, a script composes them,
+and all keys are flat, so no key may exist twice. A command line reads
+
+    train.py [config/file.py ...] [--key=value ...]
+
+left to right, later wins. A config file is plain Python; its public names that are not modules, functions or classes
+are keys. Its assignments become arguments in the place where the file stood, so that one validator (tyro, on the
+dataclass) serves both. `--key value` and `--some-key=value` are understood too.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import difflib
+import io
+import os
+import runpy
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+ROOMS = Path(__file__).resolve().parent
+
+
+@dataclasses.dataclass
+class Argument:
+    key: str
+    value: str
+    where: str  # "--key" or "config/file.py:12", for messages
+
+
+def parse(options: type[T], argv: list[str], usage: str = "", aliases: dict[str, str] | None = None
+          ) -> tuple[T, dict[str, str]]:
+    """The options in argv, and the keys that were set there with the value each got.
+
+    `usage` heads the --help. `aliases` are other names for keys. Raises ValueError that lists every unknown key (with
+    the closest known one) and every value of a wrong type, each with the place where it stood.
+    """
+    if {"-h", "--help"} & set(argv):
+        _tyro(options, ["--help"], usage)
+    known = field_types(options)
+    arguments, faults = [], []
+    for argument in _expand(argv):
+        argument.key = (aliases or {}).get(argument.key, argument.key)
+        if argument.key in known:
+            arguments.append(argument)
+            continue
+        hint = closest(argument.key, known) or "--help lists the keys"
+        faults.append(f"{argument.where}: unknown key {argument.key!r}; {hint}")
+    faults += [f"{a.where}: {a.key}={a.value!r} is not {_describe(known[a.key])}" for a in arguments
+               if not _accepts(options, a)]
+    if faults:
+        raise ValueError("; ".join(faults))
+    given = {a.key: a.value for a in arguments}
+    return _tyro(options, [f"--{key}={value}" for key, value in given.items()], usage), given
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """A question that offers the known word most like this one, or "" when none is like it."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else ""
+
+
+def field_types(options: type) -> dict[str, Any]:
+    """Key -> type of every option, nested dataclasses included. Raises TypeError for a key that exists twice."""
+    found: dict[str, Any] = {}
+    hints = typing.get_type_hints(options)
+    for field in dataclasses.fields(options):
+        inner = field_types(hints[field.name]) if dataclasses.is_dataclass(hints[field.name]) else {
+            field.name: hints[field.name]}
+        if twice := found.keys() & inner.keys():
+            raise TypeError(f"{options.__name__}: option {twice.pop()!r} exists twice")
+        found |= inner
+    return found
+
+
+def flatten(options: Any) -> dict[str, Any]:
+    """Key -> value of every option, flat."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        flat |= flatten(value) if dataclasses.is_dataclass(value) else {field.name: value}
+    return flat
+
+
+def _expand(argv: list[str]) -> list[Argument]:
+    """Config files replaced by their assignments; `--key value` joined."""
+    arguments, rest = [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            arguments += _read_config(word)
+            continue
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ValueError(f"{word} has no value; write {word}=VALUE")
+            value = rest.pop(0)
+        arguments.append(Argument(key.replace("-", "_"), value, f"--{key}"))
+    return arguments
+
+
+def _read_config(path: str) -> list[Argument]:
+    """A config file's assignments, as text. Raises FileNotFoundError, or ValueError with the line that fails."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no config file {path!r} (options are written --key=value)")
+    try:
+        lines = _assignment_lines(path)
+        names = runpy.run_path(path)
+    except Exception as error:  # the file is the user's program: it can fail in any way
+        line = error.lineno if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1].lineno
+        raise ValueError(f"{path}:{line}: {type(error).__name__}: {error}") from None
+    not_keys = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
+    return [Argument(name, str(value), f"{path}:{lines.get(name, '')}") for name, value in names.items()
+            if not name.startswith("_") and not isinstance(value, not_keys)]
+
+
+def _assignment_lines(path: str) -> dict[str, int]:
+    """Name -> line of its last assignment."""
+    tree = ast.parse(Path(path).read_text(encoding="utf-8"), filename=path)
+    return {node.id: node.lineno for node in ast.walk(tree)
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+
+
+def _accepts(options: type, argument: Argument) -> bool:
+    """Whether tyro takes this argument alone."""
+    silence = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+            _tyro(options, [f"--{argument.key}={argument.value}"])
+    except SystemExit:
+        return False
+    return True
+
+
+def _tyro(options: type[T], arguments: list[str], usage: str = "") -> T:
+    import tyro
+
+    return tyro.cli(options, args=arguments, description=usage or None, use_underscores=True,
+                    config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes))
+
+
+def _describe(kind: Any) -> str:
+    """A type in a user's words."""
+    if typing.get_origin(kind) is typing.Literal:
+        return f"one of {', '.join(map(str, typing.get_args(kind)))}"
+    if args := [a for a in typing.get_args(kind) if a is not type(None)]:
+        return f"{_describe(args[0])} or None"
+    return {int: "a whole number", float: "a number", bool: "True or False"}.get(kind, "a text")
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Run a script's main on the command line. What a user can mend is printed as one line, and the exit status is 2.
+
+    That is: OSError, which names its file, and ValueError raised by one of our rooms. Anything else, a library's
+    ValueError too, is a defect, and keeps its traceback.
+    """
+    try:
+        main(sys.argv[1:])
+    except (OSError, ValueError) as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve().parent
+        if isinstance(error, ValueError) and raised_in != ROOMS:
+            raise
+        sys.exit(_complain(str(error)))
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        sys.exit(130)
+
+
+def _complain(message: str) -> int:
+    rank = os.environ.get("RANK", "0")
+    label = "error" if rank == "0" else f"[rank {rank}] error"
+    print(f"{label}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return 2

@@ -1,0 +1,236 @@
+"""Tokenizers: GPT-2's, characters, bytes, and a BPE trained on the text at hand, behind one interface.
+
+Owns text <-> ids and the two files that hold a tokenizer, tokenizer.json and tokenizer_config.json, in Hugging Face's
+format whatever the kind, so that `transformers.AutoTokenizer` gives the same ids. Ids, for vocabulary size V:
+
+    gpt2    OpenAI's 50,257 tokens; 50256 is the end of text
+    char    the sorted characters of the training text, 0 ... V-1; no end of text
+    byte    the UTF-8 bytes 0 ... 255; 256 is the end of text
+    bpe     0 is the end of text, then the 256 bytes, then the merges in the order they were learned
+
+Invariant: for text that a tokenizer knows, decode(encode(text)) == text, and text never turns into the end-of-text
+token, not even text that spells it.
+
+Example: `byte` encodes "é\n" to [195, 169, 10].
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as HFTokenizer
+
+from weights import read_json, write_json
+
+EOT = "<|endoftext|>"
+KINDS = ("gpt2", "char", "byte", "bpe")
+GPT2_VOCAB_SIZE = 50257
+GPT2_FILES = {  # URL that tiktoken reads -> the name it keeps the file under, the SHA-1 of the URL
+    "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe":
+        "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+    "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json":
+        "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+}
+
+
+class Tokenizer:
+    """Any tokenizer that a tokenizer.json describes. `eot_id` is the end-of-text id, or None."""
+
+    kind = "bpe"
+
+    def __init__(self, hf: HFTokenizer, eot_id: int | None = None):
+        hf.encode_special_tokens = True  # text that spells a special token is text
+        self.hf, self.eot_id = hf, eot_id
+
+    @property
+    def vocab_size(self) -> int:
+        return self.hf.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Text -> ids, uint32. Raises ValueError naming characters that the vocabulary lacks."""
+        return np.array(self.hf.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """As `encode`, but <|endoftext|> in the text is the end-of-text token, as people write it in prompts."""
+        if self.eot_id is None:
+            return self.encode(text)
+        parts = [self.encode(part) for part in text.split(EOT)]
+        for i in range(1, len(parts)):
+            parts[i] = np.concatenate([np.array([self.eot_id], dtype=np.uint32), parts[i]])
+        return np.concatenate(parts)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Ids -> text; the end-of-text token reads <|endoftext|>, bytes that are no UTF-8 read U+FFFD."""
+        return self.hf.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Ids one by one -> pieces of text, no character cut in two; together they are decode(ids) if that is UTF-8."""
+        held: list[int] = []
+        for i in ids:
+            held.append(i)
+            text = self.decode(held)
+            # A character takes at most 4 bytes: a longer tail that still does not decode never will.
+            if not text.endswith("\ufffd") or len(held) >= 4:
+                yield text
+                held = []
+        if held:
+            yield self.decode(held)
+
+    def save(self, folder: str | Path, model_max_length: int | None = None) -> None:
+        """Write tokenizer.json and tokenizer_config.json into a folder that exists."""
+        folder = Path(folder)
+        config: dict = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        if self.eot_id is not None:
+            eot = self.hf.id_to_token(self.eot_id)
+            config |= {"bos_token": eot, "eos_token": eot, "unk_token": eot}
+        if model_max_length is not None:
+            config["model_max_length"] = model_max_length
+        (folder / "tokenizer.json").write_text(self.hf.to_str(), encoding="utf-8")
+        write_json(folder / "tokenizer_config.json", config)
+
+
+class GPT2Tokenizer(Tokenizer):
+    """GPT-2's tokenizer, encoded by tiktoken, which is several times faster than tokenizers."""
+
+    kind = "gpt2"
+
+    def __init__(self) -> None:
+        """Raises OSError, saying which files to put where, when GPT-2's ranks can be neither found nor downloaded."""
+        import tiktoken
+
+        try:
+            self._encoding = tiktoken.get_encoding("gpt2")
+        except (OSError, ValueError) as error:
+            files = ", ".join(f"{url} as {name}" for url, name in GPT2_FILES.items())
+            raise OSError(f"GPT-2's tokenizer could not be downloaded ({type(error).__name__}); without network, put "
+                          f"these files in one folder and set TIKTOKEN_CACHE_DIR to it: {files}") from None
+        ranks = self._encoding._mergeable_ranks
+        alphabet = _byte_alphabet()
+        spell = {token: "".join(alphabet[byte] for byte in token) for token in ranks}
+        vocab = {spell[token]: rank for token, rank in ranks.items()} | {EOT: self._encoding.eot_token}
+        merges = [(spell[left], spell[right]) for left, right in _recover_merges(ranks)]
+        super().__init__(_byte_level(models.BPE(vocab=vocab, merges=merges), EOT), self._encoding.eot_token)
+
+    def encode(self, text: str) -> np.ndarray:
+        return self._encoding.encode_to_numpy(text, disallowed_special=())
+
+
+class CharTokenizer(Tokenizer):
+    kind = "char"
+
+    def __init__(self, characters: list[str]):
+        """`characters` in the order of their ids."""
+        hf = HFTokenizer(models.WordLevel({character: i for i, character in enumerate(characters)}))
+        hf.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        hf.decoder = decoders.Fuse()
+        super().__init__(hf)
+        self._ids = np.full(0x110000, -1, dtype=np.int32)  # code point -> id
+        self._ids[[ord(character) for character in characters]] = np.arange(len(characters))
+
+    def encode(self, text: str) -> np.ndarray:
+        code_points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+        ids = self._ids[code_points]
+        if (ids < 0).any():
+            unknown = sorted({chr(c) for c in code_points[ids < 0]})
+            raise ValueError(f"the char tokenizer does not know {' '.join(repr(c) for c in unknown[:10])}"
+                             f"{' ...' if len(unknown) > 10 else ''}: its {self.vocab_size} characters are those of "
+                             "the text it was made from")
+        return ids.astype(np.uint32)
+
+
+class ByteTokenizer(Tokenizer):
+    kind = "byte"
+
+    def __init__(self) -> None:
+        vocab = {character: byte for byte, character in enumerate(_byte_alphabet())} | {EOT: 256}
+        super().__init__(_byte_level(models.BPE(vocab=vocab, merges=[]), EOT, use_regex=False), 256)
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint32)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of at most `vocab_size` tokens, learned from texts. Raises ValueError below 257 tokens."""
+    if vocab_size < 257:
+        raise ValueError(f"vocab_size={vocab_size} is too small for bpe: 256 bytes and the end of text take 257")
+    hf = _byte_level(models.BPE())
+    hf.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[EOT], initial_alphabet=_byte_alphabet(), show_progress=False))
+    return Tokenizer(hf, hf.token_to_id(EOT))
+
+
+def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A tokenizer of one of KINDS; `char` and `bpe` learn from texts, `vocab_size` is bpe's."""
+    if kind == "gpt2":
+        return GPT2Tokenizer()
+    if kind == "byte":
+        return ByteTokenizer()
+    if kind == "char":
+        return CharTokenizer(sorted(set().union(*texts)))
+    if kind == "bpe":
+        return train_bpe(texts, vocab_size)
+    raise ValueError(f"tokenizer={kind!r} is none of {', '.join(KINDS)}")
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer saved in a folder. Raises FileNotFoundError without tokenizer.json, ValueError if it is broken."""
+    folder = Path(folder)
+    path = folder / "tokenizer.json"
+    description = read_json(path)
+    model = description.get("model", {})
+    if model.get("type") == "WordLevel" and all(len(token) == 1 for token in model["vocab"]):
+        return CharTokenizer(sorted(model["vocab"], key=model["vocab"].get))
+    if model.get("type") == "BPE" and not model["merges"] and set(model["vocab"]) == {*_byte_alphabet(), EOT}:
+        return ByteTokenizer()
+    try:
+        hf = HFTokenizer.from_str(json.dumps(description))
+    except Exception as error:  # tokenizers raises nothing more specific
+        raise ValueError(f"{path} is not a tokenizer: {error}") from None
+    return Tokenizer(hf, _find_eot(hf, folder))
+
+
+def _find_eot(hf: HFTokenizer, folder: Path) -> int | None:
+    config_path = folder / "tokenizer_config.json"
+    eos = read_json(config_path).get("eos_token") if config_path.is_file() else None
+    if isinstance(eos, dict):  # an older way of writing it
+        eos = eos.get("content")
+    return hf.token_to_id(eos or EOT)
+
+
+def _byte_level(model: models.BPE, eot: str | None = None, use_regex: bool = True) -> HFTokenizer:
+    """A tokenizer over GPT-2's byte alphabet; `use_regex` splits words first, as GPT-2 does."""
+    hf = HFTokenizer(model)
+    hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    hf.decoder = decoders.ByteLevel()
+    if eot is not None:
+        hf.add_special_tokens([AddedToken(eot, special=True)])
+    return hf
+
+
+def _byte_alphabet() -> list[str]:
+    """GPT-2's printable stand-in for each byte: itself where it is visible, else the next code point from 256 on."""
+    visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return [chr(byte) if byte in visible else chr(256 + hidden.index(byte)) for byte in range(256)]
+
+
+def _recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The merge rules behind BPE ranks: a token's rule joins the two parts that earlier rules leave of its bytes."""
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [token[i:i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            i = min(range(len(parts) - 1), key=lambda i: _rank_below(ranks, parts[i] + parts[i + 1], rank))
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append((parts[0], parts[1]))
+    return merges
+
+
+def _rank_below(ranks: dict[bytes, int], token: bytes, limit: int) -> float:
+    rank = ranks.get(token, limit)
+    return rank if rank < limit else float("inf")

@@ -1,0 +1,294 @@
+"""Train a GPT on tokens that prepare_data.py made.
+
+    python train.py config/shakespeare_char_cpu.py                      one process, laptop
+    python train.py config/shakespeare_char.py --compile=False          one GPU; any key can be overridden
+    torchrun --nproc_per_node=8 train.py config/gpt2_124m.py            one node of eight GPUs
+
+Two nodes of eight, the same command on both, node0 being the name of one of them:
+
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=node0:29500 train.py config/gpt2_124m.py
+
+The same command again goes on from the newest checkpoint in out_dir. Keys, meanings and defaults are nanoGPT's; where
+flatGPT differs (device, dtype and compile are `auto`), --help says so.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+
+import checkpoint
+import distributed
+import optim
+import settings
+from checkpoint import RunConfig, RunFolder
+from data import DataConfig, Dataset, EvalOrder, TrainOrder, derive_seed, open_dataset, plan_batches, to_device
+from distributed import DeviceConfig, Job
+from metrics import LogConfig, Reporter, validation_loss
+from model import GPT, GPTConfig
+from optim import OptimConfig
+
+# A run is resumed with the same values of these, or not at all. (World size and micro-batch may change.)
+FIXED = ("block_size", "n_layer", "n_head", "n_embd", "bias", "mlp", "norm_eps", "seed", "seqs_per_step",
+         "data_fingerprint")
+
+
+@dataclass
+class ModelConfig(GPTConfig):
+    """Model; init_from other than scratch brings its own"""
+
+    vocab_size: int = 0  # vocabulary; 0 = the data set's own (50257 where it does not say)
+
+
+@dataclass
+class TrainConfig:
+    init_from: str = "scratch"  # scratch, gpt2 ... gpt2-xl, hub id, model or run folder, ckpt.pt; resume: go on
+    max_iters: int = 600000  # updates in the whole run
+    eval_interval: int = 2000  # steps between evaluations on the validation split
+    eval_iters: int = 200  # batches an evaluation, evenly spaced over the split; 0 = the whole split, as at the end
+    eval_only: bool = False  # evaluate on the whole validation split and exit
+    seed: int = 1337  # of the initial weights, the data order and dropout
+    compile: Literal["auto", "True", "False"] = "auto"  # torch.compile the blocks; auto = on CUDA only
+    backend: Literal["auto", "nccl", "gloo"] = "auto"  # of torch.distributed; auto = nccl on CUDA, else gloo
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    where: DeviceConfig = field(default_factory=DeviceConfig)
+
+
+def main(argv: list[str]) -> None:
+    config, given = settings.parse(TrainConfig, argv, usage=__doc__)
+    if config.init_from == "resume":
+        config.init_from, config.run.resume = "scratch", "must"
+    check_options(config)
+    with distributed.job(config.where, config.backend) as here, RunFolder(config.run.out_dir) as run:
+        train(config, given, run, here)
+
+
+def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, here: Job) -> None:
+    """One run, from the options to the last checkpoint."""
+    report = Reporter(run.path, config.log, config.max_iters, here)
+
+    # 1) Data and batch. What is wrong with them is said before anything is written.
+    dataset = open_dataset(config.data.dataset, config.model.vocab_size)
+    for split in ("train", "val"):
+        if split not in dataset.splits:
+            raise ValueError(f"{dataset.folder} has no {split} split")
+    plan = plan_batches(config.data, given, config.model.block_size, here.world_size)
+    identity = {"data_fingerprint": dataset.fingerprint, "seqs_per_step": plan.seqs_per_step}
+    options = settings.flatten(config)
+
+    # 2) Where the run stands: rank 0 looks into the run folder, and the others hear of it.
+    trainer = distributed.on_rank0(lambda: find_start(config, run, options | identity, report), here)
+
+    # 3) The model: weights from the run's checkpoint, from elsewhere, or fresh.
+    model = build_model(config, given, dataset, trainer, here)
+    train_order = TrainOrder(dataset.splits["train"], model.config.block_size, config.seed)
+    sample_order = EvalOrder(dataset.splits["val"], model.config.block_size, config.eval_iters * config.data.batch_size)
+    whole_order = EvalOrder(dataset.splits["val"], model.config.block_size)
+    evaluate = partial(validation_loss, model, batch_size=config.data.batch_size, here=here)
+    if config.eval_only:
+        report.say(f"step {trainer['step']}: val loss {evaluate(whole_order):.4f} on the whole validation split")
+        return
+    if trainer["folder"] and trainer["step"] >= config.max_iters:
+        report.say(f"{run.path} is finished: {trainer['step']:,} steps, best val loss {trainer['best_val_loss']:.4f}. "
+                   f"To go on, raise --max_iters (now {config.max_iters}); for another run, choose another --out_dir.")
+        return
+
+    # 4) The optimiser, and the model's outer shells: compiled blocks, then gradients averaged over the ranks.
+    optimizer = build_optimizer(config, model, trainer, here)
+    scaler = torch.amp.GradScaler(here.device.type, enabled=here.dtype == torch.float16)
+    if trainer["scaler"]:
+        scaler.load_state_dict(trainer["scaler"])
+    failure = distributed.compile_blocks(model, config.compile, here, plan.micro_batch)
+    if failure:
+        report.say(f"torch.compile failed, going on without it: {failure}")
+    wrapped = distributed.wrap(model, here)
+    tokens_per_step = plan.seqs_per_step * model.config.block_size
+    report.say(f"{model.num_params(non_embedding=False):,} parameters, {here.dtype} on {here.world_size} x "
+               f"{here.device.type}")
+    report.say(f"{tokens_per_step:,} tokens a step = {plan.accumulation_steps} micro-batches x {plan.micro_batch} "
+               f"sequences x {model.config.block_size} tokens x {here.world_size} ranks; an epoch has "
+               f"{int(train_order.cut(0)[1].sum()):,} sequences")
+    distributed.on_rank0(lambda: run.open(options, config.run.overwrite), here)
+    report.start(model, trainer["step"], trainer["elapsed_s"], options)
+
+    # 5) The loop. `step` counts the updates made; the next one reads the sequences from step * S on.
+    step, best_val_loss = trainer["step"], trainer["best_val_loss"]
+    resumed_at = step if trainer["folder"] else None  # evaluated and saved before
+    while True:
+        is_last = step == config.max_iters
+
+        # Once in a while: evaluate (all ranks).
+        evaluated = (step % config.eval_interval == 0 or is_last) and step != resumed_at
+        is_best = False
+        if evaluated:
+            with report.excluded():
+                # Checkpoints are compared on the same windows each time; the number that counts at the end is the
+                # loss over the whole split.
+                val_loss = evaluate(sample_order)
+                is_best = val_loss < best_val_loss
+                best_val_loss = min(val_loss, best_val_loss)
+                values = {"step": step, "tokens": step * tokens_per_step, "val/loss": val_loss}
+                line = f"step {step}: val loss {val_loss:.4f}"
+                if is_last and not sample_order.is_whole:
+                    values |= {"val/loss": evaluate(whole_order), "val/sampled_loss": val_loss}
+                    line += f" on {len(sample_order)} windows, {values['val/loss']:.4f} on the whole validation split"
+                report.say(line)
+                report.record(values | {"elapsed_s": report.elapsed_s()})
+
+        # Once in a while: save (rank 0).
+        periodic = evaluated and config.run.always_save_checkpoint
+        if config.run.save_interval:
+            periodic = step % config.run.save_interval == 0
+        due = is_last or (step > 0 and (is_best or periodic))
+        if due and step != resumed_at and here.rank == 0:
+            with report.excluded():
+                state = {"step": step, "next_seq": step * plan.seqs_per_step, "tokens": step * tokens_per_step,
+                         "best_val_loss": best_val_loss, "scaler": scaler.state_dict(), "seed": config.seed,
+                         "micro_batch": plan.micro_batch, "world_size": here.world_size,
+                         "elapsed_s": report.elapsed_s(), **identity, "options": options,
+                         "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
+                saved = run.save(model, optimizer, dataset.tokenizer, state, is_best, config.run.keep_last)
+                report.say(f"step {step}: saved {saved}{' (best so far)' if is_best else ''}")
+        if is_last:
+            break
+
+        # Every step: this rank's part of the next S sequences, in micro-batches.
+        first = step * plan.seqs_per_step + here.rank * plan.accumulation_steps * plan.micro_batch
+        x, y = train_order.batch(first, plan.accumulation_steps * plan.micro_batch)
+        num_targets = distributed.sum_over_ranks(int((y >= 0).sum()), here)
+        x, y = to_device(x, here.device), to_device(y, here.device)
+        step_loss = torch.zeros((), device=here.device)
+        for start in range(0, len(x), plan.micro_batch):
+            rows = slice(start, start + plan.micro_batch)
+            if model.config.dropout:
+                torch.manual_seed(derive_seed(config.seed, "dropout", first + start))
+            # Gradients meet over the ranks once, in the last backward pass.
+            wrapped.require_backward_grad_sync = rows.stop >= len(x)
+            with here.autocast():
+                _, loss = wrapped(x[rows], y[rows], num_targets)
+            # The loss is this micro-batch's share of the global mean; times W, because the ranks' gradients are
+            # averaged where they should be summed.
+            scaler.scale(loss * here.world_size).backward()
+            step_loss += loss.detach()
+
+        lr = optim.learning_rate(step, config.optim)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip or float("inf"))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        report.count(tokens_per_step)
+
+        # Once in a while: report. This is the one place where the loop waits for the device.
+        if step % config.log.log_interval == 0 or step == 1:
+            mean_loss, norm = torch.stack([distributed.sum_over_ranks(step_loss, here), grad_norm]).tolist()
+            report.train(step, step * tokens_per_step, mean_loss, norm, lr)
+    report.close()
+    report.say(f"done. Read what it writes: python sample.py --out_dir={config.run.out_dir}")
+
+
+def check_options(config: TrainConfig) -> None:
+    """Raises ValueError that lists all faults which the options show by themselves."""
+    o = config.optim
+    faults = [f"{name}={value} must be {what}" for name, value, ok, what in (
+        ("max_iters", config.max_iters, config.max_iters >= 0, "0 or more"),
+        ("eval_interval", config.eval_interval, config.eval_interval > 0, "positive"),
+        ("eval_iters", config.eval_iters, config.eval_iters >= 0, "0 or more"),
+        ("log_interval", config.log.log_interval, config.log.log_interval > 0, "positive"),
+        ("save_interval", config.run.save_interval, config.run.save_interval >= 0, "0 or more"),
+        ("keep_last", config.run.keep_last, config.run.keep_last >= 0, "0 or more"),
+        ("learning_rate", o.learning_rate, o.learning_rate > 0, "positive"),
+        ("min_lr", o.min_lr, o.min_lr >= 0, "0 or more"),
+        ("beta1", o.beta1, 0 <= o.beta1 < 1, "at least 0 and below 1"),
+        ("beta2", o.beta2, 0 <= o.beta2 < 1, "at least 0 and below 1"),
+        ("grad_clip", o.grad_clip, o.grad_clip >= 0, "0 or more"),
+        ("weight_decay", o.weight_decay, o.weight_decay >= 0, "0 or more"),
+    ) if not ok]
+    if config.run.overwrite and config.run.resume != "never":
+        faults.append("overwrite=True needs resume=never, which says that the old run is to go")
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
+def find_start(config: TrainConfig, run: RunFolder, now: Mapping[str, Any], report: Reporter) -> dict[str, Any]:
+    """The trainer's state to start from, with `folder`, the checkpoint that it and the weights come from, or None.
+
+    Raises ValueError or OSError when the run folder and the options do not go together.
+    """
+    fresh = {"folder": None, "step": 0, "best_val_loss": float("inf"), "scaler": None, "elapsed_s": 0.0}
+    folder = run.find(config.run, lock=not config.eval_only, warn=report.say)
+    if folder is None:
+        return fresh
+    trainer = checkpoint.read_trainer(folder)
+    before = trainer["options"] | trainer
+    changed = {key: f"{key} was {before[key]}, is {value}" for key, value in now.items()
+               if key in before and before[key] != value and key not in ("init_from", "resume")}
+    fixed = [text for key, text in changed.items() if key in FIXED]
+    if fixed:
+        raise ValueError(f"{folder} was trained with other settings: {'; '.join(fixed)}. Go on with those, or choose "
+                         "another --out_dir")
+    report.say(f"resuming {run.path} at step {trainer['step']:,}"
+               + (f"; changed: {'; '.join(changed.values())}" if changed else ""))
+    return fresh | {key: trainer[key] for key in fresh if key in trainer} | {"folder": str(folder)}
+
+
+def build_model(config: TrainConfig, given: Mapping[str, str], dataset: Dataset, trainer: Mapping[str, Any],
+                here: Job) -> GPT:
+    """The model on its device: rank 0 makes or reads it, the others get their weights from there."""
+    torch.manual_seed(config.seed)
+    on_rank0: list[GPT] = []
+
+    def make() -> GPTConfig:
+        dropout = config.model.dropout
+        if trainer["folder"]:
+            on_rank0.append(checkpoint.load_model(trainer["folder"], dropout=dropout))
+        elif config.init_from != "scratch":
+            on_rank0.append(adapt(checkpoint.load_model(config.init_from, dropout=dropout), config, given, dataset))
+        else:
+            on_rank0.append(GPT(GPTConfig(**asdict(config.model) | {"vocab_size": dataset.vocab_size})))
+        return on_rank0[0].config
+
+    model_config = distributed.on_rank0(make, here)
+    model = (on_rank0[0] if on_rank0 else GPT(model_config)).to(here.device)
+    distributed.broadcast_tensors((p.data for p in model.parameters()), here)
+    return model
+
+
+def adapt(model: GPT, config: TrainConfig, given: Mapping[str, str], dataset: Dataset) -> GPT:
+    """Fit a model from elsewhere to the options. Raises ValueError for an option that it contradicts."""
+    faults = [f"{key}={getattr(config.model, key)} was asked for, and it has {getattr(model.config, key)}"
+              for key in ("n_layer", "n_head", "n_embd", "bias", "mlp", "norm_eps")
+              if key in given and getattr(config.model, key) != getattr(model.config, key)]
+    if model.config.vocab_size < dataset.vocab_size:
+        faults.append(f"its vocabulary is {model.config.vocab_size}, and {dataset.folder} has {dataset.vocab_size}")
+    if faults:
+        raise ValueError(f"init_from={config.init_from} does not fit: {'; '.join(faults)}")
+    if "block_size" in given:
+        model.crop_block_size(config.model.block_size)
+    return model
+
+
+def build_optimizer(config: TrainConfig, model: GPT, trainer: Mapping[str, Any], here: Job) -> torch.optim.Optimizer:
+    """AdamW, with the checkpoint's state where there is one: rank 0 reads it, the others get it from there."""
+    optimizer = optim.build_optimizer(model, config.optim)
+    if trainer["folder"]:
+        state = checkpoint.read_optimizer(trainer["folder"]) if here.rank == 0 else None
+        optim.load_optimizer_state(optimizer, model, state)
+        distributed.broadcast_tensors(optim.optimizer_state(optimizer, model).values(), here)
+    return optimizer
+
+
+if __name__ == "__main__":
+    settings.run(main)
