@@ -110,11 +110,13 @@ def wrap(model: nn.Module, here: Job) -> nn.Module:
     if here.world_size == 1:
         return model
     device_ids = [here.device.index] if here.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
-def compile_blocks(model: nn.Module, wanted: Literal["auto", "True", "False"], here: Job, batch_size: int) -> str | None:
-    """Compile the blocks in place, after a trial on every rank. Returns None, or why it runs without."""
+def compile_blocks(model: nn.Module, wanted: str, here: Job, batch_size: int) -> str | None:
+    """Compile the blocks in place if `wanted` (auto, True, False), after a trial on every rank.
+
+    Returns why it runs without after all, or None."""
     if wanted == "False" or (wanted == "auto" and here.device.type != "cuda"):
         return None
     failure = None

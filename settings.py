@@ -145,8 +145,8 @@ def _accepts(options: type, argument: Argument) -> bool:
 def _tyro(options: type[T], arguments: list[str], usage: str = "") -> T:
     import tyro
 
-    return tyro.cli(options, args=arguments, description=usage or None, use_underscores=True,
-                    config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes))
+    return tyro.cli(options, args=arguments, prog=Path(sys.argv[0]).name, description=usage or None,
+                    use_underscores=True, config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes))
 
 
 def _describe(kind: Any) -> str:
@@ -166,6 +166,9 @@ def run(main: Callable[[list[str]], None]) -> None:
     """
     try:
         main(sys.argv[1:])
+    except BrokenPipeError:  # the reader of our output, `head` for one, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (OSError, ValueError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve().parent
         if isinstance(error, ValueError) and raised_in != ROOMS:

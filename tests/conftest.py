@@ -1,0 +1,127 @@
+"""What the tests share: running a script as a user would, tiny data, and the real texts where they are at hand."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"  # real texts and GPT-2's ranks, where a checkout has them beside it
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import settings  # noqa: E402
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys, tmp_path):
+    """`cli("train", "--max_iters=3")`: run a script's main in this process, in tmp_path, with its output captured."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(script: str, *args: object) -> Result:
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, args)])
+        capsys.readouterr()
+        try:
+            settings.run(importlib.import_module(script).main)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def refused(cli):
+    """`refused("train", "--bad=1")`: run it, see it exit 2 with one line on stderr and no traceback; gives the line."""
+
+    def call(script: str, *args: object) -> str:
+        result = cli(script, *args)
+        lines = result.err.strip().splitlines()
+        assert result.code == 2
+        assert len(lines) == 1, result.err
+        assert lines[0].startswith("error: ")
+        return lines[0]
+
+    return call
+
+
+def spawn(*args: object, cwd: Path, **env: str) -> subprocess.Popen:
+    """Start `python args...` of this interpreter in a folder, with stdout and stderr together."""
+    return subprocess.Popen([sys.executable, *map(str, args)], cwd=cwd, env={**os.environ, **env}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def run_process(*args: object, cwd: Path, **env: str) -> subprocess.CompletedProcess:
+    """Run `python args...` to its end; the test fails with its output unless it exits 0."""
+    process = spawn(*args, cwd=cwd, **env)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    return subprocess.CompletedProcess(process.args, 0, out)
+
+
+def torchrun(nproc: int, *args: object, cwd: Path) -> subprocess.CompletedProcess:
+    """`torchrun --nproc_per_node=nproc args...` on a free port, CPU only."""
+    return run_process("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", *args, cwd=cwd,
+                       OMP_NUM_THREADS="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its content, to see that nothing changed."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="session")
+def shakespeare() -> Path:
+    path = SHARED / "data" / "tinyshakespeare.txt"
+    if not path.is_file():
+        pytest.skip(f"tiny Shakespeare is not at {path}")
+    return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _gpt2_ranks_offline():
+    if "TIKTOKEN_CACHE_DIR" not in os.environ and (SHARED / "tiktoken").is_dir():
+        os.environ["TIKTOKEN_CACHE_DIR"] = str(SHARED / "tiktoken")
+
+
+@pytest.fixture(scope="session")
+def gpt2_tokenizer():
+    from tokenizer import GPT2Tokenizer
+
+    try:
+        return GPT2Tokenizer()
+    except OSError as error:
+        pytest.skip(f"GPT-2's ranks are not here: {error}")
+
+
+TEXT = "".join(f"Line {i}: the quick brown fox, {i * i} jumps; over {'lazy ' * (i % 5)}dogs.\n" for i in range(400))
+
+
+@pytest.fixture
+def tiny_data(cli, tmp_path) -> Path:
+    """data/tiny in tmp_path: characters of TEXT (about 18,000 tokens)."""
+    (tmp_path / "tiny.txt").write_text(TEXT)
+    assert cli("prepare_data", "--input=tiny.txt", "--name=tiny", "--tokenizer=char").code == 0
+    return tmp_path / "data" / "tiny"
+
+
+TINY_RUN = ("--dataset=tiny", "--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4",
+            "--gradient_accumulation_steps=2", "--max_iters=6", "--eval_interval=3", "--eval_iters=2",
+            "--warmup_iters=2", "--lr_decay_iters=6", "--learning_rate=1e-2", "--out_dir=out/tiny", "--device=cpu",
+            "--dtype=float32")
