@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -84,6 +85,11 @@ def torchrun(nproc: int, *args: object, cwd: Path) -> subprocess.CompletedProces
 def files_of(folder: Path) -> dict[str, bytes]:
     """Every file below a folder with its content, to see that nothing changed."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def records_of(run: str | Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,165 @@
+"""The run folder: what is published is whole, what is damaged is refused, what is foreign is left alone."""
+
+import json
+import os
+import subprocess
+
+import pytest
+import torch
+import transformers
+from conftest import files_of
+
+from checkpoint import RunConfig, RunFolder, load_model, read_optimizer, read_trainer, verify
+from model import GPT, GPTConfig
+from optim import OptimConfig, build_optimizer
+from tokenizer import ByteTokenizer
+
+
+@pytest.fixture
+def parts():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=2, n_embd=8))
+    optimizer = build_optimizer(model, OptimConfig())
+    model(torch.ones(1, 8, dtype=torch.long), torch.ones(1, 8, dtype=torch.long))[1].backward()
+    optimizer.step()
+    return model, optimizer, ByteTokenizer()
+
+
+@pytest.fixture
+def run(tmp_path):
+    with RunFolder(str(tmp_path / "run")) as folder:
+        folder.open({"n_layer": 1}, overwrite=False)
+        yield folder
+
+
+def save(run, parts, step, is_best=False, keep_last=3):
+    return run.save(*parts, {"step": step}, is_best, keep_last)
+
+
+def names(run):
+    return sorted(p.name for p in run.checkpoints.iterdir())
+
+
+def flip_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_checkpoint_is_a_hugging_face_folder_with_checksums(run, parts):
+    folder = save(run, parts, 5, is_best=True)
+    assert os.readlink(run.checkpoints / "latest") == os.readlink(run.checkpoints / "best") == "step_00000005"
+    assert subprocess.run(["sha256sum", "--strict", "-c", "SHA256SUMS"], cwd=folder, check=False).returncode == 0
+    listed = {line.split("  ")[1] for line in (folder / "SHA256SUMS").read_text().splitlines()}
+    assert listed == files_of(folder).keys() - {"SHA256SUMS"} == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "training/optimizer.safetensors", "training/trainer.json"}
+    transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert transformers.AutoTokenizer.from_pretrained(folder)("hé")["input_ids"] == [104, 195, 169]
+    assert all(torch.equal(a, b) for a, b in zip(load_model(str(folder)).parameters(), parts[0].parameters()))
+    assert read_trainer(folder) == {"step": 5}
+    assert {name.split(".")[0] for name in read_optimizer(folder)} == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_the_last_k_and_the_best_are_kept(run, parts):
+    for step in (1, 2, 3, 4, 5):
+        save(run, parts, step, is_best=step == 2, keep_last=2)
+    assert names(run) == ["best", "latest", "step_00000002", "step_00000004", "step_00000005"]
+    assert load_model(str(run.path)).config.n_layer == 1  # a run folder means its best checkpoint
+
+
+@pytest.mark.parametrize("victim", ["model.safetensors", "config.json", "training/trainer.json", "tokenizer.json"])
+def test_a_flipped_byte_is_found_and_an_older_checkpoint_taken(run, parts, victim):
+    older, newer = save(run, parts, 1), save(run, parts, 2)
+    flip_byte(newer / victim)
+    warnings = []
+    with pytest.raises(ValueError, match=f"damaged: {victim}"):
+        load_model(str(newer))
+    assert run.newest_valid(warnings.append) == older
+    assert victim in warnings[0]
+    assert "going back to step_00000001" in warnings[0]
+    flip_byte(older / victim)
+    with pytest.raises(ValueError, match="no other checkpoint is left"):
+        run.newest_valid(warnings.append)
+
+
+def test_missing_files_and_missing_sums_are_damage(run, parts):
+    folder = save(run, parts, 1)
+    (folder / "training" / "trainer.json").unlink()
+    with pytest.raises(ValueError, match=r"trainer\.json is missing"):
+        verify(folder)
+    (folder / "SHA256SUMS").unlink()
+    with pytest.raises(ValueError, match="no SHA256SUMS"):
+        verify(folder)
+
+
+def test_a_save_that_fails_leaves_what_was_there(run, parts, monkeypatch):
+    save(run, parts, 1)
+    before = files_of(run.path)
+
+    def no_space(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("weights.save_tensors", no_space)
+    with pytest.raises(OSError, match="No space left"):
+        save(run, parts, 2)
+    assert files_of(run.path) == before
+    assert names(run) == ["latest", "step_00000001"]
+
+
+def test_a_full_disk_is_an_oserror(run, parts):
+    resource = pytest.importorskip("resource")
+    save(run, parts, 1)
+    before, limits = files_of(run.path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="could not write"):
+            save(run, parts, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert files_of(run.path) == before
+
+
+def test_what_a_killed_save_left_is_cleaned_up_and_never_taken_for_a_checkpoint(run, parts):
+    save(run, parts, 1)
+    (run.checkpoints / ".step_00000002" / "training").mkdir(parents=True)
+    assert run.newest_valid(print).name == "step_00000001"
+    run.open({}, overwrite=False)
+    assert names(run) == ["latest", "step_00000001"]
+
+
+def test_a_damaged_folder_is_replaced_when_its_step_comes_round_again(run, parts):
+    folder = save(run, parts, 1)
+    flip_byte(folder / "model.safetensors")
+    verify(save(run, parts, 1))
+
+
+def test_two_runs_cannot_share_a_folder(run):
+    with RunFolder(str(run.path)) as second:
+        for take in (lambda: second.find(RunConfig(), lock=True, warn=print), lambda: second.open({}, False)):
+            with pytest.raises(OSError, match="in use by another run"):
+                take()
+
+
+def test_resume_policies(run, parts, tmp_path):
+    def find(**options):
+        return run.find(RunConfig(**options), lock=True, warn=print)
+
+    assert find() is None
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        find(resume="must")
+    folder = save(run, parts, 1)
+    assert find() == find(resume="must") == folder
+    with pytest.raises(ValueError, match="--overwrite=True"):
+        find(resume="never")
+    assert find(resume="never", overwrite=True) is None
+    assert folder.exists()  # nothing is deleted before the new run begins
+    run.open({"n_layer": 2}, overwrite=True)
+    assert names(run) == []
+    assert json.loads((run.path / "train_config.json").read_text()) == {"n_layer": 2}
+
+
+def test_looking_for_a_run_makes_nothing(tmp_path):
+    with RunFolder(str(tmp_path / "absent")) as run:
+        assert run.find(RunConfig(), lock=True, warn=print) is None
+    assert not (tmp_path / "absent").exists()

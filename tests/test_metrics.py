@@ -1,0 +1,86 @@
+"""metrics.py: the numbers of a run, and the file they are kept in."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TEXT, TINY_RUN, records_of
+
+from data import EvalOrder, Split, write_shard
+from distributed import Job
+from metrics import cut_metrics, flops_per_token, peak_flops, validation_loss
+from model import GPT, GPTConfig
+
+HERE = Job(0, 1, torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8, dropout=0.5))
+
+
+def test_validation_loss_is_the_mean_over_every_target(tmp_path, model):
+    tokens = np.random.default_rng(0).integers(0, 11, 45)
+    write_shard(tmp_path / "val_000000.bin", tokens, np.dtype("<u2"))
+    order = EvalOrder(Split([tmp_path / "val_000000.bin"], 11), block_size=8)
+    model.eval()
+    total = 0.0
+    for start in range(0, 44, 8):
+        window = torch.from_numpy(tokens[start:start + 9])
+        log_probs = model(window[None, :-1])[0][0].log_softmax(-1)
+        total -= log_probs[range(len(window) - 1), window[1:]].sum().item()
+    model.train()
+    for batch_size in (1, 4, 100):
+        assert validation_loss(model, order, batch_size, HERE) == pytest.approx(total / 44, abs=1e-5)
+    assert model.training
+
+
+def test_flops_are_6n_plus_12lhqt(model):
+    params = 11 * 8 + 8 + 8 + 8 + 12 * 8 * 8  # tokens, three norms, and the block's four matrices
+    assert flops_per_token(model) == 6 * params + 12 * 1 * 2 * 4 * 8
+
+
+@pytest.mark.parametrize(("name", "peak"), [
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12),
+    ("NVIDIA GeForce RTX 4090", 165e12), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA L4", 121e12),
+    ("NVIDIA L40S", 362e12), ("NVIDIA L40", None), ("Tesla T4", 65e12), ("NVIDIA A10", None), ("Some GPU", None)])
+def test_peak_is_known_or_unknown_but_never_guessed(monkeypatch, name, peak):
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda", 0)) == peak
+    assert peak_flops(torch.device("cpu")) is None
+
+
+def test_lines_past_the_checkpoint_and_a_torn_tail_are_cut(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "train/loss": 1.0}) for step in (1, 2, 2, 3)]
+    path.write_text("\n".join(lines) + '\n{"step": 2, "tra')
+    cut_metrics(path, 2)
+    assert path.read_text().splitlines() == lines[:3]
+    cut_metrics(path, 0)
+    assert path.read_text() == ""
+
+
+def test_a_run_reports_the_documented_fields(cli, tiny_data):
+    assert cli("train", *TINY_RUN, "--log_interval=2").code == 0
+    records = records_of("out/tiny")
+    train = [r for r in records if "train/loss" in r]
+    assert [r["step"] for r in train] == [1, 2, 4, 6]
+    assert train[0].keys() == {"step", "tokens", "train/loss", "lr", "grad_norm", "tokens_per_sec", "mfu", "memory_gb",
+                               "elapsed_s"}
+    assert train[0]["tokens"] == 8 * 16
+    assert train[0]["mfu"] is None  # the peak of a CPU is unknown
+    assert 0 < train[0]["memory_gb"] < 100
+    evaluations = [r for r in records if "val/loss" in r]
+    assert [r["step"] for r in evaluations] == [0, 3, 6]
+    assert evaluations[0]["val/loss"] == pytest.approx(math.log(len(set(TEXT))), abs=0.05)
+    assert "val/sampled_loss" in evaluations[-1]
+
+
+def test_wandb_gets_the_run_offline(cli, tiny_data, monkeypatch):
+    result = cli("train", *TINY_RUN, "--wandb_log=True", "--wandb_project=flat", "--wandb_run_name=tiny")
+    assert result.code == 0, result.err
+    assert list(Path("out/tiny/wandb").glob("offline-run-*/run-*.wandb"))

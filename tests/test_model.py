@@ -1,0 +1,263 @@
+"""model.py against naive oracles: attention, causality, loss and its gradients, generation, sampling filters."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model import GPT, GPTConfig, LinearCrossEntropy, sampling_probs
+
+SHAPE = {"block_size": 16, "vocab_size": 37, "n_layer": 2, "n_head": 2, "n_embd": 8}
+
+
+def make_model(seed: int = 0, **changes) -> GPT:
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**SHAPE | changes))
+    with torch.no_grad():  # far from initialisation, so that a mistake shows
+        for p in model.parameters():
+            p.mul_(8) if p.dim() == 2 else p.add_(torch.randn_like(p) * 0.3)
+    return model
+
+
+def naive_logits(model: GPT, idx: torch.Tensor) -> torch.Tensor:
+    """GPT-2's forward pass from its paper's formulas, one head at a time, without SDPA."""
+    c, T = model.config, idx.size(1)
+    D = c.n_embd // c.n_head
+    x = model.wte.weight[idx] + model.wpe.weight[:T]
+    for block in model.h:
+        q, k, v = block.attn.c_attn(block.ln_1(x)).split(c.n_embd, dim=2)
+        heads = []
+        for h in range(c.n_head):
+            part = slice(h * D, (h + 1) * D)
+            scores = q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(D)
+            scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+            heads.append(scores.softmax(-1) @ v[..., part])
+        x = x + block.attn.c_proj(torch.cat(heads, -1))
+        u = block.mlp.c_fc(block.ln_2(x))
+        tanh = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
+        exact = 0.5 * u * (1 + torch.erf(u / math.sqrt(2)))
+        x = x + block.mlp.c_proj(tanh if c.mlp == "gelu_tanh" else exact)
+    return model.ln_f(x) @ model.wte.weight[:c.vocab_size].T
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("mlp", ["gelu", "gelu_tanh"])
+def test_logits_equal_the_written_out_formulas(bias, mlp):
+    model = make_model(bias=bias, mlp=mlp)
+    idx = torch.randint(37, (3, 16))
+    logits, loss = model(idx)
+    assert logits.shape == (3, 16, 37)
+    assert loss is None
+    torch.testing.assert_close(logits, naive_logits(model, idx), atol=1e-4, rtol=1e-4)
+
+
+def test_a_later_token_changes_no_earlier_logits():
+    model = make_model()
+    idx = torch.randint(37, (1, 16))
+    changed = idx.clone()
+    changed[0, 9] = (changed[0, 9] + 1) % 37
+    before, after = model(idx)[0], model(changed)[0]
+    assert torch.equal(before[:, :9], after[:, :9])
+    assert not torch.allclose(before[:, 9:], after[:, 9:])
+
+
+def test_first_loss_is_near_ln_vocab_size():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SHAPE))
+    logits, loss = model(torch.randint(37, (8, 16)), torch.randint(37, (8, 16)))
+    assert logits is None
+    assert loss.item() == pytest.approx(math.log(37), abs=0.02)
+
+
+@pytest.mark.parametrize("chunk_elements", [1, 300, 2**24])
+def test_loss_and_gradients_equal_cross_entropy_of_whole_logits(monkeypatch, chunk_elements):
+    monkeypatch.setattr("model.LOGITS_CHUNK_ELEMENTS", chunk_elements)
+    model = make_model()
+    idx, targets = torch.randint(37, (3, 16)), torch.randint(-1, 37, (3, 16))
+    _, loss = model(idx, targets)
+    whole = F.cross_entropy(model(idx)[0].flatten(0, 1), targets.flatten(), ignore_index=-1)
+    torch.testing.assert_close(loss, whole)
+    ours, theirs = (torch.autograd.grad(x * 3, list(model.parameters())) for x in (loss, whole))
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_micro_batches_sum_to_the_gradient_of_the_whole_batch():
+    model = make_model()
+    idx, targets = torch.randint(37, (4, 16)), torch.randint(37, (4, 16))
+    targets[0, 3:] = -1  # an uneven share of the targets
+    whole = torch.autograd.grad(model(idx, targets)[1], list(model.parameters()))
+    count = int((targets >= 0).sum())
+    losses = [model(idx[i:i + 2], targets[i:i + 2], num_targets=count)[1] for i in (0, 2)]
+    parts = torch.autograd.grad(losses[0] + losses[1], list(model.parameters()))
+    for a, b in zip(whole, parts):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_loss_under_bfloat16_autocast_is_float32_and_near():
+    model = make_model()
+    idx, targets = torch.randint(37, (3, 16)), torch.randint(37, (3, 16))
+    exact = model(idx, targets)[1]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, loss = model(idx, targets)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert model.wte.weight.grad.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), rel=0.03)
+
+
+def test_padded_rows_take_no_part():
+    model = make_model()
+    padding = model.wte.weight[37:]
+    idx, targets = torch.randint(37, (3, 16)), torch.randint(37, (3, 16))
+    logits, loss = model(idx)[0], model(idx, targets)[1]
+    loss.backward()
+    assert len(padding) == 128 - 37
+    assert torch.equal(model.wte.weight.grad[37:], torch.zeros_like(padding))
+    with torch.no_grad():
+        padding.fill_(100.0)
+    assert torch.equal(model(idx)[0], logits)
+    torch.testing.assert_close(model(idx, targets)[1], loss)
+
+
+def test_fresh_weights_have_gpt2s_spread_and_zero_padding():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SHAPE | {"n_embd": 64, "bias": True}))
+    for name, p in model.named_parameters():
+        wanted = 0.0 if p.dim() < 2 else 0.02 / math.sqrt(4) if name.endswith("c_proj.weight") else 0.02
+        rows = p[:37] if name == "wte.weight" else p
+        assert rows.std().item() == pytest.approx(wanted, rel=0.1, abs=1e-9), name
+    assert not model.wte.weight[37:].any()
+
+
+def test_config_of_gpt2_has_124m_parameters():
+    with torch.device("meta"):
+        model = GPT(GPTConfig(bias=True))
+    assert model.num_params(non_embedding=False) == 124_439_808
+    assert model.num_params() == 124_439_808 - 1024 * 768
+
+
+def test_bad_configurations_are_named_together():
+    with pytest.raises(ValueError, match="n_layer=0 must be positive; dropout=1"):
+        GPT(GPTConfig(n_layer=0, dropout=1.0))
+    with pytest.raises(ValueError, match="n_embd=10 is not divisible by n_head=3"):
+        GPT(GPTConfig(n_embd=10, n_head=3))
+
+
+def test_crop_block_size_keeps_the_first_positions():
+    model = make_model()
+    idx = torch.randint(37, (2, 8))
+    before = model(idx)[0]
+    model.crop_block_size(8)
+    assert torch.equal(model(idx)[0], before)
+    assert model.wpe.weight.requires_grad
+    with pytest.raises(ValueError, match="9 positions"):
+        model(torch.randint(37, (2, 9)))
+    with pytest.raises(ValueError, match="block_size=9"):
+        model.crop_block_size(9)
+
+
+# Generation
+
+
+def naive_greedy(model: GPT, idx: torch.Tensor, count: int) -> torch.Tensor:
+    """The definition: a window that starts as the prompt's last block_size tokens; when it is full, its last half."""
+    limit, window = model.config.block_size, idx[:, -model.config.block_size:]
+    for _ in range(count):
+        token = model(window)[0][:, -1].argmax(1, keepdim=True)
+        idx, window = torch.cat([idx, token], 1), torch.cat([window, token], 1)
+        if window.size(1) > limit:
+            window = window[:, -(limit // 2):]
+    return idx
+
+
+@pytest.mark.parametrize("prompt_tokens", [1, 5, 16, 40])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_greedy_generation_is_the_definition_past_block_size_too(prompt_tokens, use_cache):
+    model = make_model()
+    idx = torch.randint(37, (3, prompt_tokens))
+    out = model.generate(idx, 45, temperature=0, use_cache=use_cache)
+    assert torch.equal(out, naive_greedy(model, idx, 45))
+
+
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 1000), prompt_tokens=st.integers(1, 20), top_k=st.sampled_from([None, 3, 40]),
+       top_p=st.sampled_from([None, 0.7]))
+def test_cached_and_uncached_sampling_draw_the_same_tokens(seed, prompt_tokens, top_k, top_p):
+    model = make_model(seed % 3)
+    idx = torch.randint(37, (2, prompt_tokens))
+    with_cache, without = (model.generate(idx, 30, 0.9, top_k, top_p, torch.Generator().manual_seed(seed), use_cache)
+                           for use_cache in (True, False))
+    assert torch.equal(with_cache, without)
+
+
+def test_stream_yields_what_generate_returns_and_leaves_the_mode_alone():
+    model = make_model(dropout=0.5).train()
+    idx = torch.randint(37, (2, 4))
+    streamed = torch.stack(list(model.stream(idx, 9, temperature=0)), dim=1)
+    assert torch.equal(torch.cat([idx, streamed], 1), model.generate(idx, 9, temperature=0))
+    assert model.training
+
+
+def test_a_prompt_read_in_parts_through_the_cache_gives_the_same_output():
+    from model import KVCache
+
+    model = make_model().eval()
+    idx = torch.randint(37, (2, 12))
+    cache = KVCache(model.config, 2, torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        parts = [model._hidden(part, cache) for part in idx.split([5, 4, 3], dim=1)]
+        torch.testing.assert_close(torch.cat(parts, 1), model._hidden(idx), atol=1e-5, rtol=1e-5)
+
+
+def test_generating_from_nothing_is_refused():
+    with pytest.raises(ValueError, match="prompt is empty"):
+        make_model().generate(torch.empty(1, 0, dtype=torch.long), 1)
+
+
+LOGITS = st.lists(st.floats(-9, 9, width=32), min_size=1, max_size=40)
+
+
+@settings(deadline=None, max_examples=150)
+@given(logits=LOGITS, temperature=st.sampled_from([1e-4, 0.5, 1.0, 3.0]), top_k=st.none() | st.integers(1, 45),
+       top_p=st.none() | st.floats(0.01, 1.0))
+def test_filters_keep_exactly_the_right_set_and_sum_to_one(logits, temperature, top_k, top_p):
+    probs = sampling_probs(torch.tensor([logits]), temperature, top_k, top_p)[0]
+    scaled = torch.tensor(logits) / temperature
+    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[:top_k]
+    kept, mass = [], 0.0
+    p = dict(zip(order, scaled[order].softmax(0).tolist()))
+    for i in order:
+        if top_p is not None and mass >= top_p - 1e-6 and kept:
+            break
+        kept.append(i)
+        mass += p[i]
+    wanted = torch.zeros(len(logits))
+    wanted[kept] = scaled[kept].softmax(0)
+    assert probs.sum().item() == pytest.approx(1, abs=1e-5)
+    if top_p is None or abs(mass - top_p) > 1e-5:  # at the very border rounding decides
+        extra = [i for i in probs.nonzero().flatten().tolist() if i not in kept]
+        assert all(p[i] < 1e-5 for i in extra)
+        torch.testing.assert_close(probs, wanted, atol=2e-5, rtol=1e-4)
+
+
+def test_filters_break_ties_by_the_lower_id_and_zero_temperature_is_greedy():
+    tied = torch.tensor([[1.0, 2.0, 2.0, 2.0]])
+    assert sampling_probs(tied, top_k=2).tolist() == [[0, 0.5, 0.5, 0]]
+    assert sampling_probs(tied, top_p=0.25).tolist() == [[0, 1, 0, 0]]
+    assert sampling_probs(tied, temperature=0).tolist() == [[0, 1, 0, 0]]
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_filters_refuse_values_without_a_meaning(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        sampling_probs(torch.zeros(1, 3), **bad)
+
+
+def test_loss_without_gradients_keeps_none():
+    x, w = torch.randn(5, 8, requires_grad=True), torch.randn(128, 8)
+    loss = LinearCrossEntropy.apply(x, w, torch.arange(5), 37, torch.float32, False)
+    torch.testing.assert_close(loss, F.cross_entropy(x @ w[:37].T, torch.arange(5), reduction="sum"))

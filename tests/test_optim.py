@@ -1,0 +1,81 @@
+"""optim.py against torch's own AdamW and a learning-rate table worked by hand."""
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+from optim import OptimConfig, build_optimizer, learning_rate, load_optimizer_state, optimizer_state
+
+
+def make_model() -> GPT:
+    torch.manual_seed(0)
+    return GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8, bias=True))
+
+
+@pytest.mark.parametrize(("step", "lr"), [
+    (0, 1.0 / 5), (1, 2.0 / 5), (3, 4.0 / 5),  # warm-up: (step + 1) / (warmup_iters + 1)
+    (4, 1.0),  # the top, where the cosine begins
+    (9, 0.55),  # half-way: the mean of 1.0 and 0.1
+    (14, 0.1), (1000, 0.1)])  # the end and beyond
+def test_learning_rate_follows_the_table(step, lr):
+    config = OptimConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=4, lr_decay_iters=14)
+    assert learning_rate(step, config) == pytest.approx(lr)
+    assert learning_rate(step, OptimConfig(learning_rate=0.3, decay_lr=False)) == 0.3
+
+
+def test_only_matrices_and_tables_decay():
+    model = make_model()
+    groups = build_optimizer(model, OptimConfig(weight_decay=0.1)).param_groups
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert len(decay) == len(list(model.parameters()))
+    for name, p in model.named_parameters():
+        assert decay[id(p)] == (0.0 if name.endswith("bias") or "ln_" in name else 0.1), name
+
+
+def steps(model: GPT, optimizer: torch.optim.Optimizer, count: int) -> None:
+    """Updates with random gradients, but for the padding rows, which never get any."""
+    torch.manual_seed(3)
+    for _ in range(count):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        model.wte.weight.grad[11:] = 0
+        optimizer.step()
+
+
+def test_updates_equal_torchs_plain_adamw():
+    ours, theirs = make_model(), make_model()
+    optimizer = build_optimizer(ours, OptimConfig(learning_rate=1e-2, weight_decay=0.3, beta1=0.8, beta2=0.9))
+    plain = torch.optim.AdamW([
+        {"params": [p for p in theirs.parameters() if p.dim() > 1], "weight_decay": 0.3},
+        {"params": [p for p in theirs.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ], lr=1e-2, betas=(0.8, 0.9), foreach=False, fused=False)
+    steps(ours, optimizer, 5)
+    steps(theirs, plain, 5)
+    for a, b in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    assert not ours.wte.weight[11:].any()  # padding stays zero under weight decay
+
+
+def test_state_put_back_by_name_continues_exactly():
+    model = make_model()
+    optimizer = build_optimizer(model, OptimConfig())
+    steps(model, optimizer, 3)
+    state = {name: t.clone() for name, t in optimizer_state(optimizer, model).items()}
+    twin = make_model()
+    twin.load_state_dict(model.state_dict())
+    twin_optimizer = build_optimizer(twin, OptimConfig())
+    load_optimizer_state(twin_optimizer, twin, state)
+    steps(model, optimizer, 2)
+    steps(twin, twin_optimizer, 2)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters()))
+
+
+def test_missing_and_misshapen_state_is_named():
+    model = make_model()
+    optimizer = build_optimizer(model, OptimConfig())
+    steps(model, optimizer, 1)
+    state = dict(optimizer_state(optimizer, model))
+    for bad in ({}, {"exp_avg.ln_f.weight": torch.zeros(3)}):
+        broken = {k: v for k, v in state.items() if k != "exp_avg.ln_f.weight"} | bad
+        with pytest.raises(ValueError, match=r"exp_avg of ln_f\.weight"):
+            load_optimizer_state(optimizer, model, broken)

@@ -1,0 +1,339 @@
+"""train.py in one process: where a run starts, how it goes on, and what it refuses."""
+
+import json
+import math
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TEXT, TINY_RUN, files_of, records_of
+from test_weights import Planted, save_hf, save_nanogpt
+
+import train
+from checkpoint import RunFolder, read_trainer
+from data import TrainOrder, open_dataset
+from model import GPT
+
+LATEST = Path("out/tiny/checkpoints/latest")
+
+
+def weights_of(run: str = "out/tiny") -> bytes:
+    return Path(run, "checkpoints/latest/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_two_halves_end_byte_identical_to_the_whole(cli, tiny_data, dropout):
+    options = (*TINY_RUN, f"--dropout={dropout}")
+    assert cli("train", *options, "--out_dir=out/whole").code == 0
+    assert cli("train", *options, "--max_iters=3").code == 0
+    result = cli("train", *options)
+    assert "resuming out/tiny at step 3; changed: out_dir" not in result.out
+    assert "changed: max_iters was 3, is 6" in result.out
+    assert weights_of() == weights_of("out/whole")
+    assert [r["step"] for r in records_of("out/tiny")] == [r["step"] for r in records_of("out/whole")]
+
+
+def test_the_loop_makes_the_updates_that_its_parts_define(cli, tiny_data):
+    """Six steps written out with whole batches, plain AdamW and no micro-batches."""
+    assert cli("train", *TINY_RUN).code == 0
+    trained = GPT.from_pretrained("out/tiny")
+    torch.manual_seed(1337)
+    model = GPT(trained.config)
+    order = TrainOrder(open_dataset("tiny").splits["train"], 16, 1337)
+    decay = [{"params": [p for p in model.parameters() if (p.dim() > 1) == is_matrix], "weight_decay": wd}
+             for is_matrix, wd in ((True, 0.1), (False, 0.0))]
+    optimizer = torch.optim.AdamW(decay, betas=(0.9, 0.95))
+    for step in range(6):
+        x, y = (torch.from_numpy(a.copy()) for a in order.batch(step * 8, 8))
+        loss = torch.nn.functional.cross_entropy(model(x)[0].flatten(0, 1), y.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = train.optim.learning_rate(step, train.OptimConfig(
+                learning_rate=1e-2, warmup_iters=2, lr_decay_iters=6))
+        optimizer.step()
+        optimizer.zero_grad()
+    for (name, a), b in zip(model.named_parameters(), trained.parameters()):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, msg=name)
+    last = [record for record in records_of("out/tiny") if "train/loss" in record][-1]
+    assert last["train/loss"] == pytest.approx(loss.item(), abs=1e-4)
+
+
+def test_the_micro_batch_changes_nothing_but_rounding(cli, tiny_data):
+    assert "2 micro-batches x 4 sequences" in cli("train", *TINY_RUN, "--eval_iters=0").out
+    other = [option for option in TINY_RUN if "accumulation" not in option]  # 128 tokens in another way
+    assert "4 micro-batches x 2 sequences" in cli("train", *other, "--batch_size=3", "--total_batch_size=128",
+                                                  "--eval_iters=0", "--out_dir=out/other").out
+    for a, b in zip(*(GPT.from_pretrained(f"out/{run}").parameters() for run in ("tiny", "other"))):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+
+
+def test_trainer_state_is_the_documented_one(cli, tiny_data):
+    assert cli("train", *TINY_RUN).code == 0
+    state = read_trainer(LATEST)
+    assert (state["step"], state["next_seq"], state["tokens"]) == (6, 48, 48 * 16)
+    assert state["options"] == json.loads(Path("out/tiny/train_config.json").read_text())
+    assert {"best_val_loss", "scaler", "micro_batch", "seed", "data_fingerprint", "versions"} <= state.keys()
+
+
+def test_a_finished_run_says_so_and_is_left_alone(cli, tiny_data):
+    assert cli("train", *TINY_RUN).code == 0
+    before = files_of(Path("out"))
+    result = cli("train", *TINY_RUN)
+    assert result.code == 0
+    assert "out/tiny is finished: 6 steps" in result.out
+    assert files_of(Path("out")) == before
+
+
+def test_eval_only_reads_the_whole_split_and_writes_nothing(cli, tiny_data):
+    fresh = cli("train", *TINY_RUN, "--eval_only=True")
+    assert f"step 0: val loss {math.log(len(set(TEXT))):.1f}" in fresh.out
+    assert not Path("out").exists()
+    assert cli("train", *TINY_RUN).code == 0
+    before = files_of(Path("out"))
+    final = records_of("out/tiny")[-1]["val/loss"]
+    assert f"step 6: val loss {final:.4f} on the whole" in cli("train", *TINY_RUN, "--eval_only=True").out
+    assert files_of(Path("out")) == before
+
+
+@pytest.mark.parametrize(("options", "saved"), [
+    (["--always_save_checkpoint=True"], [3, 6]), (["--save_interval=2"], [2, 3, 4, 6]),
+    (["--save_interval=4", "--keep_last=1"], [6])])
+def test_checkpoints_fall_where_the_options_say(cli, tiny_data, options, saved):
+    assert cli("train", *TINY_RUN, "--keep_last=0", *options).code == 0
+    assert [int(p.name[5:]) for p in sorted(Path("out/tiny/checkpoints").glob("step_*"))] == saved
+
+
+def test_only_improvements_are_saved_when_asked(cli, tiny_data):
+    assert cli("train", *TINY_RUN, "--keep_last=0", "--eval_interval=1", "--always_save_checkpoint=False",
+               "--learning_rate=2.0", "--decay_lr=False", "--grad_clip=0").code == 0  # a loss that goes up and down
+    losses = {r["step"]: r.get("val/sampled_loss", r["val/loss"])
+              for r in records_of("out/tiny") if "val/loss" in r}
+    best_at = [s for s in range(1, 7) if losses[s] < min(losses[e] for e in range(s))]
+    saved = [int(p.name[5:]) for p in sorted(Path("out/tiny/checkpoints").glob("step_*"))]
+    assert saved == sorted({*best_at, 6})
+    assert len(saved) < 6
+
+
+# Starting from elsewhere
+
+
+def test_fine_tuning_starts_from_the_given_weights(cli, tiny_data, tmp_path):
+    save_nanogpt(tmp_path / "ckpt.pt", vocab_size=64)
+    save_hf(tmp_path / "hf", vocab_size=64, bos_token_id=None, eos_token_id=None)
+    for source in ("ckpt.pt", "hf"):
+        options = ("--dataset=tiny", f"--init_from={source}", "--batch_size=4", "--gradient_accumulation_steps=1",
+                   "--max_iters=2", "--eval_interval=2", "--eval_iters=1", f"--out_dir=out/{source}",
+                   "--decay_lr=False", "--learning_rate=1e-3", "--device=cpu")
+        result = cli("train", *options)
+        assert result.code == 0, result.err
+        start = GPT.from_pretrained(str(tmp_path / source))
+        tuned = GPT.from_pretrained(f"out/{source}")
+        assert tuned.config.block_size == 32
+        assert tuned.config.dropout == 0.0  # the option's, not the file's
+        far = max((a - b).abs().max().item() for a, b in zip(start.parameters(), tuned.parameters()))
+        assert 0 < far < 0.01
+        assert "is finished" in cli("train", *options).out
+
+
+def test_fine_tuning_on_a_shorter_context_crops_and_contradictions_are_listed(cli, refused, tiny_data, tmp_path):
+    save_hf(tmp_path / "hf", vocab_size=64)
+    base = [o for o in TINY_RUN if not o.startswith("--n_")]
+    assert cli("train", *base, "--init_from=hf").code == 0
+    assert GPT.from_pretrained("out/tiny").config.block_size == 16
+    line = refused("train", *base, "--init_from=hf", "--out_dir=out/x", "--n_layer=5", "--mlp=gelu")
+    assert "n_layer=5 was asked for, and it has 2" in line
+    assert "mlp=gelu was asked for, and it has gelu_tanh" in line
+    assert "block_size=64" in refused("train", *base, "--init_from=hf", "--out_dir=out/x", "--block_size=64",
+                                      "--total_batch_size=0")
+    save_hf(tmp_path / "small", vocab_size=20, bos_token_id=None, eos_token_id=None)
+    assert "its vocabulary is 20" in refused("train", *base, "--init_from=small", "--out_dir=out/x")
+    assert not Path("out/x").exists()
+
+
+def headerless(folder: Path, meta: bool) -> None:
+    """A data set of nanoGPT's making."""
+    folder.mkdir(parents=True)
+    text = "to be, or not to be: that is the question\n" * 200
+    stoi = {c: i for i, c in enumerate(sorted(set(text)))}
+    ids = np.array([stoi[c] for c in text], dtype=np.uint16)
+    ids[:7000].tofile(folder / "train.bin")
+    ids[7000:].tofile(folder / "val.bin")
+    if meta:
+        table = {"vocab_size": len(stoi), "stoi": stoi, "itos": {i: c for c, i in stoi.items()}}
+        (folder / "meta.pkl").write_bytes(pickle.dumps(table))
+
+
+@pytest.mark.parametrize("meta", [True, False])
+def test_nanogpts_config_and_data_train_unmodified(cli, tmp_path, meta):
+    headerless(tmp_path / "data" / "hamlet", meta)
+    Path("hamlet.py").write_text('''
+# train a tiny character-level model, quickly
+import time
+out_dir = 'out-hamlet'
+eval_interval = 4 # keep frequent
+eval_iters = 2
+log_interval = 1
+always_save_checkpoint = False
+wandb_log = False
+wandb_run_name = 'mini-' + str(time.time())
+dataset = 'hamlet'
+gradient_accumulation_steps = 1
+batch_size = 4
+block_size = 16
+n_layer = 1
+n_head = 2
+n_embd = 16
+dropout = 0.2
+learning_rate = 1e-3
+max_iters = 4
+lr_decay_iters = 4
+min_lr = 1e-4
+beta2 = 0.99
+warmup_iters = 1
+device = 'cpu'
+compile = False
+''')
+    result = cli("train", "hamlet.py")
+    assert result.code == 0, result.err
+    model = GPT.from_pretrained("out-hamlet")
+    assert model.config.mlp == "gelu"
+    if meta:
+        assert model.config.vocab_size == len(set("to be, or not to be: that is the question\n"))
+        assert cli("sample", "--out_dir=out-hamlet", "--start=to be", "--num_samples=1", "--device=cpu").code == 0
+    else:
+        assert model.config.vocab_size == 50257
+
+
+# What is refused
+
+
+def damage(data: Path, how: str) -> None:
+    shard = data / "train_000000.bin"
+    content = shard.read_bytes()
+    if how == "torn":
+        shard.write_bytes(content[:-3])
+    elif how == "magic":
+        shard.write_bytes(b"\0" * 8 + content[8:])
+    elif how == "id":
+        shard.write_bytes(content[:1024] + b"\xff\x00" * ((len(content) - 1024) // 2))
+
+
+@pytest.mark.parametrize(("how", "message"), [("torn", "is torn"), ("magic", "is not a token shard"),
+                                              ("id", "token id 255 at position")])
+def test_damaged_shards(refused, tiny_data, how, message):
+    damage(tiny_data, how)
+    before = files_of(tiny_data)
+    assert message in refused("train", *TINY_RUN, "--eval_interval=100")
+    assert files_of(tiny_data) == before
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--n_layers=3"], "--n_layers: unknown key 'n_layers'; did you mean 'n_layer'?"),
+    (["--n_layer=three"], "--n_layer: n_layer='three' is not a whole number"),
+    (["config/none.py"], "no config file 'config/none.py'"),
+    (["--dataset=shakespear"], "python prepare_data.py shakespear"),
+    (["--n_head=3"], "n_embd=16 is not divisible by n_head=3"),
+    (["--block_size=100000"], "lower block_size"),
+    (["--batch_size=0"], "batch_size=0 must be positive"),
+    (["--total_batch_size=100"], "not a positive multiple of block_size=16"),
+    (["--total_batch_size=1600"], "leave gradient_accumulation_steps out"),
+    (["--max_iters=-1", "--eval_interval=0"], "max_iters=-1 must be 0 or more; eval_interval=0 must be positive"),
+    (["--device=tpu9"], "device='tpu9'"),
+    (["--device=cpu", "--dtype=float16"], "hundred times slower"),
+    (["--device=cpu", "--backend=nccl"], "use --backend=gloo"),
+    (["--init_from=no-such-model"], "no model at 'no-such-model'"),
+    (["--resume=must"], "nothing to resume"),
+    (["--init_from=resume"], "nothing to resume"),
+    (["--overwrite=True"], "needs resume=never"),
+    (["--vocab_size=7"], "leave the key out"),
+])
+def test_bad_options_are_one_line_and_leave_nothing(refused, tiny_data, tmp_path, options, message):
+    before = files_of(tmp_path)
+    assert message in refused("train", *TINY_RUN, *options)
+    assert files_of(tmp_path) == before
+    assert not Path("out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_without_cuda(refused, tiny_data):
+    assert "use --device=cpu" in refused("train", *TINY_RUN, "--device=cuda")
+
+
+def test_a_step_that_does_not_divide_over_the_processes(refused, tiny_data, monkeypatch):
+    monkeypatch.setattr("train.distributed.job", lambda *args: Job3())
+    assert "nearest that do: 6 (--total_batch_size=96) and 9 (--total_batch_size=144)" in refused("train", *TINY_RUN)
+
+
+class Job3:
+    """Rank 0 of three that never start."""
+
+    def __enter__(self):
+        return train.Job(0, 3, torch.device("cpu"), torch.float32)
+
+    def __exit__(self, *exception):
+        return None
+
+
+def test_resuming_with_another_shape_data_batch_or_seed_lists_the_differences(cli, refused, tiny_data):
+    assert cli("train", *TINY_RUN, "--max_iters=3").code == 0
+    before = files_of(Path("out"))
+    line = refused("train", *TINY_RUN, "--n_embd=32", "--seed=1", "--gradient_accumulation_steps=1")
+    for difference in ("n_embd was 16, is 32", "seed was 1337, is 1", "seqs_per_step was 8, is 4"):
+        assert difference in line
+    assert "choose another --out_dir" in line
+    manifest = json.loads((tiny_data / "dataset.json").read_text())
+    manifest["shards"][0]["sha256"] = "0" * 64  # as if the data had been made anew
+    (tiny_data / "dataset.json").write_text(json.dumps(manifest))
+    assert "data_fingerprint was" in refused("train", *TINY_RUN)
+    assert files_of(Path("out")) == before
+
+
+def test_a_flipped_byte_in_the_only_checkpoint(cli, refused, tiny_data):
+    assert cli("train", *TINY_RUN, "--max_iters=2").code == 0
+    path = LATEST / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    before = files_of(Path("out"))
+    assert "model.safetensors is not what was saved" in refused("train", *TINY_RUN)
+    assert "model.safetensors is not what was saved" in refused("sample", "--out_dir=out/tiny")
+    assert files_of(Path("out")) == before
+
+
+def test_planted_pickles_do_not_run(refused, tiny_data, tmp_path):
+    torch.save({"model": {}, "model_args": Planted(tmp_path / "ran")}, "ckpt.pt")
+    headerless(tmp_path / "data" / "trap", meta=False)
+    (tmp_path / "data" / "trap" / "meta.pkl").write_bytes(pickle.dumps(Planted(tmp_path / "ran")))
+    assert "ckpt.pt" in refused("train", *TINY_RUN, "--init_from=ckpt.pt")
+    assert "meta.pkl was refused" in refused("train", *TINY_RUN, "--dataset=trap")
+    assert not (tmp_path / "ran").exists()
+    assert not Path("out").exists()
+
+
+def test_two_runs_on_one_folder(cli, refused, tiny_data):
+    assert cli("train", *TINY_RUN, "--max_iters=2").code == 0
+    before = files_of(Path("out"))
+    with RunFolder("out/tiny") as other:
+        other.open(json.loads(Path("out/tiny/train_config.json").read_text()), overwrite=False)
+        assert "out/tiny is in use by another run" in refused("train", *TINY_RUN)
+    assert files_of(Path("out")) == before
+
+
+def test_overwrite_starts_anew(cli, refused, tiny_data):
+    assert cli("train", *TINY_RUN).code == 0
+    assert "--overwrite=True" in refused("train", *TINY_RUN, "--resume=never")
+    assert cli("train", *TINY_RUN, "--resume=never", "--overwrite=True", "--max_iters=1").code == 0
+    assert [p.name for p in Path("out/tiny/checkpoints").glob("step_*")] == ["step_00000001"]
+
+
+def test_a_block_that_does_not_compile_falls_back_to_eager(cli, tiny_data, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr("model.Block.compile", lambda self: setattr(self, "_compiled_call_impl", fail))
+    result = cli("train", *TINY_RUN, "--compile=True")
+    assert result.code == 0, result.err
+    assert "torch.compile failed, going on without it: RuntimeError: no compiler here" in result.out

@@ -1,0 +1,200 @@
+"""weights.py against transformers, and against files of nanoGPT's layout."""
+
+import json
+import os
+import pickle
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import weights
+from model import GPT, GPTConfig
+
+SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16}
+
+
+def save_hf(folder, prefixed: bool = True, **changes) -> transformers.GPT2LMHeadModel:
+    """A random GPT-2 written by transformers; `prefixed=False` renames its tensors to those of OpenAI's own file."""
+    torch.manual_seed(1)
+    config = transformers.GPT2Config(**{"n_positions": 32, "vocab_size": 101, "bos_token_id": 100,
+                                        "eos_token_id": 100} | SHAPE | changes)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    model.save_pretrained(folder)
+    if not prefixed:
+        state = {name.removeprefix("transformer."): t for name, t in load_file(folder / "model.safetensors").items()}
+        for layer in range(2):  # the causal mask, a buffer in OpenAI's file
+            state[f"h.{layer}.attn.bias"] = torch.tril(torch.ones(1, 1, 32, 32))
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+def save_nanogpt(path, compiled: bool = True, **changes) -> dict:
+    """A ckpt.pt of nanoGPT's layout with random weights; returns the state dict in it."""
+    torch.manual_seed(2)
+    args = {"block_size": 32, "vocab_size": 101, "bias": False, "dropout": 0.1} | SHAPE | changes
+    model = GPT(GPTConfig(**args))
+    prefix = "_orig_mod." if compiled else ""
+    state = {f"{prefix}transformer.{name}": t for name, t in model.state_dict().items()}
+    table = state.pop(f"{prefix}transformer.wte.weight")[:args["vocab_size"]].clone()
+    state |= {f"{prefix}transformer.wte.weight": table, f"{prefix}lm_head.weight": table}
+    torch.save({"model": state, "model_args": args, "iter_num": 7, "best_val_loss": torch.tensor(2.5),
+                "optimizer": {"state": {}, "param_groups": []}, "config": {"dataset": "tiny"}}, path)
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("prefixed", [True, False])
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
+def test_logits_and_loss_equal_transformers(tmp_path, prefixed, activation):
+    theirs = save_hf(tmp_path, prefixed, activation_function=activation, layer_norm_epsilon=1e-4)
+    ours = GPT.from_pretrained(str(tmp_path)).eval()
+    idx = torch.randint(101, (3, 32))
+    targets = torch.where(torch.rand(3, 32) < 0.2, -100, idx)
+    wanted = theirs(idx, labels=targets)
+    torch.testing.assert_close(ours(idx)[0], wanted.logits, atol=1e-5, rtol=1e-5)
+    shifted = torch.where(targets[:, 1:] == -100, -1, targets[:, 1:])
+    torch.testing.assert_close(ours(idx[:, :-1], shifted)[1], wanted.loss, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("mlp", ["gelu", "gelu_tanh"])
+def test_what_we_save_transformers_loads_and_so_do_we(tmp_path, bias, mlp):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=101, bias=bias, mlp=mlp, dropout=0.1, **SHAPE)).eval()
+    model.save_pretrained(str(tmp_path), eot_id=100)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    idx = torch.randint(101, (3, 32))
+    assert isinstance(theirs, transformers.GPT2LMHeadModel)
+    assert theirs.config.eos_token_id == theirs.generation_config.eos_token_id == 100
+    assert theirs.config.activation_function == {"gelu": "gelu", "gelu_tanh": "gelu_new"}[mlp]
+    torch.testing.assert_close(theirs(idx).logits, model(idx)[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(theirs(idx, labels=idx).loss, model(idx[:, :-1], idx[:, 1:])[1], atol=1e-5, rtol=1e-5)
+    again = GPT.from_pretrained(str(tmp_path))
+    assert again.config == model.config
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values()))
+
+
+def test_transformers_generates_our_greedy_tokens(tmp_path):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=101, **SHAPE)).eval()
+    model.save_pretrained(str(tmp_path))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    idx = torch.randint(101, (2, 5))
+    wanted = theirs.generate(idx, max_new_tokens=20, do_sample=False, pad_token_id=0)
+    assert torch.equal(model.generate(idx, 20, temperature=0), wanted)
+
+
+def test_biases_that_someone_else_trained_are_not_dropped(tmp_path):
+    GPT(GPTConfig(block_size=32, vocab_size=101, bias=False, **SHAPE)).save_pretrained(str(tmp_path))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        theirs.transformer.h[0].mlp.c_fc.bias.add_(0.5)
+    theirs.save_pretrained(tmp_path)
+    ours, idx = GPT.from_pretrained(str(tmp_path)).eval(), torch.randint(101, (1, 32))
+    assert ours.config.bias
+    torch.testing.assert_close(ours(idx)[0], theirs(idx).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_weights_in_several_files_and_in_half_precision_load(tmp_path):
+    theirs = save_hf(tmp_path / "whole")
+    theirs.half().save_pretrained(tmp_path / "parts", max_shard_size="10KB")
+    assert (tmp_path / "parts" / "model.safetensors.index.json").is_file()
+    ours, idx = GPT.from_pretrained(str(tmp_path / "parts")).eval(), torch.randint(101, (1, 32))
+    torch.testing.assert_close(ours(idx)[0], theirs.float()(idx).logits, atol=1e-5, rtol=1e-5)
+
+
+def make_hub_cache(cache, name: str = "gpt2", **changes) -> transformers.GPT2LMHeadModel:
+    """A hub cache that holds openai-community/<name> with random weights."""
+    repo = cache / f"models--openai-community--{name}"
+    snapshot = repo / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0" * 40)
+    return save_hf(snapshot, **changes)
+
+
+def test_alias_loads_from_the_hub_cache_offline(tmp_path, monkeypatch):
+    theirs = make_hub_cache(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    idx = torch.randint(101, (1, 32))
+    for source in ("gpt2", "openai-community/gpt2"):
+        torch.testing.assert_close(GPT.from_pretrained(source).eval()(idx)[0], theirs(idx).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_without_cache_and_network_the_error_is_one_clear_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match=r"could not get openai-community/gpt2-xl from .*--init_from=FOLDER") as error:
+        GPT.from_pretrained("gpt2-xl")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_nanogpt_checkpoint_keeps_its_weights_and_its_exact_gelu(tmp_path, compiled, bias):
+    state = save_nanogpt(tmp_path / "ckpt.pt", compiled, bias=bias)
+    model = GPT.from_pretrained(str(tmp_path / "ckpt.pt"))
+    assert (model.config.mlp, model.config.bias, model.config.dropout) == ("gelu", bias, 0.1)
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+    model.save_pretrained(str(tmp_path / "hf"))
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["activation_function"] == "gelu"
+    assert torch.equal(GPT.from_pretrained(str(tmp_path)).wte.weight, model.wte.weight)  # nanoGPT's out_dir
+
+
+class Planted:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
+def test_a_pickle_planted_in_ckpt_pt_is_not_run(tmp_path, save):
+    save({"model": {}, "model_args": Planted(tmp_path / "ran")}, tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match=r"ckpt\.pt"):
+        GPT.from_pretrained(str(tmp_path / "ckpt.pt"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_files_that_are_something_else_are_named(tmp_path):
+    (tmp_path / "a.pt").write_bytes(b"no checkpoint")
+    torch.save([1, 2], tmp_path / "b.pt")
+    for name in ("a.pt", "b.pt"):
+        with pytest.raises(ValueError, match=name):
+            GPT.from_pretrained(str(tmp_path / name))
+    for source in ("nothing-here", "no/such/file.pt", str(tmp_path)):
+        with pytest.raises(OSError, match="no model"):
+            weights.resolve(source)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"model_type": "llama"}, "only gpt2"), ({"n_inner": 20}, "n_inner=20"),
+    ({"activation_function": "relu"}, "activation_function=relu"), ({"n_embd": 32}, "of another shape"),
+    ({"n_layer": 3}, "missing"), ({"n_layer": 1}, "unknown"),
+    ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn")])
+def test_a_folder_that_is_no_such_gpt2_says_why(tmp_path, change, message):
+    save_hf(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=message):
+        GPT.from_pretrained(str(tmp_path))
+
+
+def test_broken_files_are_named(tmp_path):
+    save_hf(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="broken"):
+        GPT.from_pretrained(str(tmp_path))
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="safetensors only"):
+        GPT.from_pretrained(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not readable JSON"):
+        GPT.from_pretrained(str(tmp_path))
