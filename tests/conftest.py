@@ -62,21 +62,15 @@ def refused(cli):
     return call
 
 
-def spawn(*args: object, cwd: Path, **env: str) -> subprocess.Popen:
-    """Start `python args...` of this interpreter in a folder, with stdout and stderr together."""
-    return subprocess.Popen([sys.executable, *map(str, args)], cwd=cwd, env={**os.environ, **env}, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def run_process(*args: object, cwd: Path, **env: str) -> str:
+    """Run `python args...` to its end and give its output; the test fails with that unless it exits 0."""
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env={**os.environ, **env}, text=True, timeout=300,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
-def run_process(*args: object, cwd: Path, **env: str) -> subprocess.CompletedProcess:
-    """Run `python args...` to its end; the test fails with its output unless it exits 0."""
-    process = spawn(*args, cwd=cwd, **env)
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
-    return subprocess.CompletedProcess(process.args, 0, out)
-
-
-def torchrun(nproc: int, *args: object, cwd: Path) -> subprocess.CompletedProcess:
+def torchrun(nproc: int, *args: object, cwd: Path) -> str:
     """`torchrun --nproc_per_node=nproc args...` on a free port, CPU only."""
     return run_process("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", *args, cwd=cwd,
                        OMP_NUM_THREADS="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")

@@ -1,0 +1,107 @@
+"""The whole job as a user runs it: the README's commands, `make demo`, and torchrun against one process."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY_RUN, records_of, torchrun
+
+from model import GPT
+
+# README commands that cannot run here: they need a network, a GPU, or eight of them.
+ELSEWHERE = re.compile(r"^(git|cd|make|pip) |gpt2|nproc_per_node=8|finetune|config/shakespeare_char\.py|ckpt\.pt")
+
+
+@pytest.fixture
+def clone(tmp_path) -> Path:
+    """What a user has after `git clone`: the project without what was built in it."""
+    shutil.copytree(ROOT, tmp_path / "flatgpt", ignore=shutil.ignore_patterns(".*", "data", "out*", "__pycache__"))
+    return tmp_path / "flatgpt"
+
+
+def shell(command: str, cwd: Path) -> str:
+    """Run a command with this interpreter as `python`; the test fails with its output unless it exits 0."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(command, shell=True, cwd=cwd, env={**os.environ, "PATH": path}, text=True, timeout=600,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    assert done.returncode == 0, f"{command}\n{done.stdout}"
+    return done.stdout
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    lines = "".join(blocks).replace("\\\n", "").splitlines()
+    return [command for line in lines if (command := line.partition("  #")[0].strip())]
+
+
+def test_readmes_commands_run_and_shakespeare_reaches_its_loss(clone, shakespeare):
+    run = []
+    for command in readme_commands():
+        if ELSEWHERE.search(command):
+            continue
+        if command == "python prepare_data.py shakespeare_char":  # here without the download
+            command += f" --input={shlex.quote(str(shakespeare))}"
+        shell(command, clone)
+        run.append(command)
+    assert "python train.py config/shakespeare_char_cpu.py" in run
+    last = records_of(clone / "out" / "shakespeare_char_cpu")[-1]
+    assert last["step"] == 2000
+    assert last["val/loss"] <= 1.92
+
+
+def test_make_demo_ends_with_a_sample(clone):
+    steps = "--max_iters=20 --eval_iters=1"
+    out = shell(f"make -o .venv/.run demo PY={shlex.quote(sys.executable)} ARGS={shlex.quote(steps)}", clone)
+    assert "data/python_stdlib" in out
+    assert out.count("def ") >= 2
+    assert "tokens/s" in out
+
+
+TWO_RANKS = ("--eval_iters=0", "--eval_interval=100", "--log_interval=50")
+
+
+def test_two_processes_train_the_model_that_one_trains(cli, tiny_data, tmp_path):
+    config = (ROOT / "config" / "shakespeare_char_cpu.py", "--dataset=tiny", *TWO_RANKS)
+    for steps in (1, 100):
+        options = (*config, f"--max_iters={steps}", "--dtype=float32")
+        assert cli("train", *options, f"--out_dir=out/one-{steps}").code == 0
+        torchrun(2, ROOT / "train.py", *options, f"--out_dir=out/two-{steps}", cwd=tmp_path)
+    for a, b in zip(*(GPT.from_pretrained(f"out/{run}-1").parameters() for run in ("one", "two"))):
+        assert (a - b).abs().max() <= 1e-6
+    one, two = (records_of(f"out/{run}-100")[-1] for run in ("one", "two"))
+    assert one["step"] == two["step"] == 100
+    assert two["val/loss"] == pytest.approx(one["val/loss"], abs=1e-3)
+
+
+def test_two_processes_resume_byte_identically_and_one_goes_on_from_them(cli, tiny_data, tmp_path):
+    options = (*TINY_RUN, "--dropout=0.1")
+    torchrun(2, ROOT / "train.py", *options, "--out_dir=out/whole", cwd=tmp_path)
+    torchrun(2, ROOT / "train.py", *options, "--max_iters=3", cwd=tmp_path)
+    shutil.copytree("out/tiny", "out/other", symlinks=True)
+    torchrun(2, ROOT / "train.py", *options, cwd=tmp_path)
+    model = "checkpoints/latest/model.safetensors"
+    assert Path("out/tiny", model).read_bytes() == Path("out/whole", model).read_bytes()
+    result = cli("train", *options, "--out_dir=out/other")
+    assert "resuming out/other at step 3" in result.out
+    # The same global batches and, at the same micro-batch, the same dropout masks: only rounding differs.
+    assert records_of("out/other")[-1]["val/loss"] == pytest.approx(records_of("out/whole")[-1]["val/loss"], abs=1e-4)
+
+
+def test_a_failure_of_rank_0_ends_all_ranks(tiny_data, tmp_path):
+    with pytest.raises(AssertionError) as failure:
+        torchrun(2, ROOT / "train.py", *TINY_RUN, "--init_from=no-such-model", cwd=tmp_path)
+    assert str(failure.value).count("error: no model at 'no-such-model'") == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_main_job_on_cuda(cli, tiny_data):
+    options = [option for option in TINY_RUN if not option.startswith(("--device", "--dtype"))]
+    assert cli("train", *options, "--device=cuda").code == 0
+    assert cli("sample", "--out_dir=out/tiny", "--prompt=the", "--num_samples=1", "--device=cuda").code == 0

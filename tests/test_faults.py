@@ -1,0 +1,56 @@
+"""Runs that are killed: nothing is lost, and the same command ends where the undisturbed run ends."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from conftest import ROOT, TINY_RUN, records_of, run_process
+
+from checkpoint import verify
+
+OPTIONS = (*TINY_RUN, "--max_iters=100", "--lr_decay_iters=100", "--eval_interval=50", "--save_interval=20",
+           "--dropout=0.1", "--keep_last=0")
+
+
+def newest_step(run: Path) -> int:
+    return max((int(p.name[5:]) for p in run.glob("checkpoints/step_*")), default=0)
+
+
+def kill_after(step: int, delay_s: float, *options: str, cwd: Path) -> None:
+    """Start a run and SIGKILL it once its checkpoint of `step` is there."""
+    with open(cwd / "log", "w") as log:
+        process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *options], cwd=cwd, stdout=log, stderr=log)
+    deadline = time.monotonic() + 120
+    while newest_step(cwd / "out" / "tiny") < step:
+        assert process.poll() is None, (cwd / "log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    time.sleep(delay_s)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def test_killed_after_step_60_and_started_again_the_run_ends_byte_identical(cli, tiny_data, tmp_path):
+    assert cli("train", *OPTIONS, "--out_dir=out/whole").code == 0
+    # An evaluation of the whole split after every step gives the killer time to meet the run between 60 and 80.
+    slow = [option for option in OPTIONS if not option.startswith(("--eval_interval", "--eval_iters"))]
+    kill_after(60, 0.0, *slow, "--eval_interval=1", "--eval_iters=0", cwd=tmp_path)
+    killed_at = newest_step(tmp_path / "out" / "tiny")
+    assert 60 <= killed_at < 100
+    out = run_process(ROOT / "train.py", *OPTIONS, cwd=tmp_path)
+    assert f"resuming out/tiny at step {killed_at}" in out
+    model = "checkpoints/step_00000100/model.safetensors"
+    assert Path("out/tiny", model).read_bytes() == Path("out/whole", model).read_bytes()
+    steps = [record["step"] for record in records_of("out/tiny") if "train/loss" in record]
+    assert steps == list(range(1, 101))
+
+
+def test_killed_at_any_moment_every_published_checkpoint_is_whole(cli, tiny_data, tmp_path):
+    options = (*OPTIONS, "--max_iters=100000", "--save_interval=1", "--eval_interval=100000", "--keep_last=2")
+    for delay_s in (0.0, 0.013, 0.05):
+        kill_after(newest_step(tmp_path / "out" / "tiny") + 3, delay_s, *options, cwd=tmp_path)
+        for folder in Path("out/tiny/checkpoints").glob("step_*"):
+            verify(folder)
+        assert Path("out/tiny/checkpoints/latest/SHA256SUMS").is_file()

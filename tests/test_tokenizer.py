@@ -1,0 +1,218 @@
+"""tokenizer.py against tiktoken, transformers, and the text itself."""
+
+from pathlib import Path
+
+import hypothesis
+import pytest
+import requests
+import tiktoken
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokenizer import EOT, GPT2_FILES, KINDS, GPT2Tokenizer, Tokenizer, load_tokenizer, make_tokenizer, train_bpe
+
+quick = hypothesis.settings(max_examples=50, deadline=None,
+                            suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+TEXT = ("It was the best of times, it wasn't the worst. Stop ! Do n't , he 's .\n\n  \tspend £3.14 on a naïve café\r\n"
+        "日本語 and 中文, Ελλάδα, עברית, 🎉🎊 👩‍👩‍👧 \u0000 <|endoftext|> the end of the text \n") * 3
+EDGES = ("", " ", "\n", "  lead", "trail \n\n", "a\r\nb", "don't", "the  the", "1234567", "🎉", "naïve 日本語")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def tokenizer(request) -> Tokenizer:
+    if request.param == "gpt2":
+        return request.getfixturevalue("gpt2_tokenizer")
+    return make_tokenizer(request.param, [TEXT], 400)
+
+
+@pytest.fixture(scope="module")
+def saved(tokenizer, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp(tokenizer.kind)
+    tokenizer.save(folder, model_max_length=64)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def theirs(saved):
+    (saved / "config.json").write_text('{"model_type": "gpt2"}')  # as in a checkpoint, whatever the tokenizer
+    return transformers.AutoTokenizer.from_pretrained(saved)
+
+
+def texts(tokenizer: Tokenizer) -> st.SearchStrategy[str]:
+    """Texts that the tokenizer knows."""
+    return st.text(sorted(set(TEXT))) if tokenizer.kind == "char" else st.text() | st.sampled_from(EDGES)
+
+
+@quick
+@given(st.data())
+def test_decoded_text_is_the_encoded_text(tokenizer, data):
+    text = data.draw(texts(tokenizer))
+    ids = tokenizer.encode(text)
+    assert ids.dtype == "uint32"
+    assert (ids < tokenizer.vocab_size).all()
+    assert tokenizer.decode(ids) == text
+
+
+def test_text_that_spells_end_of_text_is_text(tokenizer):
+    text = f"the{EOT}end{EOT}"
+    ids = tokenizer.encode(text).tolist()
+    assert tokenizer.eot_id not in ids
+    assert tokenizer.decode(ids) == text
+    if tokenizer.kind == "char":
+        assert tokenizer.eot_id is None
+        assert tokenizer.encode_prompt(text).tolist() == ids
+    else:
+        prompt = tokenizer.encode_prompt(text).tolist()
+        end = [tokenizer.eot_id]
+        assert prompt == [*tokenizer.encode("the"), *end, *tokenizer.encode("end"), *end]
+        assert tokenizer.decode(prompt) == text
+
+
+# Saved
+
+
+@quick
+@given(st.data())
+def test_transformers_gives_the_same_ids_and_text(tokenizer, theirs, data):
+    drawn = data.draw(texts(tokenizer))
+    for text in (drawn, drawn + TEXT):
+        text = text.replace(EOT, "")  # transformers takes it for the end of text
+        ids = theirs(text)["input_ids"]
+        assert ids == tokenizer.encode(text).tolist()
+        assert theirs.decode(ids) == text
+
+
+def test_transformers_knows_the_end_of_text_and_the_sizes(tokenizer, theirs):
+    assert theirs.eos_token_id == theirs.bos_token_id == tokenizer.eot_id
+    assert len(theirs) == tokenizer.vocab_size
+    assert theirs.model_max_length == 64
+    if tokenizer.eot_id is not None:
+        assert theirs(EOT)["input_ids"] == [tokenizer.eot_id]
+
+
+def test_a_saved_tokenizer_loads_as_it_was(tokenizer, saved):
+    loaded = load_tokenizer(saved)
+    assert (loaded.eot_id, loaded.vocab_size) == (tokenizer.eot_id, tokenizer.vocab_size)
+    assert loaded.encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist()  # TEXT spells the end of text
+    assert loaded.encode_prompt(TEXT).tolist() == tokenizer.encode_prompt(TEXT).tolist()
+    assert loaded.decode(loaded.encode_prompt(TEXT)) == TEXT
+    if tokenizer.kind in ("char", "byte"):
+        assert type(loaded) is type(tokenizer)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model": {"type": "Nonsense"}}'])
+def test_a_broken_file_is_named(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
+# Streamed
+
+
+def test_streamed_pieces_cut_no_character_and_join_to_the_text(tokenizer):
+    ids = iter(tokenizer.encode(TEXT).tolist())
+    pieces = list(tokenizer.decode_stream(ids))
+    assert "".join(pieces) == TEXT
+    assert len(pieces) > len(TEXT) / 10  # as it is written, not all at the end
+
+
+def test_whole_characters_are_streamed_at_once(tokenizer):
+    ids = tokenizer.encode("the end of the text").tolist()
+    stream = tokenizer.decode_stream(iter(ids))
+    assert [next(stream) for _ in ids] == [tokenizer.decode([i]) for i in ids]
+
+
+def test_bytes_that_are_no_text_do_not_stop_the_stream():
+    ids = iter(b"ab" + b"\x80" * 99 + b"cd")
+    stream = make_tokenizer("byte", [], 0).decode_stream(ids)
+    assert [next(stream) for _ in range(3)][:2] == ["a", "b"]
+    rest = list(ids)
+    assert len(rest) > 90  # what follows is not waited for
+    assert "".join(make_tokenizer("byte", [], 0).decode_stream(rest)).endswith("\ufffdcd")
+
+
+def test_a_character_that_was_not_finished_is_not_lost():
+    assert "".join(make_tokenizer("byte", [], 0).decode_stream(b"a\xf0\x9f")) == "a\ufffd"
+
+
+# Kinds
+
+
+@quick
+@given(st.text() | st.sampled_from([TEXT, *EDGES]))
+def test_gpt2_ids_are_tiktokens(gpt2_tokenizer, text):
+    wanted = tiktoken.get_encoding("gpt2").encode_ordinary(text)
+    assert gpt2_tokenizer.encode(text).tolist() == wanted
+    assert gpt2_tokenizer.hf.encode(text).ids == wanted  # the merges that tokenizer.json will hold
+    assert (gpt2_tokenizer.vocab_size, gpt2_tokenizer.eot_id) == (50257, 50256)
+
+
+@given(st.text())
+def test_byte_ids_are_the_utf8_bytes(text):
+    assert make_tokenizer("byte", [], 0).encode(text).tolist() == list(text.encode())
+
+
+@given(st.lists(st.text(), min_size=1))
+def test_char_ids_count_the_sorted_characters(documents):
+    text = "".join(documents)
+    characters = sorted(set(text))
+    tokenizer = make_tokenizer("char", documents, 0)
+    assert tokenizer.vocab_size == len(characters)
+    assert tokenizer.encode(text).tolist() == [characters.index(c) for c in text]
+
+
+def test_a_character_outside_the_vocabulary_is_named():
+    with pytest.raises(ValueError, match="does not know 'c' 'é'"):
+        make_tokenizer("char", ["ab"], 0).encode("abécab")
+
+
+def test_bpe_ids_are_end_of_text_then_bytes_then_merges_as_learned():
+    tokenizer = train_bpe(["xyxyxyxy"] * 9, 259)
+    assert (tokenizer.eot_id, tokenizer.vocab_size) == (0, 259)
+    assert tokenizer.encode("xyxy").tolist() == [258]
+    assert tokenizer.encode("xy").tolist() == [257]
+    single_bytes = make_tokenizer("byte", [], 0).hf.get_vocab().keys() - {EOT}
+    assert {tokenizer.hf.token_to_id(token) for token in single_bytes} == set(range(1, 257))
+
+
+@pytest.mark.parametrize("vocab_size", [257, 300, 100000])
+def test_a_bpe_vocabulary_is_no_larger_than_asked_for(vocab_size):
+    learned = train_bpe([TEXT], vocab_size).vocab_size
+    assert learned == vocab_size if vocab_size <= 300 else 300 < learned < vocab_size
+
+
+def test_a_bpe_vocabulary_without_room_for_the_bytes_is_refused():
+    with pytest.raises(ValueError, match=r"vocab_size=256 .* 257"):
+        train_bpe([TEXT], 256)
+
+
+def test_bpe_training_is_deterministic(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        train_bpe([TEXT, *EDGES], 400).save(tmp_path / name)
+    assert (tmp_path / "a/tokenizer.json").read_bytes() == (tmp_path / "b/tokenizer.json").read_bytes()
+
+
+def test_gpt2s_missing_files_are_named_when_there_is_no_network(tmp_path, monkeypatch):
+    def offline(*args, **kwargs):
+        raise requests.ConnectionError("no network")
+
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.delitem(tiktoken.registry.ENCODINGS, "gpt2", raising=False)
+    monkeypatch.setattr(requests, "get", offline)
+    with pytest.raises(OSError, match="TIKTOKEN_CACHE_DIR") as caught:
+        GPT2Tokenizer()
+    for url, name in GPT2_FILES.items():
+        assert f"{url} as {name}" in str(caught.value)
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match="'word' is none of gpt2, char, byte, bpe"):
+        make_tokenizer("word", [TEXT], 300)
