@@ -63,9 +63,10 @@ class BatchPlan:
 
 def plan_batches(config: DataConfig, given: Mapping[str, str], block_size: int, world_size: int) -> BatchPlan:
     """S from the options, cut for W ranks. `given` holds the keys that the user set. Raises ValueError."""
-    for key in ("batch_size", "gradient_accumulation_steps"):
-        if getattr(config, key) < 1:
-            raise ValueError(f"{key}={getattr(config, key)} must be positive")
+    for key, value in (("batch_size", config.batch_size), ("block_size", block_size),
+                       ("gradient_accumulation_steps", config.gradient_accumulation_steps)):
+        if value < 1:
+            raise ValueError(f"{key}={value} must be positive")
     seqs = config.gradient_accumulation_steps * config.batch_size
     if config.total_batch_size:
         if config.total_batch_size < 0 or config.total_batch_size % block_size:
@@ -164,22 +165,15 @@ def open_dataset(name: str, vocab_size: int = 0) -> Dataset:
     """
     folder = find_folder(name)
     if (folder / "dataset.json").is_file():
-        manifest = read_json(folder / "dataset.json")
-        shards = manifest["shards"]
-        paths = {split: [folder / Path(s["file"]).name for s in shards if s["split"] == split]
-                 for split in dict.fromkeys(s["split"] for s in shards)}
-        own_size = manifest["tokenizer"]["vocab_size"]
-        marks = {folder / s["file"]: s["sha256"] for s in shards}
+        paths, own_size, checksums = _read_manifest(folder)
     else:
-        paths = _find_shards(folder)
-        own_size = _read_meta(folder).get("vocab_size")
-        marks = {path: _mark(path) for split in paths.values() for path in split}
+        paths, own_size, checksums = _find_shards(folder), _read_meta(folder).get("vocab_size"), []
     if vocab_size and own_size and vocab_size != own_size:
         raise ValueError(f"vocab_size={vocab_size}, but {folder} has a vocabulary of {own_size}; leave the key out")
     vocab_size = own_size or vocab_size or GPT2_VOCAB_SIZE
     splits = {name: Split(files, vocab_size) for name, files in paths.items()}
-    summary = [(name, path.name, int(length), marks[path]) for name, split in splits.items()
-               for path, length in zip(split.paths, split.lengths)]
+    summary = [checksums, [(name, path.name, int(length), _mark(path)) for name, split in splits.items()
+                           for path, length in zip(split.paths, split.lengths)]]
     fingerprint = hashlib.sha256(json.dumps(summary).encode()).hexdigest()
     return Dataset(folder, splits, vocab_size, folder_tokenizer(folder, vocab_size), fingerprint)
 
@@ -194,6 +188,18 @@ def find_folder(name: str) -> Path:
         f"python prepare_data.py --input=FILE_OR_FOLDER --name={Path(name).name})")
 
 
+def _read_manifest(folder: Path) -> tuple[dict[str, list[Path]], int, list[str]]:
+    """Shards by split, vocabulary size and checksums of dataset.json. Raises ValueError when it is not ours."""
+    manifest = read_json(folder / "dataset.json")
+    paths: dict[str, list[Path]] = {}
+    try:
+        for shard in manifest["shards"]:
+            paths.setdefault(shard["split"], []).append(folder / Path(shard["file"]).name)
+        return paths, int(manifest["tokenizer"]["vocab_size"]), [shard["sha256"] for shard in manifest["shards"]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder}/dataset.json is not ours: {error} was not understood") from None
+
+
 def _find_shards(folder: Path) -> dict[str, list[Path]]:
     for pattern in (SHARD_NAME, NANOGPT_NAME):
         paths: dict[str, list[Path]] = {}
@@ -206,7 +212,7 @@ def _find_shards(folder: Path) -> dict[str, list[Path]]:
 
 
 def _mark(path: Path, edge_bytes: int = 65536) -> str:
-    """A stand-in for the checksum of a file too large to read at every start: a hash of its two ends."""
+    """A hash of a file's two ends: it is too large to be read whole at every start."""
     with open(path, "rb") as file:
         head = file.read(edge_bytes)
         file.seek(max(0, path.stat().st_size - edge_bytes))
@@ -358,9 +364,10 @@ class EvalOrder:
         return len(self._chosen)
 
     def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets of the chosen windows [first, first + count), (count, T) int64 each."""
+        """Inputs and targets of the chosen windows [first, first + count), (count, T) int64 each; rows beyond the last
+        window are padding."""
         chosen = self._chosen[first:first + count]
-        rows = np.full((len(chosen), self.block_size + 1), -1, dtype=np.int64)
+        rows = np.full((count, self.block_size + 1), -1, dtype=np.int64)
         for row, window, shard in zip(rows, chosen, np.searchsorted(self._ends, chosen, side="right")):
             before = self._ends[shard - 1] if shard else 0
             start = int(window - before) * self.block_size

@@ -138,10 +138,9 @@ def compile_blocks(model: nn.Module, wanted: str, here: Job, batch_size: int) ->
 
 
 def sum_over_ranks(value: torch.Tensor | float, here: Job) -> torch.Tensor:
-    """The sum of a number over all ranks, on the device; no rank waits for the device."""
-    total = torch.as_tensor(value, dtype=torch.float32).to(here.device)
+    """The sum of a float32 tensor, or of a number, over all ranks, on the device; nothing waits for the device."""
+    total = value.clone() if isinstance(value, torch.Tensor) else torch.full((), float(value), device=here.device)
     if here.world_size > 1:
-        total = total.clone()
         dist.all_reduce(total)
     return total
 

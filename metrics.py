@@ -70,17 +70,16 @@ def validation_loss(model: GPT, order: EvalOrder, batch_size: int, here: Job) ->
     """Mean loss over all targets of the order's windows, in nats; every rank takes a share and gets the same answer."""
     training = model.training
     model.eval()
-    total = torch.zeros(2, device=here.device)
+    loss_sum, count = torch.zeros((), device=here.device), 0
     first, end = (len(order) * r // here.world_size for r in (here.rank, here.rank + 1))
     for start in range(first, end, batch_size):
-        x, y = order.batch(start, min(batch_size, end - start))
-        count = int((y >= 0).sum())
+        x, y = order.batch(start, batch_size)
+        y[end - start:] = -1  # the next rank's; a full batch all the same, so that compiled blocks meet one shape
+        count += int((y >= 0).sum())
         with here.autocast():
-            _, loss_sum = model(to_device(x, here.device), to_device(y, here.device), num_targets=1)
-        total += torch.stack([loss_sum, loss_sum.new_tensor(count)])
+            loss_sum += model(to_device(x, here.device), to_device(y, here.device), num_targets=1)[1]
     model.train(training)
-    loss_sum, count = sum_over_ranks(total, here).tolist()
-    return loss_sum / count
+    return (sum_over_ranks(loss_sum, here) / sum_over_ranks(count, here)).item()
 
 
 class Reporter:
@@ -189,5 +188,5 @@ def _start_wandb(config: LogConfig, folder: Path, options: dict[str, Any]) -> An
     import wandb
 
     # Without a key wandb would ask for a login, and the job would wait for an answer that nobody gives.
-    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
     return wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=options, dir=folder, mode=mode)

@@ -12,6 +12,7 @@ The folder is data/NAME; train.py finds it as --dataset=NAME. It appears only wh
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
 import shutil
 import sys
@@ -50,6 +51,7 @@ class Source:
 
     documents: Callable[[], list[Document]]
     tokenizer: str
+    val_fraction: float = 0.1
 
 
 @dataclass
@@ -59,27 +61,30 @@ class PrepareConfig:
     name: str = ""  # the folder in data/ to make; default: the source's or the input's name
     tokenizer: Literal["auto", "gpt2", "char", "byte", "bpe"] = "auto"  # auto = the source's own; gpt2 for --input
     vocab_size: int = 4096  # vocabulary of a bpe, which is trained on the text
-    val_fraction: float = 0.1  # share of the text for validation; by position, or by documents if there are 100 of them
+    val_fraction: float | None = None  # share of the text for validation; None = the source's own, 0.1 for --input.
+    # By position; from 100 documents on whole documents, drawn by a hash of their text
     test_fraction: float = 0.0  # share for a test split, which lies before the validation split
     shard_tokens: int = 100_000_000  # tokens a shard, at most
 
 
 def main(argv: list[str]) -> None:
-    # A bare word is the name of a source, not a config file.
-    argv = [word if word.startswith("--") else f"--dataset={word}" for word in argv]
-    config, _ = settings.parse(PrepareConfig, argv, usage=__doc__)
-    check_options(config)
+    config, _ = settings.parse(PrepareConfig, argv, usage=__doc__, bare_word="dataset")
     source = SOURCES.get(config.dataset)
+    if config.val_fraction is None:
+        config.val_fraction = source.val_fraction if source else 0.1
+    check_options(config)
     kind = config.tokenizer if config.tokenizer != "auto" else source.tokenizer if source else "gpt2"
     name = config.name or config.dataset or Path(config.input).resolve().stem
     arguments = {"source": config.dataset, "input": config.input, "tokenizer": kind,
                  "vocab_size": config.vocab_size if kind == "bpe" else None, "val_fraction": config.val_fraction,
                  "test_fraction": config.test_fraction, "shard_tokens": config.shard_tokens}
+    documents = local_documents(Path(config.input)) if config.input else source.documents()
+    if config.input:  # the same name does not make it the same text
+        arguments["input_bytes"] = sum(Path(document.path).stat().st_size for document in documents)
     target = DATA_DIR / name
     if is_made(target, arguments):
         print(f"{target} is there already, made with the same arguments")
         return
-    documents = local_documents(Path(config.input)) if config.input else source.documents()
     partial = DATA_DIR / f".{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -102,12 +107,11 @@ def check_options(config: PrepareConfig) -> None:
     if not config.dataset and not config.input:
         faults.append(f"nothing to read: name a source ({', '.join(SOURCES)}) or pass --input=FILE_OR_FOLDER")
     if config.dataset and config.dataset not in SOURCES:
-        close = settings.closest(config.dataset, SOURCES)
-        faults.append(f"no source {config.dataset!r}; {close or 'the sources are ' + ', '.join(SOURCES)}, and your own "
-                      "text goes in with --input=FILE_OR_FOLDER --name=NAME")
-    if config.val_fraction <= 0 or config.test_fraction < 0 or config.val_fraction + config.test_fraction >= 1:
-        faults.append(f"val_fraction={config.val_fraction} must be above 0, test_fraction={config.test_fraction} not "
-                      "below, and both together below 1")
+        hint = settings.closest(config.dataset, SOURCES) or f"the sources are {', '.join(SOURCES)}"
+        faults.append(f"no source {config.dataset!r}; {hint} (your own text: --input=FILE_OR_FOLDER --name=NAME)")
+    val, test = config.val_fraction, config.test_fraction
+    if not (val > 0 and test >= 0 and val + test < 1):
+        faults.append(f"val_fraction={val} must be above 0, test_fraction={test} not below, and both together below 1")
     if config.shard_tokens < 1:
         faults.append(f"shard_tokens={config.shard_tokens} must be positive")
     if Path(config.name).name != config.name:
@@ -155,7 +159,7 @@ def download(url: str) -> str:
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
             return response.read().decode("utf-8")
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise OSError(f"could not download {url} ({error}); download it on another machine and pass "
                       "--input=FILE") from None
 
@@ -182,7 +186,7 @@ def python_stdlib() -> list[Document]:
 SOURCES = {
     "shakespeare_char": Source(shakespeare, "char"),
     "shakespeare": Source(shakespeare, "gpt2"),
-    "python_stdlib": Source(python_stdlib, "bpe"),
+    "python_stdlib": Source(python_stdlib, "bpe", val_fraction=0.02),
 }
 
 

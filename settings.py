@@ -38,18 +38,19 @@ class Argument:
     where: str  # "--key" or "config/file.py:12", for messages
 
 
-def parse(options: type[T], argv: list[str], usage: str = "", aliases: dict[str, str] | None = None
-          ) -> tuple[T, dict[str, str]]:
+def parse(options: type[T], argv: list[str], usage: str = "", aliases: dict[str, str] | None = None,
+          bare_word: str = "") -> tuple[T, dict[str, str]]:
     """The options in argv, and the keys that were set there with the value each got.
 
-    `usage` heads the --help. `aliases` are other names for keys. Raises ValueError that lists every unknown key (with
+    `usage` heads the --help, `aliases` are other names for keys, `bare_word` is the key that a word without -- sets
+    (instead of naming a config file). Raises ValueError that lists every unknown key (with
     the closest known one) and every value of a wrong type, each with the place where it stood.
     """
     if {"-h", "--help"} & set(argv):
         _tyro(options, ["--help"], usage)
     known = field_types(options)
     arguments, faults = [], []
-    for argument in _expand(argv):
+    for argument in _expand(argv, bare_word):
         argument.key = (aliases or {}).get(argument.key, argument.key)
         if argument.key in known:
             arguments.append(argument)
@@ -92,13 +93,13 @@ def flatten(options: Any) -> dict[str, Any]:
     return flat
 
 
-def _expand(argv: list[str]) -> list[Argument]:
+def _expand(argv: list[str], bare_word: str) -> list[Argument]:
     """Config files replaced by their assignments; `--key value` joined."""
     arguments, rest = [], list(argv)
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
-            arguments += _read_config(word)
+            arguments += [Argument(bare_word, word, word)] if bare_word else _read_config(word)
             continue
         key, equals, value = word[2:].partition("=")
         if not equals:
@@ -116,17 +117,22 @@ def _read_config(path: str) -> list[Argument]:
     try:
         lines = _assignment_lines(path)
         names = runpy.run_path(path)
-    except Exception as error:  # the file is the user's program: it can fail in any way
-        line = error.lineno if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1].lineno
-        raise ValueError(f"{path}:{line}: {type(error).__name__}: {error}") from None
-    not_keys = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
-    return [Argument(name, str(value), f"{path}:{lines.get(name, '')}") for name, value in names.items()
-            if not name.startswith("_") and not isinstance(value, not_keys)]
+    except (Exception, SystemExit) as error:  # the file is the user's program: it can fail in any way
+        frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        line = error.lineno if isinstance(error, SyntaxError) else frames[-1] if frames else None
+        raise ValueError(f"{path}:{line or ''}: {type(error).__name__}: {error}") from None
+    return [Argument(name, str(names[name]), f"{path}:{line}") for name, line in lines.items()
+            if name in names and not name.startswith("_") and not _is_code(names[name])]
+
+
+def _is_code(value: object) -> bool:
+    """Modules, functions and classes are no options."""
+    return callable(value) or isinstance(value, types.ModuleType)
 
 
 def _assignment_lines(path: str) -> dict[str, int]:
-    """Name -> line of its last assignment."""
-    tree = ast.parse(Path(path).read_text(encoding="utf-8"), filename=path)
+    """Name -> line of its last assignment; names that are only imported are not in it."""
+    tree = ast.parse(Path(path).read_bytes(), filename=path)
     return {node.id: node.lineno for node in ast.walk(tree)
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
 

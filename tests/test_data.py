@@ -178,6 +178,11 @@ def test_a_batch_that_is_none_is_refused(options):
         plan_batches(DataConfig(**options), {}, 32, 1)
 
 
+def test_windows_of_no_tokens_are_refused():
+    with pytest.raises(ValueError, match="block_size=0 must be positive"):
+        plan_batches(DataConfig(total_batch_size=4), {}, 0, 1)
+
+
 # Evaluation
 
 
@@ -213,6 +218,12 @@ def test_sampled_windows_are_evenly_spaced_however_they_are_asked_for(lengths, n
     assert chosen[0] == 0
     assert gaps.min() > 0
     assert gaps.max() - gaps.min() <= 1
+
+
+def test_beyond_the_last_window_is_padding():
+    x, y = EvalOrder(split_of([9]), 4).batch(1, 3)
+    assert x.tolist() == [[4, 5, 6, 7], [0] * 4, [0] * 4]
+    assert y.tolist() == [[5, 6, 7, 8], [-1] * 4, [-1] * 4]
 
 
 def test_a_split_without_a_target_is_refused():
@@ -374,6 +385,13 @@ def test_a_missing_data_set_names_the_command_that_makes_it(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"'novel'.*python prepare_data\.py novel .*--name=novel"):
         open_dataset("novel")
+
+
+@pytest.mark.parametrize("manifest", ['{}', '{"shards": []}', '{"shards": [{"split": "train"}], "tokenizer": {}}'])
+def test_a_manifest_that_is_not_ours_is_named(tiny_data, manifest):
+    (tiny_data / "dataset.json").write_text(manifest)
+    with pytest.raises(ValueError, match=r"dataset\.json is not ours"):
+        open_dataset("tiny")
 
 
 def test_a_folder_without_shards_is_named(tmp_path):

@@ -99,9 +99,14 @@ def test_texts_and_numbers_arrive_as_they_were_written(config, title, rate):
 
 
 def test_names_that_are_no_assignments_of_values_are_no_keys(config):
-    assert parse(config("import os, os.path as path\nfrom math import sqrt\nfrom pathlib import Path\n_depth = 5\n"
+    assert parse(config("from __future__ import annotations\nimport os, os.path as path\nfrom math import pi\n"
+                        "from pathlib import Path\n_depth = 5\n"
                         "def double(x): return 2 * x\nsquare = lambda x: x * x\nclass num_steps_: pass\n"
                         "depth = double(square(3))\n")) == DEFAULTS | {"depth": 18}
+
+
+def test_a_config_file_may_begin_with_a_byte_order_mark(config):
+    assert parse(config("\ufeffdepth = 18\n")) == DEFAULTS | {"depth": 18}
 
 
 def test_an_alias_is_another_name_of_its_key():
@@ -163,7 +168,9 @@ def test_a_missing_config_file_is_named(refused):
     ("depth = 3\nrate = = 1\n", "config.py:2", "SyntaxError"),
     ("depth = 3\n\nrate = 1 / 0\n", "config.py:3", "ZeroDivisionError"),
     ("def broken():\n    raise KeyError('lost')\n\nbroken()\n", "config.py:2", "'lost'"),
-    ("import nowhere_to_be_found\n", "config.py:1", "nowhere_to_be_found")])
+    ("import nowhere_to_be_found\n", "config.py:1", "nowhere_to_be_found"),
+    ("import json\njson.loads('{')\n", "config.py:2", "JSONDecodeError"),
+    ("import sys\n\nsys.exit(0)\n", "config.py:3", "SystemExit")])
 def test_a_config_file_that_fails_is_named_with_the_line(config, text, place, reason):
     message = fault(config(text))
     assert message.startswith(f"{place}: ")

@@ -101,7 +101,15 @@ def test_a_saved_tokenizer_loads_as_it_was(tokenizer, saved):
         assert type(loaded) is type(tokenizer)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model": {"type": "Nonsense"}}'])
+def test_a_bpe_without_merges_is_not_taken_for_bytes(tmp_path):
+    bpe = train_bpe([TEXT], 257)
+    bpe.save(tmp_path)
+    assert load_tokenizer(tmp_path).encode("ab").tolist() == bpe.encode("ab").tolist() != [97, 98]
+    assert load_tokenizer(tmp_path).eot_id == bpe.eot_id == 0
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model": {"type": "Nonsense"}}', '{"model": null}',
+                                     '{"model": {"type": "BPE"}}', '{"model": {"type": "WordLevel"}}'])
 def test_a_broken_file_is_named(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(ValueError, match=r"tokenizer\.json"):
@@ -121,6 +129,13 @@ def test_streamed_pieces_cut_no_character_and_join_to_the_text(tokenizer):
     pieces = list(tokenizer.decode_stream(ids))
     assert "".join(pieces) == TEXT
     assert len(pieces) > len(TEXT) / 10  # as it is written, not all at the end
+
+
+@quick
+@given(st.data())
+def test_streams_of_tokens_that_span_characters_join_to_the_text(tokenizer, data):
+    text = data.draw(texts(tokenizer) if tokenizer.kind == "char" else st.text("頚騚日\ufffdé🎉a "))
+    assert "".join(tokenizer.decode_stream(tokenizer.encode(text).tolist())) == text
 
 
 def test_whole_characters_are_streamed_at_once(tokenizer):
