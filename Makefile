@@ -12,7 +12,7 @@ ARGS =
 demo: .venv/.run
 	$(PY) prepare_data.py python_stdlib
 	$(PY) train.py config/demo.py $(ARGS)
-	$(PY) sample.py --out_dir=out/demo --prompt="def " --num_samples=2 --max_new_tokens=200
+	$(PY) sample.py --out_dir=out/demo --prompt="    def __init__(self," --num_samples=2 --max_new_tokens=150 --temperature=0.7
 
 test: lint
 	$(PY) -m pytest

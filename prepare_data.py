@@ -60,9 +60,8 @@ class PrepareConfig:
     input: str = ""  # a file, or a folder whose .txt, .md and .py files are read in sorted order
     name: str = ""  # the folder in data/ to make; default: the source's or the input's name
     tokenizer: Literal["auto", "gpt2", "char", "byte", "bpe"] = "auto"  # auto = the source's own; gpt2 for --input
-    vocab_size: int = 4096  # vocabulary of a bpe, which is trained on the text
-    val_fraction: float | None = None  # share of the text for validation; None = the source's own, 0.1 for --input.
-    # By position; from 100 documents on whole documents, drawn by a hash of their text
+    vocab_size: int = 2048  # vocabulary of a bpe, which is trained on the text
+    val_fraction: float | None = None  # share of the text for validation; None = the source's own, or 0.1
     test_fraction: float = 0.0  # share for a test split, which lies before the validation split
     shard_tokens: int = 100_000_000  # tokens a shard, at most
 

@@ -197,7 +197,7 @@ def test_help_lists_every_key_with_its_default(cli, monkeypatch, script, options
     result = cli(script, "--help")
     assert result.code == 0
     text = " ".join(result.out.replace("│", " ").split())
-    shown = dict(re.findall(r"--(\w+) (?:[A-Z]+|{[^}]*}) .*?\(default: (.*?)\)", text))  # --key TYPE ... (default: x)
+    shown = dict(re.findall(r"--(\w+) (?:[A-Z]+|{[^}]*}(?:\|[A-Z]+)?) .*?\(default: (.*?)\)", text))  # --key TYPE ... (default: x)
     options = getattr(importlib.import_module(script), options)
     defaults = settings.flatten(options())
     assert shown == {key: shlex.quote(str(value)) for key, value in defaults.items()}
