@@ -31,6 +31,7 @@ class DeviceConfig:
 
     device: str = "auto"  # cuda, cuda:1, mps, cpu; auto = the best there is
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto = bfloat16 if native
+    deterministic: bool = False  # the same bits on every run on CUDA too, for some speed (a CPU always gives them)
 
 
 @dataclass
@@ -56,8 +57,10 @@ def job(config: DeviceConfig, backend: str = "auto") -> Iterator[Job]:
     here = Job(rank, world_size, device, pick_dtype(config.dtype, device))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with its own
+            torch.use_deterministic_algorithms(True)
+        torch.set_float32_matmul_precision("high")  # what stays float32 is multiplied as tf32
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
     if backend == "nccl" and device.type != "cuda":
@@ -65,7 +68,7 @@ def job(config: DeviceConfig, backend: str = "auto") -> Iterator[Job]:
     if "RANK" not in os.environ:
         yield here
         return
-    dist.init_process_group(backend)
+    dist.init_process_group(backend, device_id=device if backend == "nccl" else None)
     try:
         yield here
     finally:

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 
 import checkpoint
+import distributed
 import settings
 import weights
 from data import DATA_DIR, folder_tokenizer
-from distributed import DeviceConfig, Job, pick_device, pick_dtype
+from distributed import DeviceConfig, Job
 from model import GPT
 from tokenizer import GPT2_VOCAB_SIZE, GPT2Tokenizer, Tokenizer, load_tokenizer
 
@@ -42,14 +43,18 @@ class SampleConfig:
 def main(argv: list[str]) -> None:
     config, _ = settings.parse(SampleConfig, argv, usage=__doc__, aliases={"start": "prompt"})
     check_options(config)
+    with distributed.job(config.where) as here:
+        sample(config, here)
+
+
+def sample(config: SampleConfig, here: Job) -> None:
+    """Print the samples, and the speed they were written at."""
     source = config.out_dir if config.init_from == "resume" else config.init_from
-    device = pick_device(config.where.device)
-    here = Job(0, 1, device, pick_dtype(config.where.dtype, device))
     prompt = read_prompt(config.prompt)
-    model = checkpoint.load_model(source).to(device).eval()
+    model = checkpoint.load_model(source).to(here.device)
     tokenizer = find_tokenizer(weights.resolve(source), model)
     ids = encode_prompt(tokenizer, prompt)
-    print(f"{source}: {model.num_params(non_embedding=False):,} parameters on {device}, {here.dtype}", flush=True)
+    print(f"{source}: {model.num_params(non_embedding=False):,} parameters on {here.device}, {here.dtype}", flush=True)
     torch.manual_seed(config.seed)
     began = time.perf_counter()
     with here.autocast():

@@ -197,7 +197,8 @@ def test_help_lists_every_key_with_its_default(cli, monkeypatch, script, options
     result = cli(script, "--help")
     assert result.code == 0
     text = " ".join(result.out.replace("│", " ").split())
-    shown = dict(re.findall(r"--(\w+) (?:[A-Z]+|{[^}]*}(?:\|[A-Z]+)?) .*?\(default: (.*?)\)", text))  # --key TYPE ... (default: x)
+    # --key TYPE ... (default: x), where TYPE may be {one,of} and {None}|INT
+    shown = dict(re.findall(r"--(\w+) (?:[A-Z]+|{[^}]*}(?:\|[A-Z]+)?) .*?\(default: (.*?)\)", text))
     options = getattr(importlib.import_module(script), options)
     defaults = settings.flatten(options())
     assert shown == {key: shlex.quote(str(value)) for key, value in defaults.items()}
