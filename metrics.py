@@ -14,6 +14,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -101,7 +102,9 @@ class Reporter:
         if self._speaks:
             cut_metrics(self._path, step)
             if sys.stderr.isatty() and sys.stdout.isatty():
-                self._bar = tqdm(total=self._max_iters, initial=step, unit="step", dynamic_ncols=True)
+                # A terminal of unknown size counts as 80 x 24; tqdm by itself would show nothing there.
+                columns, lines = shutil.get_terminal_size()
+                self._bar = tqdm(total=self._max_iters, initial=step, unit="step", ncols=columns, nrows=lines)
             if self._config.wandb_log:
                 self._wandb = _start_wandb(self._config, self._path.parent, options)
         self._restart_clock()
@@ -127,7 +130,7 @@ class Reporter:
     def count(self, tokens: int) -> None:
         """A step over `tokens` was made (not waited for)."""
         self._tokens_since += tokens
-        if self._bar:
+        if self._bar is not None:
             self._bar.update(1)
 
     def train(self, step: int, tokens: int, loss: float, grad_norm: float, lr: float) -> None:
@@ -145,7 +148,7 @@ class Reporter:
         self.record({"step": step, "tokens": tokens, "train/loss": loss, "lr": lr, "grad_norm": grad_norm,
                      "tokens_per_sec": tokens_per_sec, "mfu": mfu, "memory_gb": peak_memory_gb(self._here.device),
                      "elapsed_s": self.elapsed_s()})
-        if self._bar:
+        if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_sec:,.0f} tok/s")
         else:
             self.say(f"step {step}/{self._max_iters}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.2f}, "
@@ -162,7 +165,7 @@ class Reporter:
             self._wandb.log(values, step=values["step"])
 
     def close(self) -> None:
-        if self._bar:
+        if self._bar is not None:
             self._bar.close()
         if self._wandb:
             self._wandb.finish()

@@ -2,12 +2,17 @@
 
 import json
 import math
+import re
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TEXT, TINY_RUN, records_of
+from conftest import ROOT, TEXT, TINY_RUN, records_of
 
 from data import EvalOrder, Split, write_shard
 from distributed import Job
@@ -78,6 +83,16 @@ def test_a_run_reports_the_documented_fields(cli, tiny_data):
     assert [r["step"] for r in evaluations] == [0, 3, 6]
     assert evaluations[0]["val/loss"] == pytest.approx(math.log(len(set(TEXT))), abs=0.05)
     assert "val/sampled_loss" in evaluations[-1]
+
+
+@pytest.mark.skipif(shutil.which("script") is None, reason="needs the `script` command to make a terminal")
+def test_a_terminal_gets_a_bar_with_speed_and_time_left(tiny_data, tmp_path):
+    command = shlex.join([sys.executable, str(ROOT / "train.py"), *TINY_RUN, "--max_iters=30"])
+    subprocess.run(["script", "-qec", command, "log"], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+    shown = (tmp_path / "log").read_text().replace("\r", "\n")
+    assert re.search(r"\d+/30 \[\d\d:\d\d<\d\d:\d\d, .*step.*, loss \d\.\d+, [\d,]+ tok/s\]", shown)
+    assert "step 3: val loss" in shown
+    assert "step 2/30: loss" not in shown  # the bar says it
 
 
 def test_wandb_gets_the_run_offline(cli, tiny_data, monkeypatch):
