@@ -62,7 +62,7 @@ def verify(folder: Path) -> None:
     sums = folder / "SHA256SUMS"
     if not sums.is_file():
         raise ValueError(f"checkpoint {folder} has no SHA256SUMS: it is incomplete or not ours")
-    for line in sums.read_text(encoding="utf-8").splitlines():
+    for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
         digest, _, name = line.partition("  ")
         path = folder / name
         if not path.is_file():
@@ -84,9 +84,9 @@ class RunFolder:
         self._lock.release()
 
     def find(self, config: RunConfig, lock: bool, warn: Callable[[str], None]) -> Path | None:
-        """The checkpoint that `resume` means, None for a new run; makes nothing. With `lock`, a folder that exists
-        is locked before anything is read in it. Raises ValueError or OSError."""
-        if lock and self.path.is_dir():
+        """The checkpoint that `resume` means, None for a new run; makes nothing. With `lock`, a folder that holds a
+        run is locked before anything is read in it. Raises ValueError or OSError."""
+        if lock and self.checkpoints.is_dir():
             self._take_lock()
         if config.resume == "never":
             if self.steps() and not config.overwrite:
@@ -95,15 +95,19 @@ class RunFolder:
             return None
         folder = self.newest_valid(warn)
         if folder is None and config.resume == "must":
-            raise ValueError(f"nothing to resume: {self.path} holds no checkpoint")
+            raise ValueError(f"nothing to resume: {self.path} holds no checkpoint"
+                             + (f" of ours (start from nanoGPT's with --init_from={self.path}/ckpt.pt and another "
+                                "--out_dir)" if (self.path / "ckpt.pt").is_file() else ""))
         return folder
 
-    def open(self, options: dict[str, Any], overwrite: bool) -> None:
+    def open(self, options: dict[str, Any], is_new: bool, overwrite: bool) -> None:
         """Make the folder this run's: lock it, delete what a killed save left (`overwrite`: the whole old run), and
-        write train_config.json. Raises OSError when another run writes here."""
+        write train_config.json. Raises OSError when another run writes here, or has done so since `find`."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._take_lock()
-        for leftover in self.checkpoints.iterdir() if overwrite else self.checkpoints.glob(".*"):
+        if is_new and self.steps() and not overwrite:
+            raise OSError(f"another run has begun in {self.path} meanwhile: choose another --out_dir")
+        for leftover in [*self.checkpoints.glob("*" if overwrite else ".*")]:
             _remove(leftover)
         weights.write_json(self.path / "train_config.json", options)
 
@@ -158,7 +162,7 @@ class RunFolder:
             _remove(hidden)
             raise
         if final.exists():  # a damaged one that a resume went back over
-            _remove(final)
+            self._retire(final)
         os.rename(hidden, final)
         _sync_one(self.checkpoints)
         self._link("latest", final.name)
@@ -177,7 +181,14 @@ class RunFolder:
         linked = {(self.checkpoints / name).resolve() for name in ("latest", "best")}
         for folder in self.steps()[:-keep_last] if keep_last else []:
             if folder.resolve() not in linked:
-                _remove(folder)
+                self._retire(folder)
+
+    def _retire(self, folder: Path) -> None:
+        """Delete a published checkpoint: hidden first, so that a kill leaves no half of it under its name."""
+        hidden = folder.with_name(f".old_{folder.name}")
+        _remove(hidden)
+        os.rename(folder, hidden)
+        _remove(hidden)
 
 
 def read_trainer(folder: str | Path) -> dict[str, Any]:

@@ -37,8 +37,9 @@ from weights import read_json
 DATA_DIR = Path("data")
 HEADER_WORDS = 256
 FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # magic -> version, token type
-SHARD_NAME = re.compile(r"(?:.*_)?(train|val|test)_\d+\.bin")  # ours and llm.c's
-NANOGPT_NAME = re.compile(r"(train|val)\.bin")
+SHARD_NAME = re.compile(r"(?!\.)(?:.*_)?(?P<split>train|val|test)_\d+\.bin")  # ours, modded-nanogpt's
+LLMC_NAME = re.compile(r"(?!\.).*_(?P<split>train|val|test)\.bin")  # tiny_shakespeare_train.bin
+NANOGPT_NAME = re.compile(r"(?P<split>train|val)\.bin")
 
 
 @dataclass
@@ -59,6 +60,14 @@ class BatchPlan:
     micro_batch: int
     accumulation_steps: int
     world_size: int
+
+    @property
+    def seqs_per_rank(self) -> int:
+        return self.accumulation_steps * self.micro_batch
+
+    def first_seq(self, step: int, rank: int) -> int:
+        """Number of the first sequence that a rank reads in a step; it reads `seqs_per_rank` from there on."""
+        return step * self.seqs_per_step + rank * self.seqs_per_rank
 
 
 def plan_batches(config: DataConfig, given: Mapping[str, str], block_size: int, world_size: int) -> BatchPlan:
@@ -201,11 +210,11 @@ def _read_manifest(folder: Path) -> tuple[dict[str, list[Path]], int, list[str]]
 
 
 def _find_shards(folder: Path) -> dict[str, list[Path]]:
-    for pattern in (SHARD_NAME, NANOGPT_NAME):
+    for pattern in (SHARD_NAME, LLMC_NAME, NANOGPT_NAME):
         paths: dict[str, list[Path]] = {}
         for path in sorted(folder.iterdir()):
             if match := pattern.fullmatch(path.name):
-                paths.setdefault(match[1], []).append(path)
+                paths.setdefault(match["split"], []).append(path)
         if paths:
             return paths
     raise FileNotFoundError(f"{folder} holds no token shards: neither train_000000.bin nor nanoGPT's train.bin")
@@ -236,7 +245,7 @@ def _read_meta(folder: Path) -> dict:
             meta = _PlainUnpickler(file).load()
     except Exception as error:  # a broken pickle raises nearly anything
         raise ValueError(f"{path} was refused: {error}") from None
-    if not isinstance(meta, dict) or not isinstance(meta.get("vocab_size"), int):
+    if not isinstance(meta, dict) or type(meta.get("vocab_size")) is not int or meta["vocab_size"] < 1:
         raise ValueError(f"{path} is not nanoGPT's: a dictionary with 'vocab_size' was expected")
     return meta
 
@@ -246,8 +255,12 @@ def folder_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
     if (folder / "tokenizer.json").is_file():
         return load_tokenizer(folder)
     stoi = _read_meta(folder).get("stoi")
-    if isinstance(stoi, dict) and all(isinstance(c, str) and len(c) == 1 for c in stoi):
-        return CharTokenizer(sorted(stoi, key=stoi.get))
+    if isinstance(stoi, dict):
+        by_id = {i: character for character, i in stoi.items()}
+        characters = [by_id.get(i) for i in range(len(stoi))]
+        if not all(isinstance(c, str) and len(c) == 1 for c in characters):
+            raise ValueError(f"{folder}/meta.pkl: 'stoi' should number single characters from 0 on")
+        return CharTokenizer(characters)
     if vocab_size < GPT2_VOCAB_SIZE:
         return None
     try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -52,8 +53,10 @@ class Job:
 @contextlib.contextmanager
 def job(config: DeviceConfig, backend: str = "auto") -> Iterator[Job]:
     """Join torchrun's process group, if torchrun started us, and leave it at the end. Raises ValueError."""
-    world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
+    under_torchrun = "RANK" in os.environ
+    rank, world_size, local_rank = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+                                    ) if under_torchrun else (0, 1, 0)
+    device = pick_device(config.device, local_rank)
     here = Job(rank, world_size, device, pick_dtype(config.dtype, device))
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -61,13 +64,13 @@ def job(config: DeviceConfig, backend: str = "auto") -> Iterator[Job]:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with its own
             torch.use_deterministic_algorithms(True)
         torch.set_float32_matmul_precision("high")  # what stays float32 is multiplied as tf32
+    if not under_torchrun:
+        yield here
+        return
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
     if backend == "nccl" and device.type != "cuda":
         raise ValueError(f"backend=nccl works between CUDA devices, and this is {device}: use --backend=gloo")
-    if "RANK" not in os.environ:
-        yield here
-        return
     dist.init_process_group(backend, device_id=device if backend == "nccl" else None)
     try:
         yield here
@@ -79,10 +82,9 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """The device called `name`; `auto` and `cuda` mean this process's own GPU. Raises ValueError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device={name!r} is not a device: use cuda, cuda:N, mps, cpu or auto") from None
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise ValueError(f"device={name!r} is not a device: use cuda, cuda:N, mps, cpu or auto")
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={name!r}, but this machine (or this build of torch) has no CUDA: use --device=cpu")
     if device.type == "cuda" and device.index is None:
@@ -108,12 +110,22 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def wrap(model: nn.Module, here: Job) -> nn.Module:
+def wrap(model: nn.Module, here: Job, batch_size: int) -> nn.Module:
     """The model whose backward pass averages gradients over the ranks."""
     if here.world_size == 1:
         return model
     device_ids = [here.device.index] if here.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    # After its first backward pass DDP sorts its buckets anew, by the order in which gradients came; with them the
+    # order of summation over four and more ranks changes. Two passes over nothing get that over before the first
+    # step, so that a resumed run sums in the same order as one that was never interrupted.
+    nothing = torch.zeros(batch_size, model.config.block_size, dtype=torch.long, device=here.device)
+    for _ in range(2):
+        with here.autocast():
+            _, loss = wrapped(nothing, nothing)
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+    return wrapped
 
 
 def compile_blocks(model: nn.Module, wanted: str, here: Job, batch_size: int) -> str | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import resource
@@ -117,6 +118,8 @@ class Reporter:
     @contextlib.contextmanager
     def excluded(self) -> Iterator[None]:
         """Time in here does not count as training."""
+        if self._here.device.type == "cuda":
+            torch.cuda.synchronize(self._here.device)  # the steps that are still under way do count
         began = time.perf_counter()
         yield
         self._excluded_s += time.perf_counter() - began
@@ -159,6 +162,8 @@ class Reporter:
         """Append a line to metrics.jsonl, and send it to wandb."""
         if not self._speaks:
             return
+        # JSON has no NaN and no infinity: null.
+        values = {key: value if value is None or math.isfinite(value) else None for key, value in values.items()}
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
         if self._wandb:

@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 VOCAB_MULTIPLE = 128
-LOGITS_CHUNK_ELEMENTS = 2**24  # 64 MB of float32 logits at a time; a chunk this size still fills a GPU
+LOGITS_CHUNK_ELEMENTS = 2**24  # 64 MB of float32 logits at a time
+LOGITS_CHUNK_ELEMENTS_CUDA = 2**27  # a GPU wants larger products; each chunk costs a pass over the head's gradient
 
 
 @dataclass
@@ -147,7 +148,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         loss = x.new_zeros((), dtype=torch.float32)
         dx = torch.empty_like(x) if want_grad else None
         dw = torch.zeros_like(weight, dtype=torch.float32) if want_grad else None
-        rows = max(1, LOGITS_CHUNK_ELEMENTS // weight.size(0))
+        rows = max(1, (LOGITS_CHUNK_ELEMENTS_CUDA if x.is_cuda else LOGITS_CHUNK_ELEMENTS) // weight.size(0))
         for x_c, t_c, start in zip(x.split(rows), targets.split(rows), range(0, x.size(0), rows)):
             x_c = x_c.to(dtype)
             logits = (x_c @ w.t()).float()  # (n, rows of w)

@@ -79,7 +79,8 @@ def main(argv: list[str]) -> None:
                  "test_fraction": config.test_fraction, "shard_tokens": config.shard_tokens}
     documents = local_documents(Path(config.input)) if config.input else source.documents()
     if config.input:  # the same name does not make it the same text
-        arguments["input_bytes"] = sum(Path(document.path).stat().st_size for document in documents)
+        digests = "".join(sha256_file(Path(document.path)) for document in documents)
+        arguments["input_sha256"] = hashlib.sha256(digests.encode()).hexdigest()
     target = DATA_DIR / name
     if is_made(target, arguments):
         print(f"{target} is there already, made with the same arguments")
@@ -178,7 +179,8 @@ def read_python(path: Path) -> str | None:
 
 def python_stdlib() -> list[Document]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(p for p in root.rglob("*.py") if not {"site-packages", "dist-packages"} & set(p.parts))
+    files = sorted(p for p in root.rglob("*.py")
+                   if not {"site-packages", "dist-packages"} & set(p.relative_to(root).parts))
     return [Document(str(p.relative_to(root)), lambda p=p: read_python(p)) for p in files]
 
 

@@ -4,7 +4,8 @@
     python sample.py --init_from=gpt2 --prompt="The meaning of life" a hub id, a model folder, a checkpoint, a ckpt.pt
     python sample.py --init_from=gpt2-xl --prompt=FILE:prompt.txt    the prompt from a file
 
-Text appears as it is written. Keys and defaults are nanoGPT's; --start is another name of --prompt.
+Text appears as it is written. Keys and defaults are nanoGPT's (but --compile, which there is no use for);
+--start is another name of --prompt.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from data import DATA_DIR, folder_tokenizer
 from distributed import DeviceConfig, Job
 from model import GPT
 from tokenizer import GPT2_VOCAB_SIZE, GPT2Tokenizer, Tokenizer, load_tokenizer
+
+NANOGPT_VOCAB_SIZE = 50304  # GPT-2's 50,257 tokens, rounded up
 
 
 @dataclass
@@ -51,8 +54,9 @@ def sample(config: SampleConfig, here: Job) -> None:
     """Print the samples, and the speed they were written at."""
     source = config.out_dir if config.init_from == "resume" else config.init_from
     prompt = read_prompt(config.prompt)
-    model = checkpoint.load_model(source).to(here.device)
-    tokenizer = find_tokenizer(weights.resolve(source), model)
+    path = weights.resolve(source)
+    model = checkpoint.load_model(str(path)).to(here.device)
+    tokenizer = find_tokenizer(path, model)
     ids = encode_prompt(tokenizer, prompt)
     print(f"{source}: {model.num_params(non_embedding=False):,} parameters on {here.device}, {here.dtype}", flush=True)
     torch.manual_seed(config.seed)
@@ -72,6 +76,7 @@ def check_options(config: SampleConfig) -> None:
         ("temperature", config.temperature >= 0, "0 or more"),
         ("top_k", config.top_k >= 0, "0 (all tokens) or more"),
         ("top_p", 0 < config.top_p <= 1, "above 0 and at most 1"),
+        ("seed", 0 <= config.seed < 2**63, "0 or more, below 2**63"),
     ) if not ok]
     if faults:
         raise ValueError("; ".join(faults))
@@ -79,7 +84,12 @@ def check_options(config: SampleConfig) -> None:
 
 def read_prompt(prompt: str) -> str:
     """The prompt itself, or the content of the file that FILE:path names."""
-    return Path(prompt[5:]).read_text(encoding="utf-8") if prompt.startswith("FILE:") else prompt
+    if not prompt.startswith("FILE:"):
+        return prompt
+    try:
+        return Path(prompt[5:]).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{prompt[5:]} is no UTF-8 text: {error}") from None
 
 
 def find_tokenizer(path: Path, model: GPT) -> Tokenizer:
@@ -90,22 +100,30 @@ def find_tokenizer(path: Path, model: GPT) -> Tokenizer:
     if (path / "tokenizer.json").is_file():
         return load_tokenizer(path)
     if path.is_file():
-        looked_in = DATA_DIR / weights.read_nanogpt(path).get("config", {}).get("dataset", "")
+        looked_in = DATA_DIR / str((weights.read_nanogpt(path).get("config") or {}).get("dataset"))
         tokenizer = folder_tokenizer(looked_in, vocab_size) if looked_in.is_dir() else None
         if tokenizer and tokenizer.vocab_size <= vocab_size:
             return tokenizer
-    if vocab_size >= GPT2_VOCAB_SIZE:
+    if GPT2_VOCAB_SIZE <= vocab_size <= NANOGPT_VOCAB_SIZE:
         return GPT2Tokenizer()
     raise ValueError(f"no tokenizer for the model's {vocab_size} tokens: {looked_in} has no tokenizer.json"
                      + (" and no meta.pkl" if path.is_file() else ""))
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> torch.Tensor:
-    """Ids (1, T) of the prompt; an empty one starts from end-of-text where there is such a token, else a newline."""
-    if not prompt and tokenizer.eot_id is not None:
+    """Ids (1, T) of the prompt; an empty one starts from end-of-text where there is such a token, else a newline (or,
+    in a vocabulary without one, token 0). Raises ValueError for text that cannot be encoded."""
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise ValueError("the prompt is no valid text: the terminal did not send it as UTF-8")
+    if prompt:
+        ids = tokenizer.encode_prompt(prompt)
+    elif tokenizer.eot_id is not None:
         ids = np.array([tokenizer.eot_id])
     else:
-        ids = tokenizer.encode_prompt(prompt or "\n")
+        try:
+            ids = tokenizer.encode("\n")
+        except ValueError:
+            ids = np.array([0])
     return torch.from_numpy(ids.astype(np.int64))[None, :]
 
 

@@ -50,7 +50,7 @@ def parse(options: type[T], argv: list[str], usage: str = "", aliases: dict[str,
         _tyro(options, ["--help"], usage)
     known = field_types(options)
     arguments, faults = [], []
-    for argument in _expand(argv, bare_word):
+    for argument in _expand(argv, bare_word, known):
         argument.key = (aliases or {}).get(argument.key, argument.key)
         if argument.key in known:
             arguments.append(argument)
@@ -93,13 +93,13 @@ def flatten(options: Any) -> dict[str, Any]:
     return flat
 
 
-def _expand(argv: list[str], bare_word: str) -> list[Argument]:
+def _expand(argv: list[str], bare_word: str, known: Iterable[str]) -> list[Argument]:
     """Config files replaced by their assignments; `--key value` joined."""
     arguments, rest = [], list(argv)
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
-            arguments += [Argument(bare_word, word, word)] if bare_word else _read_config(word)
+            arguments += [Argument(bare_word, word, word)] if bare_word else _read_config(word, known)
             continue
         key, equals, value = word[2:].partition("=")
         if not equals:
@@ -110,8 +110,11 @@ def _expand(argv: list[str], bare_word: str) -> list[Argument]:
     return arguments
 
 
-def _read_config(path: str) -> list[Argument]:
-    """A config file's assignments, as text. Raises FileNotFoundError, or ValueError with the line that fails."""
+def _read_config(path: str, known: Iterable[str]) -> list[Argument]:
+    """A config file's assignments, as text. Raises FileNotFoundError, or ValueError with the line that fails.
+
+    A name that is not assigned in the file itself (`from base import *`) counts when it is a known key; what else an
+    import brings along does not."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no config file {path!r} (options are written --key=value)")
     try:
@@ -121,8 +124,9 @@ def _read_config(path: str) -> list[Argument]:
         frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         line = error.lineno if isinstance(error, SyntaxError) else frames[-1] if frames else None
         raise ValueError(f"{path}:{line or ''}: {type(error).__name__}: {error}") from None
-    return [Argument(name, str(names[name]), f"{path}:{line}") for name, line in lines.items()
-            if name in names and not name.startswith("_") and not _is_code(names[name])]
+    return [Argument(name, str(value), f"{path}:{lines[name]}" if name in lines else path)
+            for name, value in names.items()
+            if (name in lines or name in known) and not name.startswith("_") and not _is_code(value)]
 
 
 def _is_code(value: object) -> bool:

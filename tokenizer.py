@@ -170,7 +170,7 @@ def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenize
     if kind == "byte":
         return ByteTokenizer()
     if kind == "char":
-        return CharTokenizer(sorted(set().union(*texts)))
+        return CharTokenizer(sorted({character for text in texts for character in set(text)}))
     if kind == "bpe":
         return train_bpe(texts, vocab_size)
     raise ValueError(f"tokenizer={kind!r} is none of {', '.join(KINDS)}")
@@ -185,9 +185,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         hf = HFTokenizer.from_str(json.dumps(description))
     except Exception as error:  # tokenizers raises nothing more specific
         raise ValueError(f"{path} is not a tokenizer: {error}") from None
-    # Ours that encode faster than tokenizers does, known by their vocabulary.
-    vocab = description["model"]["vocab"]
-    if description["model"]["type"] == "WordLevel" and all(len(token) == 1 for token in vocab):
+    # Ours that encode faster than tokenizers does, known by their vocabulary. (As tokenizers writes it: a file of
+    # somebody else's, GPT-2's on the hub for one, may leave the model's type out.)
+    model = json.loads(hf.to_str())["model"]
+    vocab = model["vocab"]
+    if model["type"] == "WordLevel" and all(len(token) == 1 for token in vocab):
         characters = sorted(vocab, key=vocab.get)
         if vocab == {character: i for i, character in enumerate(characters)}:
             return CharTokenizer(characters)

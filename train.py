@@ -14,6 +14,7 @@ flatGPT differs (device, dtype and compile are `auto`), --help says so.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -34,8 +35,8 @@ from model import GPT, GPTConfig
 from optim import OptimConfig
 
 # A run is resumed with the same values of these, or not at all. (World size and micro-batch may change.)
-FIXED = ("block_size", "n_layer", "n_head", "n_embd", "bias", "mlp", "norm_eps", "seed", "seqs_per_step",
-         "data_fingerprint")
+SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "bias", "mlp", "norm_eps")
+FIXED = (*SHAPE, "seed", "seqs_per_step", "data_fingerprint", "data_vocab_size")
 
 
 @dataclass
@@ -76,29 +77,35 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, here: J
     """One run, from the options to the last checkpoint."""
     report = Reporter(run.path, config.log, config.max_iters, here)
 
-    # 1) Data and batch. What is wrong with them is said before anything is written.
+    # 1) The data. What is wrong with it, the options or the run folder is said before anything is written.
     dataset = open_dataset(config.data.dataset, config.model.vocab_size)
     for split in ("train", "val"):
         if split not in dataset.splits:
             raise ValueError(f"{dataset.folder} has no {split} split")
-    plan = plan_batches(config.data, given, config.model.block_size, here.world_size)
-    identity = {"data_fingerprint": dataset.fingerprint, "seqs_per_step": plan.seqs_per_step}
-    options = settings.flatten(config)
 
     # 2) Where the run stands: rank 0 looks into the run folder, and the others hear of it.
-    trainer = distributed.on_rank0(lambda: find_start(config, run, options | identity, report), here)
+    trainer = distributed.on_rank0(lambda: find_start(config, run, report), here)
 
-    # 3) The model: weights from the run's checkpoint, from elsewhere, or fresh.
-    model = build_model(config, given, dataset, trainer, here)
-    train_order = TrainOrder(dataset.splits["train"], model.config.block_size, config.seed)
-    sample_order = EvalOrder(dataset.splits["val"], model.config.block_size, config.eval_iters * config.data.batch_size)
-    whole_order = EvalOrder(dataset.splits["val"], model.config.block_size)
+    # 3) The model: weights from the run's checkpoint, from elsewhere, or fresh. Then the batch, which needs its shape.
+    model = build_model(config, given, dataset, trainer["folder"], here)
+    if config.init_from != "scratch":
+        adopt_shape(config, given, model)
+    plan = plan_batches(config.data, given, config.model.block_size, here.world_size)
+    identity = {"data_fingerprint": dataset.fingerprint, "data_vocab_size": dataset.vocab_size,
+                "seqs_per_step": plan.seqs_per_step}
+    options = settings.flatten(config)
+    if trainer["folder"]:
+        check_same_run(config, trainer, options | identity, report)
+    block_size = model.config.block_size
+    train_order = TrainOrder(dataset.splits["train"], block_size, config.seed)
+    sample_order = EvalOrder(dataset.splits["val"], block_size, config.eval_iters * config.data.batch_size)
+    whole_order = EvalOrder(dataset.splits["val"], block_size)
     evaluate = partial(validation_loss, model, batch_size=config.data.batch_size, here=here)
     if config.eval_only:
         report.say(f"step {trainer['step']}: val loss {evaluate(whole_order):.4f} on the whole validation split")
         return
     if trainer["folder"] and trainer["step"] >= config.max_iters:
-        report.say(f"{run.path} is finished: {trainer['step']:,} steps, best val loss {trainer['best_val_loss']:.4f}. "
+        report.say(f"{run.path} is finished: {trainer['step']:,} steps, best val loss {trainer['best_val_loss']}. "
                    f"To go on, raise --max_iters (now {config.max_iters}); for another run, choose another --out_dir.")
         return
 
@@ -110,14 +117,14 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, here: J
     failure = distributed.compile_blocks(model, config.compile, here, plan.micro_batch)
     if failure:
         report.say(f"torch.compile failed, going on without it: {failure}")
-    wrapped = distributed.wrap(model, here)
-    tokens_per_step = plan.seqs_per_step * model.config.block_size
+    wrapped = distributed.wrap(model, here, plan.micro_batch)
+    tokens_per_step = plan.seqs_per_step * block_size
     report.say(f"{model.num_params(non_embedding=False):,} parameters, {here.dtype} on {here.world_size} x "
                f"{here.device.type}")
     report.say(f"{tokens_per_step:,} tokens a step = {plan.accumulation_steps} micro-batches x {plan.micro_batch} "
-               f"sequences x {model.config.block_size} tokens x {here.world_size} ranks; an epoch has "
+               f"sequences x {block_size} tokens x {here.world_size} ranks; an epoch has "
                f"{int(train_order.cut(0)[1].sum()):,} sequences")
-    distributed.on_rank0(lambda: run.open(options, config.run.overwrite), here)
+    distributed.on_rank0(lambda: run.open(options, trainer["folder"] is None, config.run.overwrite), here)
     report.start(model, trainer["step"], trainer["elapsed_s"], options)
 
     # 5) The loop. `step` counts the updates made; the next one reads the sequences from step * S on.
@@ -134,8 +141,8 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, here: J
                 # Checkpoints are compared on the same windows each time; the number that counts at the end is the
                 # loss over the whole split.
                 val_loss = evaluate(sample_order)
-                is_best = val_loss < best_val_loss
-                best_val_loss = min(val_loss, best_val_loss)
+                is_best = val_loss < (math.inf if best_val_loss is None else best_val_loss)
+                best_val_loss = val_loss if is_best else best_val_loss
                 values = {"step": step, "tokens": step * tokens_per_step, "val/loss": val_loss}
                 line = f"step {step}: val loss {val_loss:.4f}"
                 if is_last and not sample_order.is_whole:
@@ -162,8 +169,8 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, here: J
             break
 
         # Every step: this rank's part of the next S sequences, in micro-batches.
-        first = step * plan.seqs_per_step + here.rank * plan.accumulation_steps * plan.micro_batch
-        x, y = train_order.batch(first, plan.accumulation_steps * plan.micro_batch)
+        first = plan.first_seq(step, here.rank)
+        x, y = train_order.batch(first, plan.seqs_per_rank)
         num_targets = distributed.sum_over_ranks(int((y >= 0).sum()), here)
         x, y = to_device(x, here.device), to_device(y, here.device)
         step_loss = torch.zeros((), device=here.device)
@@ -203,6 +210,7 @@ def check_options(config: TrainConfig) -> None:
     """Raises ValueError that lists all faults which the options show by themselves."""
     o = config.optim
     faults = [f"{name}={value} must be {what}" for name, value, ok, what in (
+        ("seed", config.seed, 0 <= config.seed < 2**63, "0 or more, below 2**63"),
         ("max_iters", config.max_iters, config.max_iters >= 0, "0 or more"),
         ("eval_interval", config.eval_interval, config.eval_interval > 0, "positive"),
         ("eval_iters", config.eval_iters, config.eval_iters >= 0, "0 or more"),
@@ -222,55 +230,67 @@ def check_options(config: TrainConfig) -> None:
         raise ValueError("; ".join(faults))
 
 
-def find_start(config: TrainConfig, run: RunFolder, now: Mapping[str, Any], report: Reporter) -> dict[str, Any]:
+def find_start(config: TrainConfig, run: RunFolder, report: Reporter) -> dict[str, Any]:
     """The trainer's state to start from, with `folder`, the checkpoint that it and the weights come from, or None.
 
-    Raises ValueError or OSError when the run folder and the options do not go together.
+    An evaluation of other weights (eval_only with init_from) does not look at the run. Raises ValueError or OSError.
     """
-    fresh = {"folder": None, "step": 0, "best_val_loss": float("inf"), "scaler": None, "elapsed_s": 0.0}
-    folder = run.find(config.run, lock=not config.eval_only, warn=report.say)
-    if folder is None:
+    fresh = {"folder": None, "step": 0, "best_val_loss": None, "scaler": None, "elapsed_s": 0.0}
+    if config.eval_only and config.init_from != "scratch":
         return fresh
-    trainer = checkpoint.read_trainer(folder)
+    folder = run.find(config.run, lock=not config.eval_only, warn=report.say)
+    return fresh | checkpoint.read_trainer(folder) | {"folder": str(folder)} if folder else fresh
+
+
+def check_same_run(config: TrainConfig, trainer: Mapping[str, Any], now: Mapping[str, Any], report: Reporter) -> None:
+    """Say which options changed since the checkpoint. Raises ValueError that lists those which must not."""
     before = trainer["options"] | trainer
     changed = {key: f"{key} was {before[key]}, is {value}" for key, value in now.items()
-               if key in before and before[key] != value and key not in ("init_from", "resume")}
-    fixed = [text for key, text in changed.items() if key in FIXED]
+               if key in before and before[key] != value and key not in ("init_from", "resume", "eval_only")}
+    of_the_batch = ("seed", "seqs_per_step") if config.eval_only else ()
+    fixed = [text for key, text in changed.items() if key in FIXED and key not in of_the_batch]
     if fixed:
-        raise ValueError(f"{folder} was trained with other settings: {'; '.join(fixed)}. Go on with those, or choose "
-                         "another --out_dir")
-    report.say(f"resuming {run.path} at step {trainer['step']:,}"
-               + (f"; changed: {'; '.join(changed.values())}" if changed else ""))
-    return fresh | {key: trainer[key] for key in fresh if key in trainer} | {"folder": str(folder)}
+        raise ValueError(f"{trainer['folder']} was trained with other settings: {'; '.join(fixed)}. Go on with those, "
+                         "or choose another --out_dir")
+    if not config.eval_only:
+        report.say(f"resuming {config.run.out_dir} at step {trainer['step']:,}"
+                   + (f"; changed: {'; '.join(changed.values())}" if changed else ""))
 
 
-def build_model(config: TrainConfig, given: Mapping[str, str], dataset: Dataset, trainer: Mapping[str, Any],
+def build_model(config: TrainConfig, given: Mapping[str, str], dataset: Dataset, folder: str | None,
                 here: Job) -> GPT:
     """The model on its device: rank 0 makes or reads it, the others get their weights from there."""
     torch.manual_seed(config.seed)
-    on_rank0: list[GPT] = []
+    made: list[GPT] = []
 
     def make() -> GPTConfig:
         dropout = config.model.dropout
-        if trainer["folder"]:
-            on_rank0.append(checkpoint.load_model(trainer["folder"], dropout=dropout))
+        if folder:  # its checksums were verified when it was found
+            made.append(GPT.from_pretrained(folder, dropout=dropout))
         elif config.init_from != "scratch":
-            on_rank0.append(adapt(checkpoint.load_model(config.init_from, dropout=dropout), config, given, dataset))
+            made.append(adapt(checkpoint.load_model(config.init_from, dropout=dropout), config, given, dataset))
         else:
-            on_rank0.append(GPT(GPTConfig(**asdict(config.model) | {"vocab_size": dataset.vocab_size})))
-        return on_rank0[0].config
+            made.append(GPT(GPTConfig(**asdict(config.model) | {"vocab_size": dataset.vocab_size})))
+        return made[0].config
 
     model_config = distributed.on_rank0(make, here)
-    model = (on_rank0[0] if on_rank0 else GPT(model_config)).to(here.device)
+    model = (made[0] if made else GPT(model_config)).to(here.device)
     distributed.broadcast_tensors((p.data for p in model.parameters()), here)
     return model
+
+
+def adopt_shape(config: TrainConfig, given: Mapping[str, str], model: GPT) -> None:
+    """Make the options that nobody set say what the model from elsewhere is: the batch and a resume go by them."""
+    for key in SHAPE:
+        if key not in given:
+            setattr(config.model, key, getattr(model.config, key))
 
 
 def adapt(model: GPT, config: TrainConfig, given: Mapping[str, str], dataset: Dataset) -> GPT:
     """Fit a model from elsewhere to the options. Raises ValueError for an option that it contradicts."""
     faults = [f"{key}={getattr(config.model, key)} was asked for, and it has {getattr(model.config, key)}"
-              for key in ("n_layer", "n_head", "n_embd", "bias", "mlp", "norm_eps")
-              if key in given and getattr(config.model, key) != getattr(model.config, key)]
+              for key in SHAPE if key != "block_size" and key in given
+              and getattr(config.model, key) != getattr(model.config, key)]
     if model.config.vocab_size < dataset.vocab_size:
         faults.append(f"its vocabulary is {model.config.vocab_size}, and {dataset.folder} has {dataset.vocab_size}")
     if faults:
@@ -283,7 +303,7 @@ def adapt(model: GPT, config: TrainConfig, given: Mapping[str, str], dataset: Da
 def build_optimizer(config: TrainConfig, model: GPT, trainer: Mapping[str, Any], here: Job) -> torch.optim.Optimizer:
     """AdamW, with the checkpoint's state where there is one: rank 0 reads it, the others get it from there."""
     optimizer = optim.build_optimizer(model, config.optim)
-    if trainer["folder"]:
+    if trainer["step"]:
         state = checkpoint.read_optimizer(trainer["folder"]) if here.rank == 0 else None
         optim.load_optimizer_state(optimizer, model, state)
         distributed.broadcast_tensors(optim.optimizer_state(optimizer, model).values(), here)

@@ -52,7 +52,7 @@ def resolve(source: str) -> Path:
     if path.is_dir():
         for folder in (path, path / "checkpoints" / "best", path / "checkpoints" / "latest"):
             if (folder / "config.json").is_file():
-                return folder
+                return folder.resolve()  # the checkpoint itself: a run that is under way moves the link
         if (path / "ckpt.pt").is_file():  # nanoGPT's out_dir
             return path / "ckpt.pt"
         raise FileNotFoundError(f"{source} holds no model: no config.json, no checkpoints/, no ckpt.pt")
@@ -88,7 +88,7 @@ def load_huggingface(folder: Path) -> tuple[GPTConfig, State]:
         if ATTENTION_MASKS.fullmatch(name):
             continue
         state[name] = tensor.float().t().contiguous() if name.endswith(TRANSPOSED) else tensor.float()
-    config.bias = settings.get("flatgpt", {}).get("bias", True) or _any_bias(state)
+    config.bias = (settings.get("flatgpt") or {}).get("bias", True) or _any_bias(state)
     if not config.bias:
         state = {name: tensor for name, tensor in state.items() if not name.endswith(".bias")}
     return config, _finish(config, state, folder)
@@ -98,8 +98,8 @@ def _config_from_huggingface(settings: dict, folder: Path) -> GPTConfig:
     """Raises ValueError for a model that is no GPT-2, or a GPT-2 with a part that model.py does not have."""
     if settings.get("model_type") != "gpt2":
         raise ValueError(f"{folder}: model_type is {settings.get('model_type')!r}, and only gpt2 can be loaded")
-    activation = settings.get("activation_function", "gelu_new")
-    hidden = settings.get("n_inner")
+    activation = str(settings.get("activation_function", "gelu_new"))
+    hidden, width = settings.get("n_inner"), settings.get("n_embd", 768)
     faults = [key for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention") if settings.get(key)]
     if not settings.get("scale_attn_weights", True):
         faults.append("scale_attn_weights=False")
@@ -107,22 +107,34 @@ def _config_from_huggingface(settings: dict, folder: Path) -> GPTConfig:
         faults.append("tie_word_embeddings=False")
     if activation not in ACTIVATIONS:
         faults.append(f"activation_function={activation}")
-    if hidden not in (None, 4 * settings.get("n_embd", 768)):
+    if hidden is not None and hidden != 4 * width:
         faults.append(f"n_inner={hidden}")
     if faults:
         raise ValueError(f"{folder}/config.json asks for what this GPT-2 does not have: {', '.join(faults)}")
-    return GPTConfig(  # the fall-backs are transformers' defaults for keys that config.json may leave out
-        block_size=settings.get("n_positions", 1024), vocab_size=settings.get("vocab_size", 50257),
-        n_layer=settings.get("n_layer", 12), n_head=settings.get("n_head", 12), n_embd=settings.get("n_embd", 768),
-        dropout=settings.get("resid_pdrop", 0.1), mlp=ACTIVATIONS[activation],
-        norm_eps=settings.get("layer_norm_epsilon", 1e-5))
+    # The fall-backs are transformers' defaults for keys that config.json may leave out.
+    return _make_config(folder / "config.json", {
+        "block_size": settings.get("n_positions", 1024), "vocab_size": settings.get("vocab_size", 50257),
+        "n_layer": settings.get("n_layer", 12), "n_head": settings.get("n_head", 12),
+        "n_embd": settings.get("n_embd", 768), "dropout": settings.get("resid_pdrop", 0.1),
+        "norm_eps": settings.get("layer_norm_epsilon", 1e-5), "mlp": ACTIVATIONS[activation]})
+
+
+def _make_config(path: Path, values: dict) -> GPTConfig:
+    """A valid configuration from a file's values. Raises ValueError naming the file and the value that is none."""
+    for key, value in values.items():
+        kind = (int, float) if key in ("dropout", "norm_eps") else type(getattr(GPTConfig, key))
+        if not isinstance(value, kind):
+            raise ValueError(f"{path}: {key} is {value!r}")
+    config = GPTConfig(**values)
+    config.validate()
+    return config
 
 
 def load_nanogpt(path: Path) -> tuple[GPTConfig, State]:
     """nanoGPT's ckpt.pt: `model_args`, and `model` with the prefixes that torch.compile leaves."""
     checkpoint = read_nanogpt(path)
     args = checkpoint["model_args"]
-    config = GPTConfig(mlp="gelu", **{key: args[key] for key in (
+    config = _make_config(path, {"mlp": "gelu"} | {key: args[key] for key in (
         "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias") if key in args})
     state = {name.removeprefix("_orig_mod.").removeprefix("transformer."): tensor.float()
              for name, tensor in checkpoint["model"].items()}
@@ -140,8 +152,11 @@ def read_nanogpt(path: Path) -> dict:
                          "because such a file can run code") from None
     except (RuntimeError, EOFError, KeyError) as error:
         raise ValueError(f"{path} is not a readable PyTorch checkpoint: {str(error).splitlines()[0]}") from None
-    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
+    parts = [checkpoint.get(key) for key in ("model", "model_args")] if isinstance(checkpoint, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts):
         raise ValueError(f"{path} is not nanoGPT's: a dictionary with 'model' and 'model_args' was expected")
+    if not all(isinstance(tensor, torch.Tensor) for tensor in checkpoint["model"].values()):
+        raise ValueError(f"{path} is not nanoGPT's: 'model' should hold tensors only")
     return checkpoint
 
 
@@ -149,7 +164,7 @@ def _read_safetensors(folder: Path) -> State:
     files = [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if not files[0].is_file() and index.is_file():
-        names = set(read_json(index)["weight_map"].values())
+        names = set(read_json(index).get("weight_map", {}).values())
         files = [folder / Path(name).name for name in sorted(names)]
     state = {}
     for file in files:

@@ -118,15 +118,16 @@ def test_batches_are_the_same_however_they_are_asked_for(lengths, block_size, fi
         assert targets.tolist() == split.shards[shard][start + 1:start + 1 + block_size].tolist()
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("batch_size", [1, 5, 12])
-def test_a_step_trains_on_the_same_windows_on_any_number_of_ranks(world_size, batch_size):
-    order, seqs, step = TrainOrder(split_of([300, 150]), 8, 1337), 24, 5
+@quick
+@given(world_size=st.sampled_from([1, 2, 3, 4, 8]), batch_size=st.integers(1, 30), step=st.integers(0, 50),
+       seqs=st.sampled_from([24, 48]), seed=st.integers(0, 9))
+def test_a_step_trains_on_the_same_windows_on_any_number_of_ranks(world_size, batch_size, step, seqs, seed):
+    order = TrainOrder(split_of([300, 150]), 8, seed)
     plan = plan_batches(DataConfig(batch_size=batch_size, total_batch_size=seqs * 8), {}, 8, world_size)
     read = []
     for rank in range(world_size):
-        first = step * plan.seqs_per_step + rank * plan.accumulation_steps * plan.micro_batch
-        for start in range(0, plan.accumulation_steps * plan.micro_batch, plan.micro_batch):
+        first = plan.first_seq(step, rank)
+        for start in range(0, plan.seqs_per_rank, plan.micro_batch):
             read += order.windows(first + start, plan.micro_batch)
     assert read == order.windows(step * seqs, seqs)
 

@@ -59,8 +59,10 @@ def test_make_demo_ends_with_a_sample(clone):
     steps = "--max_iters=20 --eval_iters=1"
     out = shell(f"make -o .venv/.run demo PY={shlex.quote(sys.executable)} ARGS={shlex.quote(steps)}", clone)
     assert "data/python_stdlib" in out
-    assert out.count("def ") >= 2
-    assert "tokens/s" in out
+    written = out.partition("torch.float32\n")[2].split("def __init__(self,")[1:]
+    assert len(written) == 2
+    assert all(len(text) > 50 for text in written)
+    assert "tokens/s" in written[-1]
 
 
 TWO_RANKS = ("--eval_iters=0", "--eval_interval=100", "--log_interval=50")
@@ -91,6 +93,21 @@ def test_two_processes_resume_byte_identically_and_one_goes_on_from_them(cli, ti
     assert "resuming out/other at step 3" in result.out
     # The same global batches and, at the same micro-batch, the same dropout masks: only rounding differs.
     assert records_of("out/other")[-1]["val/loss"] == pytest.approx(records_of("out/whole")[-1]["val/loss"], abs=1e-4)
+
+
+def test_four_processes_resume_byte_identically(tiny_data, tmp_path):
+    """Four summands can be added in more than one order, two cannot."""
+    for run, steps in (("whole", 6), ("tiny", 3), ("tiny", 6)):
+        torchrun(4, ROOT / "train.py", *TINY_RUN, f"--max_iters={steps}", f"--out_dir=out/{run}", cwd=tmp_path)
+    model = "checkpoints/latest/model.safetensors"
+    assert (tmp_path / "out/tiny" / model).read_bytes() == (tmp_path / "out/whole" / model).read_bytes()
+
+
+def test_a_step_that_does_not_divide_over_the_processes_is_one_line(tiny_data, tmp_path):
+    with pytest.raises(AssertionError) as failure:
+        torchrun(3, ROOT / "train.py", *TINY_RUN, cwd=tmp_path)
+    assert "error: 8 sequences a step do not divide over 3 processes" in str(failure.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_failure_of_rank_0_ends_all_ranks(tiny_data, tmp_path):

@@ -129,7 +129,7 @@ def test_the_manifest_says_what_is_in_the_folder(prepare):
         "bytes": 10 * 30 + 7 * 30}
     assert manifest["arguments"] == {
         "source": "", "input": "texts", "tokenizer": "bpe", "vocab_size": 270, "val_fraction": 0.1,
-        "test_fraction": 0.0, "shard_tokens": 100, "input_bytes": 510}
+        "test_fraction": 0.0, "shard_tokens": 100, "input_sha256": manifest["arguments"]["input_sha256"]}
     assert [shard["file"] for shard in manifest["shards"]] == [
         path.name for split in ("train", "val") for path in sorted(folder.glob(f"{split}_*.bin"))]
     for shard in manifest["shards"]:

@@ -97,6 +97,9 @@ def test_a_nanogpt_checkpoint_samples_with_its_data_sets_characters(cli, tmp_pat
 @pytest.mark.parametrize(("options", "message"), [
     (["--prompt=Ω and ∂"], "the char tokenizer does not know 'Ω' '∂'"),
     (["--prompt=FILE:none.txt"], "none.txt"),
+    (["--prompt=FILE:out/tiny/checkpoints/best/model.safetensors"], "model.safetensors is no UTF-8 text"),
+    (["--prompt=caf\udce9"], "the prompt is no valid text"),
+    (["--seed=99999999999999999999"], "below 2**63"),
     (["--temperature=-1", "--top_p=0"], "temperature=-1.0 must be 0 or more; top_p=0.0 must be above 0"),
     (["--max_tokens=3"], "did you mean 'max_new_tokens'?"),
     (["--init_from=out/none"], "could not get out/none"),

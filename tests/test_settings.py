@@ -105,6 +105,12 @@ def test_names_that_are_no_assignments_of_values_are_no_keys(config):
                         "depth = double(square(3))\n")) == DEFAULTS | {"depth": 18}
 
 
+def test_what_a_config_takes_over_from_another_counts(config, tmp_path):
+    (tmp_path / "base.py").write_text("depth = 18\nunrelated = 3\n")
+    assert parse(config(f"exec(open({str(tmp_path / 'base.py')!r}).read())\nrate = 2.0\n")) == DEFAULTS | {
+        "depth": 18, "rate": 2.0}
+
+
 def test_a_config_file_may_begin_with_a_byte_order_mark(config):
     assert parse(config("\ufeffdepth = 18\n")) == DEFAULTS | {"depth": 18}
 

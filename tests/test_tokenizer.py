@@ -1,5 +1,6 @@
 """tokenizer.py against tiktoken, transformers, and the text itself."""
 
+import json
 from pathlib import Path
 
 import hypothesis
@@ -99,6 +100,14 @@ def test_a_saved_tokenizer_loads_as_it_was(tokenizer, saved):
     assert loaded.decode(loaded.encode_prompt(TEXT)) == TEXT
     if tokenizer.kind in ("char", "byte"):
         assert type(loaded) is type(tokenizer)
+
+
+def test_gpt2s_own_file_which_leaves_the_models_type_out_loads(gpt2_tokenizer, tmp_path):
+    gpt2_tokenizer.save(tmp_path)
+    file = json.loads((tmp_path / "tokenizer.json").read_text())
+    del file["model"]["type"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    assert load_tokenizer(tmp_path).encode(TEXT).tolist() == gpt2_tokenizer.encode(TEXT).tolist()
 
 
 def test_a_bpe_without_merges_is_not_taken_for_bytes(tmp_path):

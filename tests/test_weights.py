@@ -186,6 +186,24 @@ def test_a_folder_that_is_no_such_gpt2_says_why(tmp_path, change, message):
         GPT.from_pretrained(str(tmp_path))
 
 
+@pytest.mark.parametrize("change", [{"n_embd": "16"}, {"n_layer": None}, {"n_head": 3}, {"activation_function": ["x"]}])
+def test_values_that_are_none_are_named(tmp_path, change):
+    save_hf(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=rf"config\.json|{next(iter(change))}"):
+        GPT.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [
+    {"model": {}, "model_args": {"n_layer": "2"}}, {"model": {"a": 1}, "model_args": {}},
+    {"model": None, "model_args": None}])
+def test_a_checkpoint_with_odd_values_is_named(tmp_path, content):
+    torch.save(content, tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match=r"ckpt\.pt"):
+        GPT.from_pretrained(str(tmp_path / "ckpt.pt"))
+
+
 def test_broken_files_are_named(tmp_path):
     save_hf(tmp_path)
     path = tmp_path / "model.safetensors"
