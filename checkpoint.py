@@ -81,7 +81,7 @@ class RunFolder:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._lock.release()
+        self._lock.release(force=True)
 
     def find(self, config: RunConfig, lock: bool, warn: Callable[[str], None]) -> Path | None:
         """The checkpoint that `resume` means, None for a new run; makes nothing. With `lock`, a folder that holds a

@@ -105,8 +105,8 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, here: J
         report.say(f"step {trainer['step']}: val loss {evaluate(whole_order):.4f} on the whole validation split")
         return
     if trainer["folder"] and trainer["step"] >= config.max_iters:
-        report.say(f"{run.path} is finished: {trainer['step']:,} steps, best val loss {trainer['best_val_loss']}. "
-                   f"To go on, raise --max_iters (now {config.max_iters}); for another run, choose another --out_dir.")
+        report.say(f"{run.path} is finished: {trainer['step']:,} steps. To go on, raise --max_iters (now "
+                   f"{config.max_iters}); for another run, choose another --out_dir.")
         return
 
     # 4) The optimiser, and the model's outer shells: compiled blocks, then gradients averaged over the ranks.
