@@ -85,7 +85,7 @@ def test_a_run_reports_the_documented_fields(cli, tiny_data):
     assert "val/sampled_loss" in evaluations[-1]
 
 
-@pytest.mark.skipif(shutil.which("script") is None, reason="needs the `script` command to make a terminal")
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("script"), reason="needs Linux's `script`")
 def test_a_terminal_gets_a_bar_with_speed_and_time_left(tiny_data, tmp_path):
     command = shlex.join([sys.executable, str(ROOT / "train.py"), *TINY_RUN, "--max_iters=30"])
     subprocess.run(["script", "-qec", command, "log"], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
