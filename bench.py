@@ -40,6 +40,7 @@ class BenchConfig:
 
 
 def main(argv: list[str]) -> None:
+    """Run both in turn and print the ratios; or, as the child of that, the plain loop alone."""
     bench, _ = settings.parse(BenchConfig, argv, usage=__doc__, bare_word="what")
     config, _ = settings.parse(TrainConfig, [bench.config])
     steps = bench.steps or config.max_iters

@@ -79,6 +79,8 @@ class KVCache:
 
 
 class CausalSelfAttention(nn.Module):
+    """Every position looks at itself and at those before it: (B, T, C) -> (B, T, C)."""
+
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k and v in one product

@@ -67,6 +67,7 @@ class PrepareConfig:
 
 
 def main(argv: list[str]) -> None:
+    """Make data/<name>, in a hidden folder first that is renamed when it is complete."""
     config, _ = settings.parse(PrepareConfig, argv, usage=__doc__, bare_word="dataset")
     source = SOURCES.get(config.dataset)
     if config.val_fraction is None:
