@@ -195,13 +195,12 @@ def sampling_probs(logits: torch.Tensor, temperature: float = 1.0, top_k: int | 
         raise ValueError(f"top_p={top_p} must be above 0 and at most 1, or left out")
     if temperature == 0:
         return torch.zeros_like(logits, dtype=torch.float32).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
-    # Less the maximum first, so that dividing by a tiny temperature cannot overflow.
     logits = logits.float()
-    logits = (logits - logits.max(dim=1, keepdim=True).values) / temperature
+    largest = logits.max(dim=1, keepdim=True).values  # taken off, so that a tiny temperature cannot overflow
     if top_k is None and top_p is None:
-        return logits.softmax(dim=1)
-    ordered, token = logits.sort(dim=1, descending=True, stable=True)
-    probs = ordered[:, :top_k].softmax(dim=1)  # (B, k), likeliest first
+        return ((logits - largest) / temperature).softmax(dim=1)
+    ordered, token = logits.sort(dim=1, descending=True, stable=True)  # before any rounding could make new ties
+    probs = ((ordered[:, :top_k] - largest) / temperature).softmax(dim=1)  # (B, k), likeliest first
     if top_p is not None:
         before = probs.cumsum(dim=1) - probs  # mass of the likelier tokens: below top_p, this one is still needed
         probs = probs.masked_fill(before >= top_p, 0.0)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from model import GPT, GPTConfig, LinearCrossEntropy, sampling_probs
@@ -222,6 +222,7 @@ LOGITS = st.lists(st.floats(-9, 9, width=32), min_size=1, max_size=40)
 
 
 @settings(deadline=None, max_examples=150)
+@example(logits=[0.0, 1.0, 4.2190857335113324e-26], temperature=0.5, top_k=2, top_p=None)
 @given(logits=LOGITS, temperature=st.sampled_from([1e-4, 0.5, 1.0, 3.0]), top_k=st.none() | st.integers(1, 45),
        top_p=st.none() | st.floats(0.01, 1.0))
 def test_filters_keep_exactly_the_right_set_and_sum_to_one(logits, temperature, top_k, top_p):
@@ -249,6 +250,8 @@ def test_filters_break_ties_by_the_lower_id_and_zero_temperature_is_greedy():
     assert sampling_probs(tied, top_k=2).tolist() == [[0, 0.5, 0.5, 0]]
     assert sampling_probs(tied, top_p=0.25).tolist() == [[0, 1, 0, 0]]
     assert sampling_probs(tied, temperature=0).tolist() == [[0, 1, 0, 0]]
+    nearly_tied = torch.tensor([[0.0, 1.0, 4e-26]])
+    assert sampling_probs(nearly_tied, top_k=2).nonzero()[:, 1].tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
