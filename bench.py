@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 
 import settings
-from data import Split, open_dataset
 from model import GPT, GPTConfig
+from shards import Split, open_dataset
 from train import TrainConfig
 
 

@@ -31,6 +31,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+import files
 import optim
 import weights
 from model import GPT
@@ -67,7 +68,7 @@ def verify(folder: Path) -> None:
         path = folder / name
         if not path.is_file():
             raise ValueError(f"checkpoint {folder} is damaged: {name} is missing")
-        if weights.sha256_file(path) != digest:
+        if files.sha256_file(path) != digest:
             raise ValueError(f"checkpoint {folder} is damaged: {name} is not what was saved (its checksum differs)")
 
 
@@ -109,7 +110,7 @@ class RunFolder:
             raise OSError(f"another run has begun in {self.path} meanwhile: choose another --out_dir")
         for leftover in [*self.checkpoints.glob("*" if overwrite else ".*")]:
             _remove(leftover)
-        weights.write_json(self.path / "train_config.json", options)
+        files.write_json(self.path / "train_config.json", options)
 
     def _take_lock(self) -> None:
         try:
@@ -155,7 +156,7 @@ class RunFolder:
                 tokenizer.save(hidden, model_max_length=model.config.block_size)
             state = {name: t.detach().cpu() for name, t in optim.optimizer_state(optimizer, model).items()}
             weights.save_tensors(state, hidden / "training" / "optimizer.safetensors")
-            weights.write_json(hidden / "training" / "trainer.json", trainer)
+            files.write_json(hidden / "training" / "trainer.json", trainer)
             _write_sums(hidden)
             _sync(hidden)
         except BaseException:
@@ -164,7 +165,7 @@ class RunFolder:
         if final.exists():  # a damaged one that a resume went back over
             self._retire(final)
         os.rename(hidden, final)
-        _sync_one(self.checkpoints)
+        files.sync(self.checkpoints)
         self._link("latest", final.name)
         if is_best:
             self._link("best", final.name)
@@ -193,7 +194,7 @@ class RunFolder:
 
 def read_trainer(folder: str | Path) -> dict[str, Any]:
     """trainer.json of a checkpoint."""
-    return weights.read_json(Path(folder) / "training" / "trainer.json")
+    return files.read_json(Path(folder) / "training" / "trainer.json")
 
 
 def read_optimizer(folder: str | Path) -> dict[str, torch.Tensor]:
@@ -210,22 +211,14 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _write_sums(folder: Path) -> None:
-    lines = [f"{weights.sha256_file(path)}  {path.relative_to(folder).as_posix()}\n" for path in _files(folder)]
+    lines = [f"{files.sha256_file(path)}  {path.relative_to(folder).as_posix()}\n" for path in _files(folder)]
     (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
 
 
 def _sync(folder: Path) -> None:
     """Force files and folders to the disk, so that the rename that follows cannot outrun them in a power cut."""
     for path in [*folder.rglob("*"), folder]:
-        _sync_one(path)
-
-
-def _sync_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        files.sync(path)
 
 
 def _remove(path: Path) -> None:

@@ -1,14 +1,14 @@
-"""Token shards, dataset folders, and the data order: (seed, position) -> batch.
+"""The data order: (seed, position) -> batch, over one data set or a mixture of several.
 
-Owns the shard format, the opening of dataset folders (ours, nanoGPT's, llm.c's), and the arithmetic of batches. It
-makes no text into tokens (prepare_data.py does) and knows no model.
+Owns the arithmetic of batches, and the thread that reads ahead. It knows shards only as arrays of tokens (shards.py
+opens them), and no model.
 
 Letters: T = block_size, S = sequences an optimizer step over the whole job, W = ranks, q = a sequence's number since
 the run began. Invariants:
 - What a step trains on is a function of (data, T, seed, S, step): neither W nor the micro-batch changes it, and no
   state is kept but the number of the next sequence.
 - Each epoch cuts the shards anew into windows of T tokens and reads every window once, in an order of its own.
-- No token id outside the vocabulary leaves this room.
+- A mixture gives each q a data set, by a pattern that repeats; each data set counts its own sequences.
 
 Example: T = 4, one shard of 14 tokens a b c ... n, and an epoch whose offset is 1. The windows' inputs are bcde, fghi
 and jklm, their targets cdef, ghij and klmn: N = 3. Sequence q at place p of the epoch reads window permute(p, 3, key),
@@ -19,34 +19,31 @@ takes fghi, and its other sequence is the first of the next epoch.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import pickle
-import re
-from collections.abc import Mapping
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 
-from tokenizer import GPT2_VOCAB_SIZE, CharTokenizer, GPT2Tokenizer, Tokenizer, load_tokenizer
-from weights import read_json
+from shards import Dataset, Split, open_dataset
+from tokenizer import Tokenizer
 
-DATA_DIR = Path("data")
-HEADER_WORDS = 256
-FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # magic -> version, token type
-SHARD_NAME = re.compile(r"(?!\.)(?:.*_)?(?P<split>train|val|test)_\d+\.bin")  # ours, modded-nanogpt's
-LLMC_NAME = re.compile(r"(?!\.).*_(?P<split>train|val|test)\.bin")  # tiny_shakespeare_train.bin
-NANOGPT_NAME = re.compile(r"(?P<split>train|val)\.bin")
+T = TypeVar("T")
+BLOCK_SEQS = 1024  # sequences whose windows are found together
+PERIOD = 10_000  # sequences after which a mixture's pattern repeats
 
 
 @dataclass
 class DataConfig:
     """Data and batch"""
 
-    dataset: str = "openwebtext"  # a folder in data/, or the path of a folder with shards
+    dataset: str = "openwebtext"  # folder in data/, or path of a folder with shards; several: a:0.7,b:0.3
+    tokenizer: Literal["auto", "gpt2"] = "auto"  # gpt2: what shards without dataset.json were made with
     gradient_accumulation_steps: int = 40  # micro-batches a step, summed over the ranks
     batch_size: int = 12  # sequences a micro-batch; the largest number that a device takes at a time
     total_batch_size: int = 0  # tokens a step over all ranks; 0 = gradient_accumulation_steps * batch_size * block_size
@@ -95,178 +92,73 @@ def plan_batches(config: DataConfig, given: Mapping[str, str], block_size: int, 
     return BatchPlan(seqs, micro_batch, per_rank // micro_batch, world_size)
 
 
-# Files
-
-
-def write_shard(path: Path, tokens: np.ndarray, dtype: np.dtype) -> None:
-    """Write a shard with its header, under the very name given, and sync it. `tokens` are integers that fit dtype."""
-    magic, version = next((magic, version) for magic, (version, kind) in FORMATS.items() if kind == dtype)
-    header = np.zeros(HEADER_WORDS, dtype="<i4")
-    header[:3] = magic, version, len(tokens)
-    with open(path, "wb") as file:
-        file.write(header.tobytes())
-        file.write(tokens.astype(dtype).tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def open_shard(path: Path) -> np.ndarray:
-    """The tokens of a shard, memory-mapped: with our header, or headerless uint16 when it bears nanoGPT's name.
-
-    Raises ValueError for a file that is torn or no shard.
-    """
-    size = path.stat().st_size
-    header = np.fromfile(path, dtype="<i4", count=3)
-    if len(header) == 3 and int(header[0]) in FORMATS:
-        version, dtype = FORMATS[int(header[0])]
-        if header[1] != version:
-            raise ValueError(f"{path}: version {header[1]} of the shard format, but {version} is what can be read")
-        offset, count = HEADER_WORDS * 4, int(header[2])
-        if size != offset + count * dtype.itemsize:
-            raise ValueError(f"{path} is torn: its header counts {count:,} tokens, which takes "
-                             f"{offset + count * dtype.itemsize:,} bytes, and it has {size:,}")
-    elif NANOGPT_NAME.fullmatch(path.name):
-        offset, dtype = 0, np.dtype("<u2")
-        count = size // 2
-        if size % 2:
-            raise ValueError(f"{path} is torn: {size:,} bytes are no whole number of 2-byte tokens")
-    else:
-        magic = header[0] if len(header) else "missing"
-        raise ValueError(f"{path} is not a token shard: its magic number is {magic}, not one of "
-                         f"{', '.join(map(str, FORMATS))}")
-    if count == 0:
-        return np.empty(0, dtype)
-    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,))
-
-
-class Split:
-    """The tokens of one split, as shards in a fixed order."""
-
-    def __init__(self, paths: list[Path], vocab_size: int):
-        self.paths, self.vocab_size = paths, vocab_size
-        self.shards = [open_shard(path) for path in paths]
-        self.lengths = np.array([len(shard) for shard in self.shards], dtype=np.int64)
-        self.num_tokens = int(self.lengths.sum())
-
-    def read(self, shard: int, start: int, length: int) -> np.ndarray:
-        """Tokens [start, start + length) of a shard. Raises ValueError for an id outside the vocabulary."""
-        tokens = self.shards[shard][start:start + length]
-        if tokens.max() >= self.vocab_size:
-            at = int(tokens.argmax())
-            raise ValueError(f"{self.paths[shard]}: token id {tokens[at]} at position {start + at} is outside the "
-                             f"vocabulary of {self.vocab_size}")
-        return tokens
+# Data sets
 
 
 @dataclass
-class Dataset:
-    folder: Path
-    splits: dict[str, Split]
-    vocab_size: int
-    tokenizer: Tokenizer | None  # None: the folder does not say, and GPT-2's could not be had
-    fingerprint: str  # changes when the tokens do
+class Mixture:
+    """The data sets of a run, by name, and the share of its sequences that each gives; together 1. Mostly one."""
+
+    datasets: dict[str, Dataset]
+    shares: list[float]
+
+    @property
+    def vocab_size(self) -> int:
+        return next(iter(self.datasets.values())).vocab_size
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return next((dataset.tokenizer for dataset in self.datasets.values() if dataset.tokenizer), None)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when tokens or shares do."""
+        prints = [dataset.fingerprint for dataset in self.datasets.values()]
+        if len(prints) == 1:
+            return prints[0]
+        return hashlib.sha256(repr((prints, quotas(self.shares))).encode()).hexdigest()
+
+    def splits(self, name: str) -> dict[str, Split]:
+        """A split of each data set. Raises ValueError for one that lacks it."""
+        for dataset in self.datasets.values():
+            if name not in dataset.splits:
+                raise ValueError(f"{dataset.folder} has no {name} split")
+        return {key: dataset.splits[name] for key, dataset in self.datasets.items()}
 
 
-def open_dataset(name: str, vocab_size: int = 0) -> Dataset:
-    """Open data/<name>, or the folder of that path. `vocab_size` speaks for a folder that says nothing of its own.
+def open_mixture(spec: str, vocab_size: int = 0, tokenizer: str = "auto") -> Mixture:
+    """Open `name`, or a mixture `name:weight,name:weight`; see shards.open_dataset.
 
-    Raises FileNotFoundError with the command that makes the data, ValueError for a folder that is broken.
-    """
-    folder = find_folder(name)
-    if (folder / "dataset.json").is_file():
-        paths, own_size, checksums = _read_manifest(folder)
-    else:
-        paths, own_size, checksums = _find_shards(folder), _read_meta(folder).get("vocab_size"), []
-    if vocab_size and own_size and vocab_size != own_size:
-        raise ValueError(f"vocab_size={vocab_size}, but {folder} has a vocabulary of {own_size}; leave the key out")
-    vocab_size = own_size or vocab_size or GPT2_VOCAB_SIZE
-    splits = {name: Split(files, vocab_size) for name, files in paths.items()}
-    summary = [checksums, [(name, path.name, int(length), _mark(path)) for name, split in splits.items()
-                           for path, length in zip(split.paths, split.lengths)]]
-    fingerprint = hashlib.sha256(json.dumps(summary).encode()).hexdigest()
-    return Dataset(folder, splits, vocab_size, folder_tokenizer(folder, vocab_size), fingerprint)
-
-
-def find_folder(name: str) -> Path:
-    """data/<name>, else the folder at that path. Raises FileNotFoundError with the command that makes it."""
-    for folder in (DATA_DIR / name, Path(name)):
-        if folder.is_dir():
-            return folder
-    raise FileNotFoundError(
-        f"no data set {name!r} in {DATA_DIR}/; make it with: python prepare_data.py {name}   (or from your own text: "
-        f"python prepare_data.py --input=FILE_OR_FOLDER --name={Path(name).name})")
+    Raises ValueError for a spec that is none, and for data sets whose tokenizers differ."""
+    weights: dict[str, float] = {}
+    for part in spec.split(","):
+        name, colon, weight = part.rpartition(":")
+        if "," not in spec or not colon:
+            name, weight = part, "1"
+        try:
+            if name in weights or not 0 < float(weight) < float("inf"):
+                raise ValueError
+        except ValueError:
+            raise ValueError(f"dataset={spec!r}: {part!r} should be name:weight, with a name that comes once and a "
+                             "weight above 0") from None
+        weights[name] = float(weight)
+    shares = [weight / sum(weights.values()) for weight in weights.values()]
+    if 0 in quotas(shares):
+        raise ValueError(f"dataset={spec!r}: a share below 1 in {PERIOD:,} cannot be drawn; leave that data set out")
+    mixture = Mixture({name: open_dataset(name, vocab_size, tokenizer) for name in weights}, shares)
+    first, *others = mixture.datasets.values()
+    for other in others:
+        if other.vocab_size != first.vocab_size or not _same_tokenizer(first, other):
+            raise ValueError(f"{first.folder} and {other.folder} were made with different tokenizers: their ids mean "
+                             "different things")
+    return mixture
 
 
-def _read_manifest(folder: Path) -> tuple[dict[str, list[Path]], int, list[str]]:
-    """Shards by split, vocabulary size and checksums of dataset.json. Raises ValueError when it is not ours."""
-    manifest = read_json(folder / "dataset.json")
-    paths: dict[str, list[Path]] = {}
-    try:
-        for shard in manifest["shards"]:
-            paths.setdefault(shard["split"], []).append(folder / Path(shard["file"]).name)
-        return paths, int(manifest["tokenizer"]["vocab_size"]), [shard["sha256"] for shard in manifest["shards"]]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder}/dataset.json is not ours: {error} was not understood") from None
-
-
-def _find_shards(folder: Path) -> dict[str, list[Path]]:
-    for pattern in (SHARD_NAME, LLMC_NAME, NANOGPT_NAME):
-        paths: dict[str, list[Path]] = {}
-        for path in sorted(folder.iterdir()):
-            if match := pattern.fullmatch(path.name):
-                paths.setdefault(match["split"], []).append(path)
-        if paths:
-            return paths
-    raise FileNotFoundError(f"{folder} holds no token shards: neither train_000000.bin nor nanoGPT's train.bin")
-
-
-def _mark(path: Path, edge_bytes: int = 65536) -> str:
-    """A hash of a file's two ends: it is too large to be read whole at every start."""
-    with open(path, "rb") as file:
-        head = file.read(edge_bytes)
-        file.seek(max(0, path.stat().st_size - edge_bytes))
-        return hashlib.sha256(head + file.read()).hexdigest()
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Unpickles dictionaries, lists, strings and numbers; anything that names a class or a function is refused."""
-
-    def find_class(self, module, name):
-        raise ValueError(f"it names {module}.{name}, and only plain values are read: a pickle can run code")
-
-
-def _read_meta(folder: Path) -> dict:
-    """nanoGPT's meta.pkl (vocab_size, stoi, itos), or {} where there is none."""
-    path = folder / "meta.pkl"
-    if not path.is_file():
-        return {}
-    try:
-        with open(path, "rb") as file:
-            meta = _PlainUnpickler(file).load()
-    except Exception as error:  # a broken pickle raises nearly anything
-        raise ValueError(f"{path} was refused: {error}") from None
-    if not isinstance(meta, dict) or type(meta.get("vocab_size")) is not int or meta["vocab_size"] < 1:
-        raise ValueError(f"{path} is not nanoGPT's: a dictionary with 'vocab_size' was expected")
-    return meta
-
-
-def folder_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
-    """The tokenizer of a dataset folder: its tokenizer.json, the characters of its meta.pkl, or GPT-2's if it fits."""
-    if (folder / "tokenizer.json").is_file():
-        return load_tokenizer(folder)
-    stoi = _read_meta(folder).get("stoi")
-    if isinstance(stoi, dict):
-        by_id = {i: character for character, i in stoi.items()}
-        characters = [by_id.get(i) for i in range(len(stoi))]
-        if not all(isinstance(c, str) and len(c) == 1 for c in characters):
-            raise ValueError(f"{folder}/meta.pkl: 'stoi' should number single characters from 0 on")
-        return CharTokenizer(characters)
-    if vocab_size < GPT2_VOCAB_SIZE:
-        return None
-    try:
-        return GPT2Tokenizer()
-    except OSError:  # training can do without: it only writes the tokenizer beside the weights
-        return None
+def _same_tokenizer(first: Dataset, other: Dataset) -> bool:
+    """Whether ids mean the same; what is not known is taken for the same."""
+    if first.tokenizer is None or other.tokenizer is None:
+        return True
+    return first.tokenizer.hf.get_vocab() == other.tokenizer.hf.get_vocab()
 
 
 # The order
@@ -315,6 +207,7 @@ class TrainOrder:
         """Raises ValueError when no shard of the split holds a single window."""
         self.split, self.block_size, self.seed = split, block_size, seed
         self._epoch_ends: list[int] = []  # sequences up to the end of each epoch met so far
+        self._block = lru_cache(maxsize=4)(self._find_block)
         longest = int(split.lengths.max(initial=0))
         if longest < block_size + 1:
             raise ValueError(f"the train split of {split.paths[0].parent} has {longest} tokens in its longest shard, "
@@ -330,11 +223,20 @@ class TrainOrder:
         """(shard, start) of the windows that sequences first_seq ... first_seq + count - 1 read."""
         found: list[tuple[int, int]] = []
         while len(found) < count:
-            q = first_seq + len(found)
+            index, skip = divmod(first_seq + len(found), BLOCK_SEQS)
+            found += self._block(index)[skip:skip + count - len(found)]
+        return found
+
+    def _find_block(self, index: int) -> list[tuple[int, int]]:
+        """The windows of the sequences [index * BLOCK_SEQS, (index + 1) * BLOCK_SEQS), found together because that
+        takes hardly longer than finding one."""
+        found: list[tuple[int, int]] = []
+        while len(found) < BLOCK_SEQS:
+            q = index * BLOCK_SEQS + len(found)
             epoch, epoch_start, epoch_end = self._epoch_of(q)
             offset, per_shard = self.cut(epoch)
             ends = per_shard.cumsum()
-            places = np.arange(q, min(first_seq + count, epoch_end)) - epoch_start
+            places = np.arange(q, min((index + 1) * BLOCK_SEQS, epoch_end)) - epoch_start
             window = permute(places, int(ends[-1]), self.seed, epoch)
             shard = np.searchsorted(ends, window, side="right")
             start = offset[shard] + (window - ends[shard] + per_shard[shard]) * self.block_size
@@ -349,10 +251,55 @@ class TrainOrder:
         epoch = int(np.searchsorted(ends, q, side="right"))
         return epoch, ends[epoch - 1] if epoch else 0, ends[epoch]
 
+    def rows(self, first_seq: int, count: int) -> np.ndarray:
+        """The T + 1 tokens of `count` sequences, (count, T + 1) int64: inputs, and shifted by one the targets."""
+        rows = np.empty((count, self.block_size + 1), dtype=np.int64)
+        self.split.read(self.windows(first_seq, count), rows)
+        return rows
+
+
+def quotas(shares: list[float]) -> list[int]:
+    """Places of each share in a PERIOD, by largest remainders; one data set needs no more than one place."""
+    period = PERIOD if len(shares) > 1 else 1
+    exact = [share * period for share in shares]
+    counts = [int(e) for e in exact]
+    by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - exact[i])
+    for i in by_remainder[:period - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+class MixedOrder:
+    """Sequence number q -> data set and that one's own sequence number, by a pattern that repeats after a period.
+
+    The pattern gives each place to the data set that is furthest behind its share, so that a step's sequences are
+    mixed as evenly as whole numbers allow. Of one data set it is the order itself."""
+
+    def __init__(self, orders: list[TrainOrder], shares: list[float]):
+        self.orders, self._quotas = orders, np.array(quotas(shares))
+        period = int(self._quotas.sum())
+        self._pattern = np.zeros(period, dtype=np.int64)  # data set of each place
+        self._nth = np.zeros(period, dtype=np.int64)  # how many places of its own come before it
+        given = np.zeros(len(orders), dtype=np.int64)
+        for place in range(period):
+            source = int(np.argmax(self._quotas * (place + 1) - given * period))
+            self._pattern[place], self._nth[place] = source, given[source]
+            given[source] += 1
+
+    def sources(self, first_seq: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The data set and its own sequence number for each of `count` sequences; both (count,) int64."""
+        periods, places = np.divmod(np.arange(first_seq, first_seq + count), len(self._pattern))
+        source = self._pattern[places]
+        return source, periods * self._quotas[source] + self._nth[places]
+
     def batch(self, first_seq: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets of `count` sequences, (count, T) int64 each."""
-        rows = np.stack([self.split.read(shard, start, self.block_size + 1)
-                         for shard, start in self.windows(first_seq, count)]).astype(np.int64)
+        source, own = self.sources(first_seq, count)
+        rows = np.empty((count, self.orders[0].block_size + 1), dtype=np.int64)
+        for i, order in enumerate(self.orders):
+            mine = source == i
+            if mine.any():  # a data set's own numbers follow on each other
+                rows[mine] = order.rows(int(own[mine][0]), int(mine.sum()))
         return rows[:, :-1], rows[:, 1:]
 
 
@@ -381,15 +328,32 @@ class EvalOrder:
         window are padding."""
         chosen = self._chosen[first:first + count]
         rows = np.full((count, self.block_size + 1), -1, dtype=np.int64)
-        for row, window, shard in zip(rows, chosen, np.searchsorted(self._ends, chosen, side="right")):
-            before = self._ends[shard - 1] if shard else 0
-            start = int(window - before) * self.block_size
-            tokens = self.split.read(int(shard), start, self.block_size + 1)
-            row[:len(tokens)] = tokens
+        shards = np.searchsorted(self._ends, chosen, side="right")
+        before = np.where(shards > 0, self._ends[shards - 1], 0)
+        self.split.read(zip(shards.tolist(), ((chosen - before) * self.block_size).tolist()), rows)
         return np.maximum(rows[:, :-1], 0), rows[:, 1:]
 
 
-def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A batch on its device; to a GPU by an asynchronous copy out of pinned memory."""
+# Loading
+
+
+def prefetch(make: Callable[[int], T], arguments: Iterable[int], depth: int = 2) -> Iterator[T]:
+    """make(a) for each argument a, in order; a background thread makes up to `depth` of them before they are asked for.
+
+    What `make` raises is raised where its value would have come."""
+    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as thread:
+        arguments = iter(arguments)
+        ahead = deque(thread.submit(make, a) for a in itertools.islice(arguments, depth))
+        try:
+            while ahead:
+                value = ahead.popleft().result()
+                ahead.extend(thread.submit(make, a) for a in itertools.islice(arguments, 1))
+                yield value
+        finally:
+            thread.shutdown(cancel_futures=True)
+
+
+def pin(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A batch as a tensor that `device` can copy from without anyone waiting: in pinned memory if that is a GPU."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return tensor.pin_memory() if device.type == "cuda" else tensor

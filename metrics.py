@@ -18,7 +18,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from data import EvalOrder, to_device
+from data import EvalOrder, pin, prefetch
 from distributed import Job, sum_over_ranks
 from model import GPT
 
@@ -74,14 +74,29 @@ def validation_loss(model: GPT, order: EvalOrder, batch_size: int, here: Job) ->
     model.eval()
     loss_sum, count = torch.zeros((), device=here.device), 0
     first, end = (len(order) * r // here.world_size for r in (here.rank, here.rank + 1))
-    for start in range(first, end, batch_size):
+
+    def load(start: int) -> tuple[torch.Tensor, torch.Tensor, int]:
         x, y = order.batch(start, batch_size)
         y[end - start:] = -1  # the next rank's; a full batch all the same, so that compiled blocks meet one shape
-        count += int((y >= 0).sum())
+        return pin(x, here.device), pin(y, here.device), int((y >= 0).sum())
+
+    for x, y, num_targets in prefetch(load, range(first, end, batch_size)):
+        count += num_targets
+        x, y = x.to(here.device, non_blocking=True), y.to(here.device, non_blocking=True)
         with here.autocast():
-            loss_sum += model(to_device(x, here.device), to_device(y, here.device), num_targets=1)[1]
+            loss_sum += model(x, y, num_targets=1)[1]
     model.train(training)
     return (sum_over_ranks(loss_sum, here) / sum_over_ranks(count, here)).item()
+
+
+def validation_losses(model: GPT, orders: Mapping[str, EvalOrder], shares: list[float], batch_size: int,
+                      here: Job) -> dict[str, float]:
+    """The loss as metrics.jsonl has it: {"val/loss": loss}, in a mixture the mean weighted by the data sets' shares,
+    with {"val/loss/NAME": loss} for each beside it."""
+    losses = {name: validation_loss(model, order, batch_size, here) for name, order in orders.items()}
+    mean = sum(share * loss for share, loss in zip(shares, losses.values()))
+    each = {f"val/loss/{name}": loss for name, loss in losses.items()} if len(losses) > 1 else {}
+    return {"val/loss": mean, **each}
 
 
 class Reporter:

@@ -1,286 +1,412 @@
 """Make a dataset folder of token shards out of text.
 
     python prepare_data.py shakespeare_char                     tiny Shakespeare, characters
-    python prepare_data.py shakespeare                          tiny Shakespeare, GPT-2's tokens
-    python prepare_data.py python_stdlib                        this interpreter's standard library: needs no network
-    python prepare_data.py --input=novel.txt --name=novel --tokenizer=char
+    python prepare_data.py python_source                        every .py file of this Python: needs no network
+    python prepare_data.py fineweb_edu                          10 billion tokens of FineWeb-Edu, from the hub
+    python prepare_data.py --hf=owner/name --text_column=body   any other data set of the hub
+    python prepare_data.py --input='texts/*.jsonl.gz' --name=mine --tokenizer=bpe
     python prepare_data.py shakespeare_char --input=input.txt   a named source, from a file that is already here
+    python prepare_data.py --verify=data/mine                   is the folder what was written?
+    python prepare_data.py --info=data/mine                     what is in it?
 
-The folder is data/NAME; train.py finds it as --dataset=NAME. It appears only when it is complete.
+Several processes on one machine or many, which see the same data/ folder, share out the files of a source:
+
+    torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=node0:29500 prepare_data.py fineweb_edu
+
+The folder is data/NAME; train.py finds it as --dataset=NAME. It appears only when it is complete: until then the work
+lies in data/.NAME.partial, and the same command goes on from the last finished shard there.
 """
 
 from __future__ import annotations
 
-import hashlib
-import http.client
+import glob
 import os
 import shutil
 import sys
-import sysconfig
-import tokenize
-import urllib.request
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+import files
 import settings
-from data import DATA_DIR, write_shard
-from tokenizer import make_tokenizer
-from weights import read_json, sha256_file, write_json
+import shards
+import sources
+from pipeline import (
+    SPLITS,
+    Batch,
+    Cursor,
+    Encoder,
+    Output,
+    TokensConfig,
+    Workers,
+    begin,
+    digest_of,
+    encode_in_order,
+    plan_splits,
+    read_digests,
+    refuse,
+)
+from shards import DATA_DIR, shard_dtype
+from sources import SOURCES, Part, SourceConfig, text_of
+from tokenizer import Tokenizer, make_tokenizer
 
-TEXT_SUFFIXES = (".txt", ".md", ".py")
-MIN_DOCUMENTS = 100  # below this, a split by whole documents could leave a split empty
-SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-
-@dataclass
-class Document:
-    """A text that is read when it is needed: `load` gives the text, or None for a file that has none."""
-
-    path: str
-    load: Callable[[], str | None]
-
-
-@dataclass
-class Source:
-    """A named corpus: where its documents come from, and how they are tokenized unless the user says otherwise."""
-
-    documents: Callable[[], list[Document]]
-    tokenizer: str
-    val_fraction: float = 0.1
+BPE_BYTES = 500 << 20  # text that a bpe is trained on, at most
+TOKENS_PER_BYTE = {"gpt2": 0.25, "bpe": 0.25, "char": 1.0, "byte": 1.0}  # about, to know the disk space ahead
+COUNTS = ("documents", "bytes", "empty_documents", "duplicate_documents", "bad_records",
+          "documents_with_replaced_bytes")  # of dataset.json
+SMALL_BYTES = 4 << 20  # below this, starting worker processes takes longer than the work
+UNCOMPARED = ("input", "skip_bad")  # arguments that may change: what they lead to is compared by its fingerprint
 
 
 @dataclass
 class PrepareConfig:
-    dataset: str = ""  # a named source (shakespeare_char, shakespeare, python_stdlib); may stand without the --dataset=
-    input: str = ""  # a file, or a folder whose .txt, .md and .py files are read in sorted order
+    source: SourceConfig = field(default_factory=SourceConfig)
+    tokens: TokensConfig = field(default_factory=TokensConfig)
     name: str = ""  # the folder in data/ to make; default: the source's or the input's name
-    tokenizer: Literal["auto", "gpt2", "char", "byte", "bpe"] = "auto"  # auto = the source's own; gpt2 for --input
-    vocab_size: int = 2048  # vocabulary of a bpe, which is trained on the text
-    val_fraction: float | None = None  # share of the text for validation; None = the source's own, or 0.1
-    test_fraction: float = 0.0  # share for a test split, which lies before the validation split
-    shard_tokens: int = 100_000_000  # tokens a shard, at most
+    verify: str = ""  # only check every checksum, count and token id of this dataset folder
+    info: str = ""  # only show what is in this dataset folder
 
 
 def main(argv: list[str]) -> None:
-    """Make data/<name>, in a hidden folder first that is renamed when it is complete."""
     config, _ = settings.parse(PrepareConfig, argv, usage=__doc__, bare_word="dataset")
-    source = SOURCES.get(config.dataset)
-    if config.val_fraction is None:
-        config.val_fraction = source.val_fraction if source else 0.1
+    if config.verify:
+        return verify(shards.find_folder(config.verify))
+    if config.info:
+        return show_info(shards.find_folder(config.info))
+    source = SOURCES.get(config.source.dataset)
+    if config.tokens.val_fraction is None:
+        config.tokens.val_fraction = source.val_fraction if source else 0.1
+    if config.tokens.tokenizer == "auto":
+        config.tokens.tokenizer = source.tokenizer if source else "gpt2"
     check_options(config)
-    kind = config.tokenizer if config.tokenizer != "auto" else source.tokenizer if source else "gpt2"
-    name = config.name or config.dataset or Path(config.input).resolve().stem
-    arguments = {"source": config.dataset, "input": config.input, "tokenizer": kind,
-                 "vocab_size": config.vocab_size if kind == "bpe" else None, "val_fraction": config.val_fraction,
-                 "test_fraction": config.test_fraction, "shard_tokens": config.shard_tokens}
-    documents = local_documents(Path(config.input)) if config.input else source.documents()
-    if config.input:  # the same name does not make it the same text
-        digests = "".join(sha256_file(Path(document.path)) for document in documents)
-        arguments["input_sha256"] = hashlib.sha256(digests.encode()).hexdigest()
-    target = DATA_DIR / name
-    if is_made(target, arguments):
-        print(f"{target} is there already, made with the same arguments")
-        return
-    partial = DATA_DIR / f".{name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        manifest = write_dataset(partial, documents, kind, config, arguments)
-        os.rename(partial, target)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
-    counts = {split: sum(s["tokens"] for s in manifest["shards"] if s["split"] == split)
-              for split in ("train", "test", "val")}
-    print(f"{target}: {manifest['documents']:,} documents, {manifest['bytes']:,} bytes; tokenizer {kind} with "
-          f"{manifest['tokenizer']['vocab_size']:,} tokens; "
-          + ", ".join(f"{split} {count:,}" for split, count in counts.items() if count) + " tokens")
+    prepare(config, *(int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1))))
+    return None
 
 
 def check_options(config: PrepareConfig) -> None:
     """Raises ValueError that lists all faults."""
-    faults = []
-    if not config.dataset and not config.input:
-        faults.append(f"nothing to read: name a source ({', '.join(SOURCES)}) or pass --input=FILE_OR_FOLDER")
-    if config.dataset and config.dataset not in SOURCES:
-        hint = settings.closest(config.dataset, SOURCES) or f"the sources are {', '.join(SOURCES)}"
-        faults.append(f"no source {config.dataset!r}; {hint} (your own text: --input=FILE_OR_FOLDER --name=NAME)")
-    val, test = config.val_fraction, config.test_fraction
+    faults, source = [], config.source
+    if not (source.dataset or source.input or source.hf):
+        faults.append(f"nothing to read: name a source ({', '.join(SOURCES)}), a data set of the hub (--hf=OWNER/NAME) "
+                      "or --input=FILE_OR_FOLDER")
+    if source.input and source.hf:
+        faults.append("--input and --hf are two sources: choose one")
+    if source.dataset and source.dataset not in SOURCES:
+        hint = settings.closest(source.dataset, SOURCES) or f"the sources are {', '.join(SOURCES)}"
+        faults.append(f"no source {source.dataset!r}; {hint} (your own text: --input=FILE_OR_FOLDER --name=NAME)")
+    val, test = config.tokens.val_fraction, config.tokens.test_fraction
     if not (val > 0 and test >= 0 and val + test < 1):
         faults.append(f"val_fraction={val} must be above 0, test_fraction={test} not below, and both together below 1")
-    if config.shard_tokens < 1:
-        faults.append(f"shard_tokens={config.shard_tokens} must be positive")
+    if config.tokens.shard_tokens < 1:
+        faults.append(f"shard_tokens={config.tokens.shard_tokens} must be positive")
+    if config.tokens.workers < 0:
+        faults.append(f"workers={config.tokens.workers} must be 0 or more")
     if Path(config.name).name != config.name:
         faults.append(f"name={config.name!r} must be a plain folder name")
     if faults:
         raise ValueError("; ".join(faults))
 
 
-def is_made(target: Path, arguments: dict) -> bool:
-    """Whether target is the finished folder of these arguments. Raises ValueError when it is anything else."""
-    if not target.exists():
-        return False
-    if not (target / "dataset.json").is_file():
-        raise ValueError(f"{target} exists and was not made by prepare_data.py: choose another --name, or remove it")
-    made = read_json(target / "dataset.json").get("arguments", {})
+def check_arguments(folder: Path, record: Path, arguments: dict[str, Any]) -> None:
+    """Raises ValueError unless `record`, a JSON file in folder, says that folder is made with these arguments."""
+    if not record.is_file():
+        raise ValueError(f"{folder} exists and was not made by prepare_data.py: choose another --name, or remove it")
+    made = files.read_json(record).get("arguments", {})
     if differing := [f"{key} was {made.get(key)}, is {value}" for key, value in arguments.items()
-                     if made.get(key) != value]:
-        raise ValueError(f"{target} was made with other arguments ({'; '.join(differing)}): choose another --name, or "
+                     if made.get(key) != value and key not in UNCOMPARED]:
+        raise ValueError(f"{folder} was made with other arguments ({'; '.join(differing)}): choose another --name, or "
                          "remove it")
-    return True
 
 
-# Sources
+# The folder
 
 
-def read_utf8(path: Path) -> str:
-    """A text file; bytes that are no UTF-8 become U+FFFD."""
-    return path.read_bytes().decode("utf-8-sig", errors="replace")
+def prepare(config: PrepareConfig, rank: int, world_size: int) -> None:
+    """Make this rank's shards, and as rank 0 the dataset folder out of all ranks' shards.
 
+        data/.NAME.partial/
+            tokenizer/                  char and bpe, which rank 0 makes of the text
+            rank_00000_of_00002/        shards, progress.json, with --dedupe the digests of its documents
+            rank_00001_of_00002/
 
-def local_documents(path: Path) -> list[Document]:
-    """A file, or the text files below a folder. Raises FileNotFoundError when there are none."""
-    if path.is_file():
-        return [Document(str(path), lambda: read_utf8(path))]
-    files = sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file())
-    if not files:
-        raise FileNotFoundError(f"--input={path}: " + (f"the folder has no {', '.join(TEXT_SUFFIXES)} files"
-                                                       if path.is_dir() else "no such file or folder"))
-    return [Document(str(p), lambda p=p: read_utf8(p)) for p in files]
-
-
-@lru_cache(maxsize=1)
-def download(url: str) -> str:
-    """A text from the network. Raises OSError with the way out."""
-    try:
-        with urllib.request.urlopen(url, timeout=60) as response:
-            return response.read().decode("utf-8")
-    except (OSError, http.client.HTTPException) as error:
-        raise OSError(f"could not download {url} ({error}); download it on another machine and pass "
-                      "--input=FILE") from None
-
-
-def shakespeare() -> list[Document]:
-    return [Document(SHAKESPEARE_URL, lambda: download(SHAKESPEARE_URL))]
-
-
-def read_python(path: Path) -> str | None:
-    """A Python source file, decoded as Python does; None if Python would refuse it."""
-    try:
-        with tokenize.open(path) as file:
-            return file.read()
-    except (SyntaxError, UnicodeDecodeError):
-        return None
-
-
-def python_stdlib() -> list[Document]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(p for p in root.rglob("*.py")
-                   if not {"site-packages", "dist-packages"} & set(p.relative_to(root).parts))
-    return [Document(str(p.relative_to(root)), lambda p=p: read_python(p)) for p in files]
-
-
-SOURCES = {
-    "shakespeare_char": Source(shakespeare, "char"),
-    "shakespeare": Source(shakespeare, "gpt2"),
-    "python_stdlib": Source(python_stdlib, "bpe", val_fraction=0.02),
-}
-
-
-# Tokens
-
-
-def texts(documents: list[Document]) -> Iterator[str]:
-    """The texts of the documents that have one."""
-    return (text for document in documents if (text := document.load()))
-
-
-def split_text(text: str, by_position: bool, config: PrepareConfig) -> Iterator[tuple[str, str]]:
-    """(split, text) of a document: cut into train, test, val in this order, or whole in the split its hash draws."""
-    if by_position:
-        test_from = int(len(text) * (1 - config.val_fraction - config.test_fraction))
-        val_from = int(len(text) * (1 - config.val_fraction))
-        yield from (("train", text[:test_from]), ("test", text[test_from:val_from]), ("val", text[val_from:]))
+    Rank 0 waits until every progress.json says `done`, moves the shards up, writes dataset.json and renames the folder.
+    """
+    source, tokens = config.source, config.tokens
+    name = config.name or source.dataset or default_name(source)
+    target, partial = DATA_DIR / name, DATA_DIR / f".{name}.partial"
+    parts = sources.find_parts(source)
+    arguments = {
+        "source": source.dataset or source.hf, "input": source.input, "input_fingerprint": sources.fingerprint(parts),
+        "subset": source.subset, "split": source.split, "revision": source.revision,
+        "text_column": source.text_column, "tokenizer": tokens.tokenizer,
+        "vocab_size": tokens.vocab_size if tokens.tokenizer == "bpe" else None, "val_fraction": tokens.val_fraction,
+        "test_fraction": tokens.test_fraction, "dedupe": tokens.dedupe, "skip_bad": tokens.skip_bad,
+        "shard_tokens": tokens.shard_tokens}
+    if target.exists():
+        check_arguments(target, target / "dataset.json", arguments)
+        if rank == 0:
+            print(f"{target} is there already, made with the same arguments")
         return
-    digest = hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).digest()
-    draw = int.from_bytes(digest[:8], "big") / 2**64
-    in_test = draw < config.val_fraction + config.test_fraction
-    yield ("val" if draw < config.val_fraction else "test" if in_test else "train"), text
+    work = partial / rank_name(rank, world_size)
+    for begun in partial.glob("rank_*"):
+        if not begun.name.endswith(work.name[-len("_of_00000"):]):
+            raise ValueError(f"{partial} was begun by another number of processes ({begun.name}): go on with that, or "
+                             "remove it")
+    DATA_DIR.mkdir(exist_ok=True)
+    lock = FileLock(DATA_DIR / f".{name}.{rank}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise OSError(f"{target} is being made by another process: wait for it, or choose another --name") from None
+    try:
+        if not is_done(work, arguments) and not (partial / "dataset.json").exists():
+            write_shards(config, parts, partial, rank, world_size, arguments)
+        if rank == 0:
+            manifest = join(config, partial, world_size, arguments)
+            os.rename(partial, target)
+            files.sync(DATA_DIR)
+            print(describe(target, manifest))
+    except BaseException:
+        if world_size == 1 and not any(partial.rglob("*.bin")):  # nothing that a second run could go on from
+            shutil.rmtree(partial, ignore_errors=True)
+        elif rank == 0:
+            print(f"what is finished is kept in {partial}: the same command goes on from there", flush=True)
+        raise
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
 
 
-class ShardWriter:
-    """Collects the tokens of one split and writes them as shards of at most `shard_tokens`."""
-
-    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int):
-        self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
-        self._held: list[np.ndarray] = []
-        self._num_held = 0
-        self.shards: list[dict] = []
-
-    def add(self, tokens: np.ndarray) -> None:
-        while self._num_held + len(tokens) >= self._shard_tokens:
-            room = self._shard_tokens - self._num_held
-            self._hold(tokens[:room])
-            self.flush()
-            tokens = tokens[room:]
-        self._hold(tokens)
-
-    def _hold(self, tokens: np.ndarray) -> None:
-        self._held.append(tokens.astype(self._dtype))
-        self._num_held += len(tokens)
-
-    def flush(self) -> None:
-        """Write what is held as the next shard: under another name, synced, renamed."""
-        if not self._num_held:
-            return
-        path = self._folder / f"{self._split}_{len(self.shards):06d}.bin"
-        partial = path.with_suffix(".tmp")
-        write_shard(partial, np.concatenate(self._held), self._dtype)
-        os.rename(partial, path)
-        self.shards.append({"file": path.name, "split": self._split, "tokens": self._num_held,
-                            "sha256": sha256_file(path)})
-        self._held, self._num_held = [], 0
+def default_name(source: SourceConfig) -> str:
+    """The name of what is read, without a file's ending. Raises ValueError for a glob."""
+    if glob.has_magic(source.input):
+        raise ValueError(f"--input={source.input} is no name for a folder in {DATA_DIR}/: add --name=NAME")
+    path = Path(source.input or source.hf)
+    return path.resolve().name.removesuffix(sources.ending(path) or path.suffix) if source.input else path.name
 
 
-def write_dataset(folder: Path, documents: list[Document], kind: str, config: PrepareConfig, arguments: dict) -> dict:
-    """Tokenize documents into shards in folder, with tokenizer.json and dataset.json; returns the manifest.
+def rank_name(rank: int, world_size: int) -> str:
+    return f"rank_{rank:05d}_of_{world_size:05d}"
 
-    Raises ValueError when there is no text, or when a split would be empty."""
-    tokenizer = make_tokenizer(kind, texts(documents), config.vocab_size)
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 65536 else "<u4")
-    splits = [split for split in ("train", "test", "val") if split != "test" or config.test_fraction]
-    writers = {split: ShardWriter(folder, split, dtype, config.shard_tokens) for split in splits}
-    by_position = len(documents) < MIN_DOCUMENTS
-    eot = np.array([] if tokenizer.eot_id is None else [tokenizer.eot_id], dtype=np.uint32)
-    num_bytes = num_skipped = 0
-    for document in tqdm(documents, unit="doc", disable=not sys.stderr.isatty()):
-        text = document.load()
-        if not text:
-            num_skipped += 1
-            continue
-        num_bytes += len(text.encode("utf-8", errors="surrogatepass"))
-        for split, part in split_text(text, by_position, config):
-            if part:
-                writers[split].add(np.concatenate([eot, tokenizer.encode(part)]))
-    if num_skipped == len(documents):
-        raise ValueError(f"{arguments['input'] or arguments['source']} is empty: there is no text to make tokens of")
-    for split, writer in writers.items():
-        writer.flush()
-        if not writer.shards:
-            raise ValueError(f"the {split} split came out empty ({len(documents) - num_skipped} documents, "
-                             f"{num_bytes:,} bytes): give more text, or another --val_fraction or --test_fraction")
-    tokenizer.save(folder)
-    manifest = {"format_version": 1, "tokenizer": {"kind": kind, "vocab_size": tokenizer.vocab_size},
-                "dtype": dtype.name, "documents": len(documents) - num_skipped, "skipped_documents": num_skipped,
-                "bytes": num_bytes, "arguments": arguments,
-                "shards": [shard for writer in writers.values() for shard in writer.shards]}
-    write_json(folder / "dataset.json", manifest)
-    return manifest
+
+def write_shards(config: PrepareConfig, parts: list[Part], partial: Path, rank: int, world_size: int,
+                 arguments: dict[str, Any]) -> None:
+    """This rank's part of the work, from where an earlier run left it."""
+    source, tokens, kept = config.source, config.tokens, partial / "tokenizer"
+    work = partial / rank_name(rank, world_size)
+    work.mkdir(parents=True, exist_ok=True)
+    begin(work, arguments)
+    if tokens.tokenizer in ("char", "bpe") and not kept.exists():
+        if rank == 0:
+            max_bytes = BPE_BYTES if tokens.tokenizer == "bpe" else float("inf")
+            keep_tokenizer(make_tokenizer(tokens.tokenizer, texts(parts, config, max_bytes), tokens.vocab_size), kept)
+        else:
+            wait_for(lambda: [] if kept.exists() else ["rank 0 to make the tokenizer"])
+    mine = parts[rank::world_size]
+    encoder = Encoder(tokens.tokenizer, kept, source.text_column)
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    small = 0 < sum(part.size for part in mine) < SMALL_BYTES
+    with Workers(1 if small else tokens.workers or max(1, cores), encoder) as workers:
+        if rank == 0 and not kept.exists():
+            keep_tokenizer(encoder.tokenizer, kept)
+        rule = plan_splits(parts, source.text_column, tokens.val_fraction, tokens.test_fraction)
+        expected_bytes = int(sum(part.text_bytes for part in parts) * TOKENS_PER_BYTE[tokens.tokenizer]
+                             * encoder.dtype.itemsize)
+        with Output(work, tokens, encoder.tokenizer.vocab_size, expected_bytes, arguments) as output:
+            if output.cursor == Cursor() and rank == 0:
+                check_disk(partial, expected_bytes)
+            if tokens.dedupe and world_size > 1:
+                output.seen |= earlier_digests(config, mine, partial, rank, world_size)
+            with Progress(mine, output, silent=rank > 0) as progress:
+                for batch in encode_in_order(mine, output.cursor, rule, workers):
+                    progress.show(batch, output.take(batch))
+            output.finish()
+
+
+def check_disk(folder: Path, expected_bytes: int) -> None:
+    """Raises OSError when the shards will hardly fit. (It is a rough guess; each shard is checked as it begins.)"""
+    free = shutil.disk_usage(folder).free
+    if free < 0.8 * expected_bytes:
+        raise OSError(f"{DATA_DIR} has {free / 1e9:,.1f} GB free, and about {expected_bytes / 1e9:,.1f} GB of shards "
+                      "are to be written: free some space, or work on another disk")
+
+
+def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Save a tokenizer in a folder that appears when it is complete."""
+    hidden = folder.with_name(f".{folder.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    hidden.mkdir()
+    tokenizer.save(hidden)
+    os.rename(hidden, folder)
+
+
+def texts(parts: list[Part], config: PrepareConfig, max_bytes: float = float("inf")) -> Iterator[str]:
+    """The texts of a source, up to so many bytes."""
+    num_bytes = 0
+    for part in parts:
+        for record in part.read():
+            try:
+                text = text_of(record, config.source.text_column)[0]
+            except ValueError as error:
+                refuse(str(error), config.tokens.skip_bad)
+                continue
+            yield text
+            num_bytes += len(text)
+            if num_bytes >= max_bytes:
+                return
+
+
+def earlier_digests(config: PrepareConfig, mine: list[Part], partial: Path, rank: int, world_size: int) -> set[bytes]:
+    """The digests of all documents that lower ranks have: of what is in several ranks' files, the lowest keeps it.
+    Every rank reads its files once for that, before it tokenizes them."""
+    folders = [partial / rank_name(r, world_size) for r in range(rank + 1)]
+    if not (folders[rank] / "all_digests").exists():
+        hidden = folders[rank] / "all_digests.tmp"
+        hidden.write_bytes(b"".join(digest_of(text.encode()) for text in texts(mine, config)))
+        os.replace(hidden, folders[rank] / "all_digests")
+    wait_for(lambda: [f"the digests of {folder.name}" for folder in folders if not (folder / "all_digests").exists()])
+    return set().union(*(read_digests(folder / "all_digests") for folder in folders[:rank]))
+
+
+def wait_for(missing: Callable[[], list[str]]) -> None:
+    """Return when nothing is missing any more; says now and then what is."""
+    began = said = time.monotonic()
+    while what := missing():
+        if time.monotonic() - said > 30:
+            said = time.monotonic()
+            print(f"waiting for {', '.join(what[:5])} ({said - began:.0f} s)", flush=True)
+        time.sleep(0.1)
+
+
+def join(config: PrepareConfig, partial: Path, world_size: int, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Make the ranks' shards one folder, when all ranks are done. A kill in between loses nothing: what was moved is
+    found moved. Raises ValueError when a split came out empty."""
+    folders = [partial / rank_name(rank, world_size) for rank in range(world_size)]
+    if not (partial / "dataset.json").exists():
+        wait_for(lambda: [folder.name for folder in folders if not is_done(folder, arguments)])
+        states = [files.read_json(folder / "progress.json") for folder in folders]
+        counts: Counter[str] = sum((Counter(state["counts"]) for state in states), Counter())
+        listed = []
+        for split in SPLITS:
+            moves = [(folder / shard["file"], shard) for folder, state in zip(folders, states)
+                     for shard in state["shards"] if shard["split"] == split]
+            for number, (path, shard) in enumerate(moves):
+                listed.append(shard | {"file": f"{split}_{number:06d}.bin"})
+                if path.exists():
+                    os.replace(path, partial / listed[-1]["file"])
+        splits = {split: {"documents": counts[f"{split}_documents"],
+                          "tokens": sum(shard["tokens"] for shard in listed if shard["split"] == split)}
+                  for split in SPLITS if split != "test" or config.tokens.test_fraction}
+        for split, held in splits.items():
+            if not held["tokens"]:
+                shutil.rmtree(partial)
+                raise ValueError(f"the {split} split came out empty ({counts['documents']:,} documents, "
+                                 f"{counts['bytes']:,} bytes): give more text, or another --val_fraction or "
+                                 "--test_fraction")
+        for path in (partial / "tokenizer").glob("*"):
+            os.replace(path, partial / path.name)
+        vocab_size = states[0]["vocab_size"]
+        files.write_json(partial / "dataset.json", {
+            "format_version": 1, "tokenizer": {"kind": config.tokens.tokenizer, "vocab_size": vocab_size},
+            "dtype": shard_dtype(vocab_size).name, **{key: counts[key] for key in COUNTS}, "splits": splits,
+            "arguments": arguments, "shards": listed})
+    for leftover in [*folders, partial / "tokenizer"]:
+        shutil.rmtree(leftover, ignore_errors=True)
+    check_arguments(partial, partial / "dataset.json", arguments)
+    return files.read_json(partial / "dataset.json")
+
+
+def is_done(folder: Path, arguments: dict[str, Any]) -> bool:
+    """Whether a rank has written all its shards. Raises ValueError when it was given other arguments."""
+    path = folder / "progress.json"
+    if not path.exists():
+        return False
+    check_arguments(folder, path, arguments)
+    return files.read_json(path)["done"]
+
+
+def describe(target: Path, manifest: dict[str, Any]) -> str:
+    """What was made, in one line."""
+    dropped = [f"{manifest[key]:,} {key.replace('_', ' ')}" for key in COUNTS[2:] if manifest[key]]
+    return (f"{target}: {manifest['documents']:,} documents, {manifest['bytes']:,} bytes"
+            + (f" ({', '.join(dropped)})" if dropped else "")
+            + f"; tokenizer {manifest['tokenizer']['kind']} with {manifest['tokenizer']['vocab_size']:,} tokens; "
+            + ", ".join(f"{split} {held['tokens']:,}" for split, held in manifest["splits"].items()) + " tokens")
+
+
+class Progress:
+    """A bar on a terminal, a line for each finished shard elsewhere: share done, MB/s of text, tokens, time left."""
+
+    def __init__(self, parts: list[Part], output: Output, silent: bool):
+        self._before = np.cumsum([0] + [part.size for part in parts])
+        self._parts, self._output, self._silent = parts, output, silent
+        self._began, self._bytes_before = time.monotonic(), output.counts["bytes"]
+        self._bar = tqdm(total=int(self._before[-1]) or None, initial=self._at(output.cursor, 0), unit="B",
+                         unit_scale=True, disable=silent or not sys.stderr.isatty(),
+                         bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")
+
+    def _at(self, cursor: Cursor, end: int) -> int:
+        return int(self._before[cursor.part]) + min(end, self._parts[cursor.part].size) if self._parts else 0
+
+    def show(self, batch: Batch, filled: list[dict[str, Any]]) -> None:
+        speed = (self._output.counts["bytes"] - self._bytes_before) / 1e6 / max(time.monotonic() - self._began, 1e-9)
+        text = f"{speed:.1f} MB/s, {self._output.num_tokens / 1e6:,.1f}M tokens, {len(self._output.shards)} shards"
+        if not self._silent and self._bar.disable and filled:
+            print(f"{filled[-1]['file']} is full: {text}", flush=True)
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update(self._at(batch.cursors[-1], batch.ends[-1]) - self._bar.n)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+
+# Looking into a folder
+
+
+def verify(folder: Path) -> None:
+    """Print what is wrong with a dataset folder. Raises ValueError when something is."""
+    checked = num_faults = 0
+    for name, faults in tqdm(shards.verify(folder), unit="shard", disable=not sys.stderr.isatty()):
+        checked += name != folder.name
+        num_faults += len(faults)
+        for fault in faults:
+            tqdm.write(fault)
+    if num_faults:
+        raise ValueError(f"{folder} is not sound: {num_faults} faults, listed above")
+    print(f"{folder} is sound: {checked} shards")
+
+
+def show_info(folder: Path) -> None:
+    """Print a table of a dataset folder, and the text of a few windows."""
+    dataset = shards.open_dataset(str(folder))
+    manifest, tokenizer = dataset.manifest, dataset.tokenizer
+    kind = manifest["tokenizer"]["kind"] if manifest else "not said" if tokenizer is None else tokenizer.kind
+    print(f"{folder}: tokenizer {kind}, vocabulary of {dataset.vocab_size:,}")
+    if manifest:
+        print(describe(folder, manifest))
+        print("made with " + " ".join(f"--{key}={value}" for key, value in manifest["arguments"].items() if value))
+    print(f"\n{'split':6}{'shards':>8}{'tokens':>18}{'documents':>14}{'bytes on disk':>18}")
+    for split, held in dataset.splits.items():
+        documents = manifest.get("splits", {}).get(split, {}).get("documents")
+        size = sum(path.stat().st_size for path in held.paths)
+        print(f"{split:6}{len(held.paths):8,}{held.num_tokens:18,}"
+              f"{'?' if documents is None else format(documents, ','):>14}{size:18,}")
+    for held in dataset.splits.values():
+        for path, tokens in list(zip(held.paths, held.shards))[:: max(1, len(held.paths) // 2)]:
+            start = len(tokens) // 3
+            window = tokens[start:start + 48]
+            text = repr(tokenizer.decode(window)) if tokenizer else " ".join(map(str, window))
+            print(f"\n{path.name}, tokens {start:,} to {start + len(window):,}:\n    {text}")
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ import checkpoint
 import distributed
 import settings
 import weights
-from data import DATA_DIR, folder_tokenizer
 from distributed import DeviceConfig, Job
 from model import GPT
+from shards import DATA_DIR, folder_tokenizer
 from tokenizer import GPT2_VOCAB_SIZE, GPT2Tokenizer, Tokenizer, load_tokenizer
 
 NANOGPT_VOCAB_SIZE = 50304  # GPT-2's 50,257 tokens, rounded up

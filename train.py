@@ -28,9 +28,20 @@ import distributed
 import optim
 import settings
 from checkpoint import RunConfig, RunFolder
-from data import DataConfig, Dataset, EvalOrder, TrainOrder, derive_seed, open_dataset, plan_batches, to_device
+from data import (
+    DataConfig,
+    EvalOrder,
+    MixedOrder,
+    Mixture,
+    TrainOrder,
+    derive_seed,
+    open_mixture,
+    pin,
+    plan_batches,
+    prefetch,
+)
 from distributed import DeviceConfig, Job
-from metrics import LogConfig, Reporter, validation_loss
+from metrics import LogConfig, Reporter, validation_losses
 from model import GPT, GPTConfig
 from optim import OptimConfig
 
@@ -78,31 +89,30 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, here: J
     report = Reporter(run.path, config.log, config.max_iters, here)
 
     # 1) The data. What is wrong with it, the options or the run folder is said before anything is written.
-    dataset = open_dataset(config.data.dataset, config.model.vocab_size)
-    for split in ("train", "val"):
-        if split not in dataset.splits:
-            raise ValueError(f"{dataset.folder} has no {split} split")
+    data = open_mixture(config.data.dataset, config.model.vocab_size, config.data.tokenizer)
+    train_splits, val_splits = data.splits("train"), data.splits("val")
 
     # 2) Where the run stands: rank 0 looks into the run folder, and the others hear of it.
     trainer = distributed.on_rank0(lambda: find_start(config, run, report), here)
 
     # 3) The model: weights from the run's checkpoint, from elsewhere, or fresh. Then the batch, which needs its shape.
-    model = build_model(config, given, dataset, trainer["folder"], here)
+    model = build_model(config, given, data, trainer["folder"], here)
     if config.init_from != "scratch":
         adopt_shape(config, given, model)
     plan = plan_batches(config.data, given, config.model.block_size, here.world_size)
-    identity = {"data_fingerprint": dataset.fingerprint, "data_vocab_size": dataset.vocab_size,
+    identity = {"data_fingerprint": data.fingerprint, "data_vocab_size": data.vocab_size,
                 "seqs_per_step": plan.seqs_per_step}
     options = settings.flatten(config)
     if trainer["folder"]:
         check_same_run(config, trainer, options | identity, report)
     block_size = model.config.block_size
-    train_order = TrainOrder(dataset.splits["train"], block_size, config.seed)
-    sample_order = EvalOrder(dataset.splits["val"], block_size, config.eval_iters * config.data.batch_size)
-    whole_order = EvalOrder(dataset.splits["val"], block_size)
-    evaluate = partial(validation_loss, model, batch_size=config.data.batch_size, here=here)
+    train_order = MixedOrder([TrainOrder(split, block_size, config.seed) for split in train_splits.values()],
+                             data.shares)
+    sample_orders, whole_orders = ({name: EvalOrder(split, block_size, num_seqs) for name, split in val_splits.items()}
+                                   for num_seqs in (config.eval_iters * config.data.batch_size, 0))
+    evaluate = partial(validation_losses, model, shares=data.shares, batch_size=config.data.batch_size, here=here)
     if config.eval_only:
-        report.say(f"step {trainer['step']}: val loss {evaluate(whole_order):.4f} on the whole validation split")
+        report.say(f"step {trainer['step']}: {describe_losses(evaluate(whole_orders))} on the whole validation split")
         return
     if trainer["folder"] and trainer["step"] >= config.max_iters:
         report.say(f"{run.path} is finished: {trainer['step']:,} steps. To go on, raise --max_iters (now "
@@ -122,13 +132,21 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, here: J
     report.say(f"{model.num_params(non_embedding=False):,} parameters, {here.dtype} on {here.world_size} x "
                f"{here.device.type}")
     report.say(f"{tokens_per_step:,} tokens a step = {plan.accumulation_steps} micro-batches x {plan.micro_batch} "
-               f"sequences x {block_size} tokens x {here.world_size} ranks; an epoch has "
-               f"{int(train_order.cut(0)[1].sum()):,} sequences")
+               f"sequences x {block_size} tokens x {here.world_size} ranks; an epoch "
+               f"{describe_epochs(data, train_order)}")
     distributed.on_rank0(lambda: run.open(options, trainer["folder"] is None, config.run.overwrite), here)
     report.start(model, trainer["step"], trainer["elapsed_s"], options)
 
     # 5) The loop. `step` counts the updates made; the next one reads the sequences from step * S on.
     step, best_val_loss = trainer["step"], trainer["best_val_loss"]
+
+    def load(step: int) -> tuple[int, torch.Tensor, torch.Tensor, int]:
+        """This rank's part of a step's S sequences: the first one's number, inputs, targets, number of targets."""
+        first = plan.first_seq(step, here.rank)
+        x, y = train_order.batch(first, plan.seqs_per_rank)
+        return first, pin(x, here.device), pin(y, here.device), int((y >= 0).sum())
+
+    batches = prefetch(load, range(step, config.max_iters))
     resumed_at = step if trainer["folder"] else None  # evaluated and saved before
     while True:
         is_last = step == config.max_iters
@@ -140,16 +158,18 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, here: J
             with report.excluded():
                 # Checkpoints are compared on the same windows each time; the number that counts at the end is the
                 # loss over the whole split.
-                val_loss = evaluate(sample_order)
+                losses = evaluate(sample_orders)
+                val_loss = losses["val/loss"]
                 is_best = val_loss < (math.inf if best_val_loss is None else best_val_loss)
                 best_val_loss = val_loss if is_best else best_val_loss
-                values = {"step": step, "tokens": step * tokens_per_step, "val/loss": val_loss}
-                line = f"step {step}: val loss {val_loss:.4f}"
-                if is_last and not sample_order.is_whole:
-                    values |= {"val/loss": evaluate(whole_order), "val/sampled_loss": val_loss}
-                    line += f" on {len(sample_order)} windows, {values['val/loss']:.4f} on the whole validation split"
+                line = f"step {step}: {describe_losses(losses)}"
+                if is_last and not all(order.is_whole for order in sample_orders.values()):
+                    losses = evaluate(whole_orders) | {"val/sampled_loss": val_loss}
+                    num_windows = sum(len(order) for order in sample_orders.values())
+                    line += f" on {num_windows} windows, {describe_losses(losses)} on the whole validation split"
                 report.say(line)
-                report.record(values | {"elapsed_s": report.elapsed_s()})
+                report.record({"step": step, "tokens": step * tokens_per_step, **losses,
+                               "elapsed_s": report.elapsed_s()})
 
         # Once in a while: save (rank 0).
         periodic = evaluated and config.run.always_save_checkpoint
@@ -163,16 +183,15 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, here: J
                          "micro_batch": plan.micro_batch, "world_size": here.world_size,
                          "elapsed_s": report.elapsed_s(), **identity, "options": options,
                          "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
-                saved = run.save(model, optimizer, dataset.tokenizer, state, is_best, config.run.keep_last)
+                saved = run.save(model, optimizer, data.tokenizer, state, is_best, config.run.keep_last)
                 report.say(f"step {step}: saved {saved}{' (best so far)' if is_best else ''}")
         if is_last:
             break
 
-        # Every step: this rank's part of the next S sequences, in micro-batches.
-        first = plan.first_seq(step, here.rank)
-        x, y = train_order.batch(first, plan.seqs_per_rank)
-        num_targets = distributed.sum_over_ranks(int((y >= 0).sum()), here)
-        x, y = to_device(x, here.device), to_device(y, here.device)
+        # Every step: this rank's part of the next S sequences, read ahead by a thread, in micro-batches.
+        first, x, y, num_targets = next(batches)
+        num_targets = distributed.sum_over_ranks(num_targets, here)
+        x, y = x.to(here.device, non_blocking=True), y.to(here.device, non_blocking=True)
         step_loss = torch.zeros((), device=here.device)
         for start in range(0, len(x), plan.micro_batch):
             rows = slice(start, start + plan.micro_batch)
@@ -257,7 +276,23 @@ def check_same_run(config: TrainConfig, trainer: Mapping[str, Any], now: Mapping
                    + (f"; changed: {'; '.join(changed.values())}" if changed else ""))
 
 
-def build_model(config: TrainConfig, given: Mapping[str, str], dataset: Dataset, folder: str | None,
+def describe_losses(losses: Mapping[str, float]) -> str:
+    """val loss 3.2000, or val loss 3.2000 (a 3.1000, b 3.4000) for a mixture."""
+    prefix = "val/loss/"
+    each = [f"{key.removeprefix(prefix)} {loss:.4f}" for key, loss in losses.items() if key.startswith(prefix)]
+    return f"val loss {losses['val/loss']:.4f}" + (f" ({', '.join(each)})" if each else "")
+
+
+def describe_epochs(data: Mixture, train_order: MixedOrder) -> str:
+    """has 12,000 sequences, or the share and the epoch of each data set of a mixture."""
+    lengths = [int(order.cut(0)[1].sum()) for order in train_order.orders]
+    if len(lengths) == 1:
+        return f"has {lengths[0]:,} sequences"
+    return "has, of " + "; of ".join(f"{name} ({share:.1%}), {length:,} sequences"
+                                     for name, share, length in zip(data.datasets, data.shares, lengths))
+
+
+def build_model(config: TrainConfig, given: Mapping[str, str], data: Mixture, folder: str | None,
                 here: Job) -> GPT:
     """The model on its device: rank 0 makes or reads it, the others get their weights from there."""
     torch.manual_seed(config.seed)
@@ -268,9 +303,9 @@ def build_model(config: TrainConfig, given: Mapping[str, str], dataset: Dataset,
         if folder:  # its checksums were verified when it was found
             made.append(GPT.from_pretrained(folder, dropout=dropout))
         elif config.init_from != "scratch":
-            made.append(adapt(checkpoint.load_model(config.init_from, dropout=dropout), config, given, dataset))
+            made.append(adapt(checkpoint.load_model(config.init_from, dropout=dropout), config, given, data))
         else:
-            made.append(GPT(GPTConfig(**asdict(config.model) | {"vocab_size": dataset.vocab_size})))
+            made.append(GPT(GPTConfig(**asdict(config.model) | {"vocab_size": data.vocab_size})))
         return made[0].config
 
     model_config = distributed.on_rank0(make, here)
@@ -286,13 +321,13 @@ def adopt_shape(config: TrainConfig, given: Mapping[str, str], model: GPT) -> No
             setattr(config.model, key, getattr(model.config, key))
 
 
-def adapt(model: GPT, config: TrainConfig, given: Mapping[str, str], dataset: Dataset) -> GPT:
+def adapt(model: GPT, config: TrainConfig, given: Mapping[str, str], data: Mixture) -> GPT:
     """Fit a model from elsewhere to the options. Raises ValueError for an option that it contradicts."""
     faults = [f"{key}={getattr(config.model, key)} was asked for, and it has {getattr(model.config, key)}"
               for key in SHAPE if key != "block_size" and key in given
               and getattr(config.model, key) != getattr(model.config, key)]
-    if model.config.vocab_size < dataset.vocab_size:
-        faults.append(f"its vocabulary is {model.config.vocab_size}, and {dataset.folder} has {dataset.vocab_size}")
+    if model.config.vocab_size < data.vocab_size:
+        faults.append(f"its vocabulary is {model.config.vocab_size}, and {config.data.dataset} has {data.vocab_size}")
     if faults:
         raise ValueError(f"init_from={config.init_from} does not fit: {'; '.join(faults)}")
     if "block_size" in given:

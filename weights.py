@@ -13,8 +13,6 @@ A parameter's way, taking the first MLP matrix of GPT-2 small:
 
 from __future__ import annotations
 
-import hashlib
-import json
 import pickle
 import re
 from collections.abc import Mapping
@@ -25,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from files import read_json, write_json
 from model import GPT, GPTConfig
 
 HUB_ALIASES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
@@ -244,27 +243,3 @@ def save_tensors(tensors: State, path: Path) -> None:
     except SafetensorError as error:
         raise OSError(f"could not write {path}: {error}") from None
     path.chmod(0o644)
-
-
-def read_json(path: Path) -> dict:
-    """Raises FileNotFoundError, or ValueError naming the file that is not a JSON object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} should hold a JSON object")
-    return value
-
-
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def sha256_file(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -1,0 +1,61 @@
+"""Files on disk: JSON that is replaced whole, checksums, syncing.
+
+Owns how small files are written so that a kill or a full disk leaves the old one or the new one, never half of either.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+
+def read_json(path: Path) -> dict:
+    """Raises FileNotFoundError, or ValueError naming the file that is not a JSON object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} should hold a JSON object")
+    return value
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write or replace a JSON file: under a hidden name, synced, renamed."""
+    hidden = path.with_name(f".{path.name}.tmp")
+    with open(hidden, "w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(hidden, path)
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def mark(path: Path, edge_bytes: int = 65536) -> str:
+    """A hash of a file's size and its two ends, for files too large to be read whole at every start."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(edge_bytes)
+        file.seek(max(0, size - edge_bytes))
+        return hashlib.sha256(head + file.read()).hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Force a file, or a folder's list of names, to the disk, so that a rename cannot outrun it in a power cut."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders, and syncs their names by itself
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,394 @@
+"""Records in, shards out: reading, tokenizing in worker processes, writing, all in the order of the source.
+
+Owns the processes, and what is decided about a single document: its split, its tokens, whether it counts. The main
+process reads records and hands them out in batches of about a megabyte; the workers decode, hash, split and tokenize;
+the results come back in the order of reading, and the main process writes them down. Only so many bytes are on their
+way at a time, which bounds the memory whatever the size of the corpus.
+
+Invariants: what becomes of a document is a function of its text, the SplitRule and, with `dedupe`, of what came before;
+the number of workers changes nothing. progress.json is true at any moment: a killed run goes on from there, and writes
+what it would have written. Workers end with the process that started them, however that ends.
+
+Example: of the documents "a b" and "", the first falls in val. Its worker gives [eot 64 275] and the outcomes
+[("val", 3)] and []; three tokens go to val_000000.tmp, and one empty document is counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import threading
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+import files
+from shards import ShardWriter, shard_dtype
+from sources import Part, Record, text_of
+from tokenizer import Tokenizer, load_tokenizer, make_tokenizer
+
+SPLITS = ("train", "test", "val")
+BATCH_BYTES = 1 << 20  # text that a worker is handed at a time
+AHEAD_BYTES = 64 << 20  # text that is on its way at a time, or one document if that is longer
+DIGEST_BYTES = 16
+FEW_DOCUMENTS, FEW_BYTES = 1000, 64 << 20  # a source below both is small: see plan_splits
+
+
+@dataclass
+class TokensConfig:
+    """What to make of it"""
+
+    tokenizer: Literal["auto", "gpt2", "char", "byte", "bpe"] = "auto"  # auto = the source's own; else gpt2
+    vocab_size: int = 2048  # vocabulary of a bpe, which is trained on (the first 500 MB of) the text
+    val_fraction: float | None = None  # share of the documents for validation; None = the source's own, or 0.1
+    test_fraction: float = 0.0  # share of the documents for a test split
+    dedupe: bool = False  # drop documents that came before, word for word; takes 120 MB a million documents
+    skip_bad: bool = False  # count broken lines and files instead of stopping at them
+    shard_tokens: int = 100_000_000  # tokens a shard
+    workers: int = 0  # processes that tokenize; 0 = one for each core
+
+
+class Cursor(NamedTuple):
+    """A place between two records: `record` records of part number `part` lie before it, and all earlier parts."""
+
+    part: int = 0
+    record: int = 0
+
+
+@dataclass
+class SplitRule:
+    """Which split a document falls in: its draw, a number in [0, 1) made of its hash, says so, and nothing else does.
+
+    A source that is one document is cut by position instead, into train, test and val in this order."""
+
+    val_fraction: float
+    test_fraction: float
+    val_below: float  # val if the draw is below this
+    test_below: float  # else test if it is below this, else train
+    by_position: bool = False
+
+    def split(self, text: str, digest: bytes) -> list[tuple[str, str]]:
+        """(split, text) for a text that is not empty."""
+        if not self.by_position:
+            drawn = draw(digest)
+            return [("val" if drawn < self.val_below else "test" if drawn < self.test_below else "train", text)]
+        test_from = int(len(text) * (1 - self.val_fraction - self.test_fraction))
+        val_from = int(len(text) * (1 - self.val_fraction))
+        cut = (("train", text[:test_from]), ("test", text[test_from:val_from]), ("val", text[val_from:]))
+        return [(split, part) for split, part in cut if part]
+
+
+def digest_of(utf8: bytes) -> bytes:
+    """What two documents share only if they are the same: 16 bytes of their text's SHA-256."""
+    return hashlib.sha256(utf8).digest()[:DIGEST_BYTES]
+
+
+def draw(digest: bytes) -> float:
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def plan_splits(parts: list[Part], text_column: str, val_fraction: float, test_fraction: float) -> SplitRule:
+    """The rule for a source. It reads no more than the beginning, and the order of the documents does not matter.
+
+    In a small source too few documents might fall below `val_fraction` by chance, or none: there the documents with
+    the lowest draws are taken, as many as the fraction says, and at least one a split. Raises ValueError for a source
+    without text."""
+    rule = SplitRule(val_fraction, test_fraction, val_fraction, val_fraction + test_fraction)
+    draws, num_bytes, fault = set(), 0, "there is no text to make tokens of"
+    for part in parts:
+        for record in part.read():
+            try:
+                text = text_of(record, text_column)[0]
+            except ValueError as error:  # is reported in its turn
+                text, fault = "", str(error)
+            if text:
+                draws.add(draw(digest_of(text.encode())))
+                num_bytes += len(text)
+            if len(draws) >= FEW_DOCUMENTS or (num_bytes >= FEW_BYTES and len(draws) > 1):
+                return rule
+    if not draws:
+        raise ValueError(f"the source is empty: {fault}")
+    if len(draws) == 1:
+        rule.by_position = True
+        return rule
+    ordered = sorted(draws) + [1.0]
+    num_val = max(1, round(val_fraction * len(draws)))
+    num_test = max(1, round(test_fraction * len(draws))) if test_fraction else 0
+    rule.val_below, rule.test_below = ordered[num_val], ordered[min(num_val + num_test, len(draws))]
+    return rule
+
+
+class Outcome(NamedTuple):
+    """What became of a record: how many tokens it gave to which split, in their order. Nothing, if it was empty, or
+    broken: `fault` then says where and how."""
+
+    spans: list[tuple[str, int]]
+    num_bytes: int = 0
+    digest: bytes = b""
+    replaced: bool = False  # bytes that are no text were
+    fault: str = ""
+
+
+@dataclass
+class Encoder:
+    """What makes tokens of records; each worker has its own."""
+
+    kind: str  # the tokenizer's
+    folder: Path  # with its tokenizer.json
+    text_column: str
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        # GPT-2's own encoder is several times faster than its tokenizer.json.
+        return make_tokenizer(self.kind, [], 0) if self.kind in ("gpt2", "byte") else load_tokenizer(self.folder)
+
+    @cached_property
+    def dtype(self) -> np.dtype:
+        return shard_dtype(self.tokenizer.vocab_size)
+
+    def encode(self, records: list[Record], rule: SplitRule) -> tuple[np.ndarray, list[Outcome]]:
+        """The tokens of all records one after the other, each document's behind an end-of-text token where there is
+        one, and what became of each."""
+        eot_id = self.tokenizer.eot_id
+        before = np.array([] if eot_id is None else [eot_id], dtype=self.dtype)
+        tokens: list[np.ndarray] = []
+        outcomes = []
+        for record in records:
+            try:
+                text, replaced = text_of(record, self.text_column)
+            except ValueError as error:
+                outcomes.append(Outcome([], fault=str(error)))
+                continue
+            if not text:
+                outcomes.append(Outcome([]))
+                continue
+            utf8, spans = text.encode(), []
+            digest = digest_of(utf8)
+            for split, part in rule.split(text, digest):
+                ids = self.tokenizer.encode(part)
+                tokens += [before, ids.astype(self.dtype)]
+                spans.append((split, len(before) + len(ids)))
+            outcomes.append(Outcome(spans, len(utf8), digest, replaced))
+        return np.concatenate(tokens) if tokens else np.empty(0, self.dtype), outcomes
+
+
+# Workers
+
+
+class Workers:
+    """Processes that tokenize, started alike on every system; for one, a thread is enough. They load their tokenizer
+    at once, while the caller does other things. Use it in a `with`."""
+
+    def __init__(self, count: int, encoder: Encoder):
+        self.count, start = count, {"initializer": _start, "initargs": (encoder,)}
+        self._pool: Executor = ThreadPoolExecutor(1, **start) if count == 1 else ProcessPoolExecutor(
+            count, multiprocessing.get_context("spawn"), **start)
+        for _ in range(count):
+            self._pool.submit(_load)
+
+    def submit(self, records: list[Record], rule: SplitRule) -> Future:
+        return self._pool.submit(_encode, records, rule)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+_encoder: Encoder  # a worker's own
+
+
+def _start(encoder: Encoder) -> None:
+    global _encoder
+    _encoder = encoder
+    if parent := multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process is interrupted, and ends its workers
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(parent_sentinel: int) -> None:
+    """A worker whose main process was killed would wait for work for ever."""
+    multiprocessing.connection.wait([parent_sentinel])
+    os._exit(1)
+
+
+def _load() -> None:
+    _ = _encoder.tokenizer  # what goes wrong here is raised by the next `_encode` as well
+
+
+def _encode(records: list[Record], rule: SplitRule) -> tuple[np.ndarray, list[Outcome]]:
+    return _encoder.encode(records, rule)
+
+
+# From records to shards
+
+
+class Batch(NamedTuple):
+    """Records that were tokenized together: where the reader stood after each, how much of its part it had read then,
+    and what came of them."""
+
+    cursors: list[Cursor]
+    ends: list[int]
+    tokens: np.ndarray
+    outcomes: list[Outcome]
+
+
+def encode_in_order(parts: list[Part], start: Cursor, rule: SplitRule, pool: Workers) -> Iterator[Batch]:
+    """All records from `start` on, tokenized by the workers. Raises OSError when a worker dies."""
+    ahead: deque[tuple[list[Cursor], list[int], int, Future]] = deque()
+    bytes_ahead = 0
+    for cursors, records in _read_batches(parts, start):
+        num_bytes = sum(len(record.data) for record in records)
+        ahead.append((cursors, [record.end for record in records], num_bytes, pool.submit(records, rule)))
+        bytes_ahead += num_bytes
+        while len(ahead) > 4 * pool.count or bytes_ahead > AHEAD_BYTES:
+            bytes_ahead -= ahead[0][2]
+            yield _finished(*ahead.popleft())
+    while ahead:
+        yield _finished(*ahead.popleft())
+
+
+def _finished(cursors: list[Cursor], ends: list[int], num_bytes: int, future: Future) -> Batch:
+    try:
+        return Batch(cursors, ends, *future.result())
+    except BrokenExecutor:
+        raise OSError("a tokenizing process died, perhaps for want of memory: the same command with fewer --workers "
+                      "goes on from the last finished shard") from None
+
+
+def _read_batches(parts: list[Part], start: Cursor) -> Iterator[tuple[list[Cursor], list[Record]]]:
+    """Records in batches of about BATCH_BYTES, with the place behind each."""
+    cursors, records, num_bytes = [], [], 0
+    for index in range(start.part, len(parts)):
+        for number, record in enumerate(parts[index].read(), 1):
+            if Cursor(index, number) <= start:
+                continue
+            cursors.append(Cursor(index, number))
+            records.append(record)
+            num_bytes += len(record.data)
+            if num_bytes >= BATCH_BYTES:
+                yield cursors, records
+                cursors, records, num_bytes = [], [], 0
+    if records:
+        yield cursors, records
+
+
+def refuse(fault: str, skip_bad: bool) -> None:
+    """Raises ValueError for a broken record, unless those are only to be counted."""
+    if not skip_bad:
+        raise ValueError(f"{fault} (--skip_bad=True counts what is broken, and goes on)")
+
+
+def begin(folder: Path, arguments: dict[str, Any]) -> None:
+    """Make folder one that an Output of these arguments can go on in, unless it is that already."""
+    if not (folder / "progress.json").exists():
+        files.write_json(folder / "progress.json", {
+            "arguments": arguments, "done": False, "cursor": Cursor(), "counts": {}, "shards": [], "open_tokens": {}})
+
+
+class Output:
+    """What one rank writes: shards, counts, and progress.json, which says how far they go. A new Output goes on from
+    there (see `begin`); what an earlier run wrote beyond it is written anew."""
+
+    def __init__(self, folder: Path, config: TokensConfig, vocab_size: int, expected_bytes: int,
+                 arguments: dict[str, Any]):
+        self._folder, self._config, self._arguments, self._vocab_size = folder, config, arguments, vocab_size
+        state = files.read_json(folder / "progress.json")
+        self.cursor, self.counts, self.done = Cursor(*state["cursor"]), Counter(state["counts"]), False
+        self.seen: set[bytes] = set()
+        self._writers = {split: ShardWriter(
+            folder, split, shard_dtype(vocab_size), config.shard_tokens, expected_bytes or sys.maxsize,
+            [shard for shard in state["shards"] if shard["split"] == split], state["open_tokens"].get(split, 0))
+            for split in SPLITS}
+        self._digests = open(folder / "digests", "a+b")  # noqa: SIM115  closed by __exit__
+        self._digests.truncate(self.counts["digests"] * DIGEST_BYTES)
+        self.seen |= read_digests(folder / "digests")
+
+    @property
+    def shards(self) -> list[dict[str, Any]]:
+        return [shard for writer in self._writers.values() for shard in writer.shards]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(writer.num_tokens for writer in self._writers.values())
+
+    def take(self, batch: Batch) -> list[dict[str, Any]]:
+        """Write a batch, but for what is empty, broken, or there already; gives the shards that it filled.
+
+        Raises ValueError or OSError."""
+        filled: list[dict[str, Any]] = []
+        begin = 0
+        for cursor, outcome in zip(batch.cursors, batch.outcomes):
+            finished: list[dict[str, Any]] = []
+            num_tokens = sum(count for _, count in outcome.spans)
+            if kind := self._why_dropped(outcome):
+                self.counts[kind] += 1
+                begin += num_tokens
+            else:
+                self.counts["documents"] += 1
+                self.counts["bytes"] += outcome.num_bytes
+                self.counts["documents_with_replaced_bytes"] += outcome.replaced
+                for split, count in outcome.spans:
+                    self.counts[f"{split}_documents"] += 1
+                    finished += self._writers[split].add(batch.tokens[begin:begin + count])
+                    begin += count
+            self.cursor = cursor
+            if finished:
+                self._save()
+                filled += finished
+        return filled
+
+    def _why_dropped(self, outcome: Outcome) -> str:
+        """The count that a record without tokens goes to, or "". Raises ValueError."""
+        if outcome.fault:
+            refuse(outcome.fault, self._config.skip_bad)
+            return "bad_records"
+        if not outcome.spans:
+            return "empty_documents"
+        if self._config.dedupe:
+            if outcome.digest in self.seen:
+                return "duplicate_documents"
+            self.seen.add(outcome.digest)
+            self._digests.write(outcome.digest)
+            self.counts["digests"] += 1
+        return ""
+
+    def finish(self) -> None:
+        for writer in self._writers.values():
+            writer.finish()
+        self.done = True
+        self._save()
+
+    def _save(self) -> None:
+        for writer in self._writers.values():
+            writer.checkpoint()
+        self._digests.flush()
+        os.fsync(self._digests.fileno())
+        files.write_json(self._folder / "progress.json", {
+            "arguments": self._arguments, "done": self.done, "cursor": self.cursor, "counts": self.counts,
+            "vocab_size": self._vocab_size, "shards": self.shards,
+            "open_tokens": {split: writer.open_tokens for split, writer in self._writers.items()}})
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for writer in self._writers.values():
+            writer.close()
+        self._digests.close()
+
+
+def read_digests(path: Path) -> set[bytes]:
+    data = path.read_bytes()
+    return {data[i:i + DIGEST_BYTES] for i in range(0, len(data), DIGEST_BYTES)}

@@ -1,0 +1,380 @@
+"""Token shards and dataset folders: written, opened, verified.
+
+Owns the shard format and what a dataset folder is, be it ours, nanoGPT's or llm.c's. It makes no text into tokens
+(prepare_data.py does) and draws no batches (data.py does). Our folder, data/<name>/:
+
+    train_000000.bin ... val_000000.bin ...    256 header words (int32: magic, version, token count), then the tokens
+    tokenizer.json  tokenizer_config.json      the tokenizer, in Hugging Face's format
+    dataset.json                               what made it, and per shard its split, tokens and SHA-256
+
+Invariants: a shard that bears its name is complete, because it is written as .tmp, synced and renamed; and no token id
+outside the vocabulary leaves this room.
+
+Example: two documents of 3 and 2 tokens behind end-of-text tokens, cut in shards of 4, are [eot a b c] and [eot d e].
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+import files
+from tokenizer import GPT2_VOCAB_SIZE, CharTokenizer, GPT2Tokenizer, Tokenizer, load_tokenizer
+
+DATA_DIR = Path("data")
+HEADER_WORDS = 256
+FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # magic -> version, token type
+SHARD_NAME = re.compile(r"(?!\.)(?:.*_)?(?P<split>train|val|test)_\d+\.bin")  # ours, modded-nanogpt's
+LLMC_NAME = re.compile(r"(?!\.).*_(?P<split>train|val|test)\.bin")  # tiny_shakespeare_train.bin
+NANOGPT_NAME = re.compile(r"(?P<split>train|val)\.bin")
+
+
+# Shards
+
+
+def shard_dtype(vocab_size: int) -> np.dtype:
+    """The smallest type of FORMATS that holds every id."""
+    return np.dtype("<u2" if vocab_size <= 65536 else "<u4")
+
+
+def shard_header(num_tokens: int, dtype: np.dtype) -> bytes:
+    """The 1,024 bytes before a shard's tokens."""
+    magic, version = next((magic, version) for magic, (version, kind) in FORMATS.items() if kind == dtype)
+    header = np.zeros(HEADER_WORDS, dtype="<i4")
+    header[:3] = magic, version, num_tokens
+    return header.tobytes()
+
+
+class ShardWriter:
+    """Writes the tokens of one split, as they come, into shards of `shard_tokens`; only the last is shorter.
+
+    `shards` lists what is finished: file, split, tokens, sha256 of each. With the `shards` and `open_tokens` that an
+    earlier writer had at a `checkpoint`, a new one goes on from there, and what came after it on disk is written over.
+    """
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int, reserve_bytes: int = 0,
+                 shards: list[dict[str, Any]] | None = None, open_tokens: int = 0):
+        """A shard is begun only where `reserve_bytes` are free, or what a full shard takes if that is less."""
+        self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
+        self._reserve_bytes = min(reserve_bytes, HEADER_WORDS * 4 + shard_tokens * dtype.itemsize)
+        self.shards = list(shards or [])
+        self.open_tokens = 0
+        self._file: BinaryIO | None = None
+        if open_tokens:
+            self._begin(open_tokens)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all shards, that under way included."""
+        return sum(shard["tokens"] for shard in self.shards) + self.open_tokens
+
+    def _begin(self, num_tokens: int = 0) -> None:
+        """Open the next shard, to go on behind its first `num_tokens`."""
+        free = shutil.disk_usage(self._folder).free
+        if not num_tokens and free < self._reserve_bytes:
+            raise OSError(f"{self._folder}: the next shard may take {self._reserve_bytes:,} bytes, and {free:,} are "
+                          "free on that disk")
+        self._path = self._folder / f"{self._split}_{len(self.shards):06d}.tmp"
+        self._file = open(self._path, "r+b" if num_tokens else "wb")  # noqa: SIM115  closed by finish() or close()
+        if not num_tokens:
+            self._file.write(shard_header(0, self._dtype))
+        self._file.truncate(HEADER_WORDS * 4 + num_tokens * self._dtype.itemsize)
+        self._file.seek(0, os.SEEK_END)
+        self.open_tokens = num_tokens
+
+    def add(self, tokens: np.ndarray) -> list[dict[str, Any]]:
+        """Append tokens, integers that fit the shards' type; gives the shards that they filled. Raises OSError."""
+        finished = len(self.shards)
+        with self._named_errors():
+            while len(tokens):
+                if self._file is None:
+                    self._begin()
+                part = tokens[:self._shard_tokens - self.open_tokens]
+                self._file.write(np.ascontiguousarray(part, dtype=self._dtype))
+                self.open_tokens += len(part)
+                tokens = tokens[len(part):]
+                if self.open_tokens == self._shard_tokens:
+                    self.finish()
+        return self.shards[finished:]
+
+    def finish(self) -> None:
+        """Make the shard under way a finished one, if there is one."""
+        if self._file is None:
+            return
+        with self._named_errors():
+            self._file.seek(0)
+            self._file.write(shard_header(self.open_tokens, self._dtype))
+            self.checkpoint()
+            self._file.close()
+            path = self._path.with_suffix(".bin")
+            os.replace(self._path, path)
+            files.sync(self._folder)
+        self.shards.append({"file": path.name, "split": self._split, "tokens": self.open_tokens,
+                            "sha256": files.sha256_file(path)})
+        self._file, self.open_tokens = None, 0
+
+    def checkpoint(self) -> None:
+        """Bring the shard under way to the disk as it is."""
+        if self._file is not None:
+            with self._named_errors():
+                self._file.flush()
+                os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Leave the shard under way as it is."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # what is in its buffer is given up
+                self._file.close()
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """A full disk says neither which file nor where."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno is None or error.filename:
+                raise
+            raise OSError(f"could not write {self._path}: {error.strerror}") from None
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """The tokens of a shard, memory-mapped: with our header, or headerless uint16 when it bears nanoGPT's name.
+
+    Raises ValueError for a file that is torn or no shard.
+    """
+    size = path.stat().st_size
+    header = np.fromfile(path, dtype="<i4", count=3)
+    if len(header) == 3 and int(header[0]) in FORMATS:
+        version, dtype = FORMATS[int(header[0])]
+        if header[1] != version:
+            raise ValueError(f"{path}: version {header[1]} of the shard format, but {version} is what can be read")
+        offset, count = HEADER_WORDS * 4, int(header[2])
+        if size != offset + count * dtype.itemsize:
+            raise ValueError(f"{path} is torn: its header counts {count:,} tokens, which takes "
+                             f"{offset + count * dtype.itemsize:,} bytes, and it has {size:,}")
+    elif NANOGPT_NAME.fullmatch(path.name):
+        offset, dtype = 0, np.dtype("<u2")
+        count = size // 2
+        if size % 2:
+            raise ValueError(f"{path} is torn: {size:,} bytes are no whole number of 2-byte tokens")
+    else:
+        magic = header[0] if len(header) else "missing"
+        raise ValueError(f"{path} is not a token shard: its magic number is {magic}, not one of "
+                         f"{', '.join(map(str, FORMATS))}")
+    if count == 0:
+        return np.empty(0, dtype)
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,)))  # sliced faster as such
+
+
+# Folders
+
+
+class Split:
+    """The tokens of one split, as shards in a fixed order."""
+
+    def __init__(self, paths: list[Path], vocab_size: int):
+        self.paths, self.vocab_size = paths, vocab_size
+        self.shards = [open_shard(path) for path in paths]
+        self.lengths = np.array([len(shard) for shard in self.shards], dtype=np.int64)
+        self.num_tokens = int(self.lengths.sum())
+
+    def read(self, places: Iterable[tuple[int, int]], rows: np.ndarray) -> None:
+        """Fill rows (n, length), int64, with the tokens from n places on, each a (shard, start); where a shard ends,
+        the rest of a row stays as it was. Raises ValueError for an id outside the vocabulary."""
+        places = list(places)
+        for (shard, start), row in zip(places, rows):
+            tokens = self.shards[shard][start:start + len(row)]
+            row[:len(tokens)] = tokens
+        if rows.max() >= self.vocab_size:
+            at, place = np.argwhere(rows >= self.vocab_size)[0]
+            shard, start = places[at]
+            raise ValueError(f"{self.paths[shard]}: token id {rows[at, place]} at position {start + place} is outside "
+                             f"the vocabulary of {self.vocab_size}")
+
+
+@dataclass
+class Dataset:
+    folder: Path
+    splits: dict[str, Split]
+    vocab_size: int
+    tokenizer: Tokenizer | None  # None: the folder does not say, and GPT-2's could not be had
+    fingerprint: str  # changes when the tokens do
+    manifest: dict[str, Any]  # dataset.json; {} for folders of others
+
+
+def open_dataset(name: str, vocab_size: int = 0, tokenizer: str = "auto") -> Dataset:
+    """Open data/<name>, or the folder of that path.
+
+    `vocab_size`, and `tokenizer="gpt2"`, speak for a folder that says nothing of its own. Raises FileNotFoundError with
+    the command that makes the data, ValueError for a folder that is broken or says otherwise, OSError for GPT-2's
+    tokenizer where it was asked for and is not to be had.
+    """
+    folder = find_folder(name)
+    paths, manifest = list_shards(folder)
+    own_size = manifest["tokenizer"]["vocab_size"] if manifest else _read_meta(folder).get("vocab_size")
+    if vocab_size and own_size and vocab_size != own_size:
+        raise ValueError(f"vocab_size={vocab_size}, but {folder} has a vocabulary of {own_size}; leave the key out")
+    if tokenizer == "gpt2":
+        vocab_size = vocab_size or GPT2_VOCAB_SIZE
+        if own_size and own_size != GPT2_VOCAB_SIZE:
+            raise ValueError(f"tokenizer=gpt2 has {GPT2_VOCAB_SIZE} tokens, but {folder} has a vocabulary of "
+                             f"{own_size}; leave the key out")
+    vocab_size = own_size or vocab_size or GPT2_VOCAB_SIZE
+    splits = {split: Split(found, vocab_size) for split, found in paths.items()}
+    summary = [[shard["sha256"] for shard in manifest.get("shards", [])],
+               [(split, path.name, int(length), files.mark(path)) for split, held in splits.items()
+                for path, length in zip(held.paths, held.lengths)]]
+    fingerprint = hashlib.sha256(json.dumps(summary).encode()).hexdigest()
+    found = folder_tokenizer(folder, vocab_size) or (GPT2Tokenizer() if tokenizer == "gpt2" else None)
+    return Dataset(folder, splits, vocab_size, found, fingerprint, manifest)
+
+
+def find_folder(name: str) -> Path:
+    """data/<name>, else the folder at that path. Raises FileNotFoundError with the command that makes it."""
+    for folder in (DATA_DIR / name, Path(name)):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(
+        f"no data set {name!r} in {DATA_DIR}/; make it with: python prepare_data.py {name}   (or from your own text: "
+        f"python prepare_data.py --input=FILE_OR_FOLDER --name={Path(name).name})")
+
+
+def list_shards(folder: Path) -> tuple[dict[str, list[Path]], dict[str, Any]]:
+    """The shards by split, and dataset.json, {} where there is none. Raises ValueError when it is not ours,
+    FileNotFoundError for a folder without shards."""
+    paths: dict[str, list[Path]] = {}
+    if not (folder / "dataset.json").is_file():
+        for pattern in (SHARD_NAME, LLMC_NAME, NANOGPT_NAME):
+            for path in sorted(folder.iterdir()):
+                if match := pattern.fullmatch(path.name):
+                    paths.setdefault(match["split"], []).append(path)
+            if paths:
+                return paths, {}
+        raise FileNotFoundError(f"{folder} holds no token shards: neither train_000000.bin nor nanoGPT's train.bin")
+    manifest = files.read_json(folder / "dataset.json")
+    try:
+        for shard in manifest["shards"]:
+            paths.setdefault(shard["split"], []).append(folder / Path(shard["file"]).name)
+            _ = int(shard["tokens"]), bytes.fromhex(shard["sha256"])
+        _ = int(manifest["tokenizer"]["vocab_size"]), manifest["tokenizer"]["kind"], np.dtype(manifest["dtype"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder}/dataset.json is not ours: {error} was not understood") from None
+    return paths, manifest
+
+
+def verify(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """(file, what is wrong with it and where) for every shard of a folder as it has been read, then for the folder.
+
+    Checked are headers, sizes, token ids and, where dataset.json speaks of them, checksums, counts of tokens and
+    documents, and the tokenizer. Raises as `list_shards` does.
+    """
+    paths, manifest = list_shards(folder)
+    listed = {shard["file"]: shard for shard in manifest.get("shards", [])}
+    faults, eot_id, vocab_size = [], None, _read_meta(folder).get("vocab_size", GPT2_VOCAB_SIZE)
+    if manifest:
+        vocab_size = manifest["tokenizer"]["vocab_size"]
+        try:
+            tokenizer = load_tokenizer(folder)
+            eot_id = tokenizer.eot_id
+            if tokenizer.vocab_size != vocab_size:
+                faults.append(f"tokenizer.json has {tokenizer.vocab_size:,} tokens, and dataset.json says "
+                              f"{vocab_size:,}")
+        except (OSError, ValueError) as error:
+            faults.append(f"its tokenizer cannot be read: {error}")
+        faults += [f"{path.name} is not in dataset.json" for path in sorted(folder.glob("*.bin"))
+                   if path.name not in listed]
+    found = dict.fromkeys(paths, 0)  # split -> end-of-text tokens
+    jobs = [(split, path) for split, split_paths in paths.items() for path in split_paths]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing and NumPy let other threads work
+        for (split, path), (shard_faults, num_eot) in zip(jobs, pool.map(
+                lambda job: _verify_shard(job[1], vocab_size, eot_id, manifest, listed.get(job[1].name)), jobs)):
+            found[split] += num_eot
+            yield path.name, shard_faults
+    for split, counts in manifest.get("splits", {}).items():
+        if eot_id is not None and found.get(split) != counts["documents"]:
+            faults.append(f"the {split} split has {found.get(split, 0):,} end-of-text tokens, one a document, and "
+                          f"dataset.json counts {counts['documents']:,} documents")
+    yield folder.name, faults
+
+
+def _verify_shard(path: Path, vocab_size: int, eot_id: int | None, manifest: dict[str, Any],
+                  listed: dict[str, Any] | None) -> tuple[list[str], int]:
+    """The faults of a shard, and its number of end-of-text tokens; reads the file once."""
+    try:
+        tokens = open_shard(path)
+    except (OSError, ValueError) as error:
+        return [str(error)], 0
+    faults, num_eot = [], 0
+    with open(path, "rb") as file:
+        digest = hashlib.sha256(file.read(path.stat().st_size - tokens.nbytes))  # the header
+    for start in range(0, len(tokens), 1 << 20):
+        block = tokens[start:start + (1 << 20)]
+        digest.update(block)
+        num_eot += int(np.count_nonzero(block == eot_id)) if eot_id is not None else 0
+        if not faults and block.max() >= vocab_size:
+            at = int(np.argmax(block >= vocab_size))
+            faults.append(f"{path}: token id {block[at]} at position {start + at:,} is outside the vocabulary of "
+                          f"{vocab_size:,}")
+    if listed:
+        if len(tokens) != listed["tokens"]:
+            faults.append(f"{path} has {len(tokens):,} tokens, and dataset.json says {listed['tokens']:,}")
+        if tokens.dtype != np.dtype(manifest["dtype"]):
+            faults.append(f"{path} holds {tokens.dtype}, and dataset.json says {manifest['dtype']}")
+        if digest.hexdigest() != listed["sha256"]:
+            faults.append(f"{path} is not what was written: its SHA-256 differs from that in dataset.json")
+    return faults, num_eot
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Unpickles dictionaries, lists, strings and numbers; anything that names a class or a function is refused."""
+
+    def find_class(self, module, name):
+        raise ValueError(f"it names {module}.{name}, and only plain values are read: a pickle can run code")
+
+
+def _read_meta(folder: Path) -> dict:
+    """nanoGPT's meta.pkl (vocab_size, stoi, itos), or {} where there is none."""
+    path = folder / "meta.pkl"
+    if not path.is_file():
+        return {}
+    try:
+        with open(path, "rb") as file:
+            meta = _PlainUnpickler(file).load()
+    except Exception as error:  # a broken pickle raises nearly anything
+        raise ValueError(f"{path} was refused: {error}") from None
+    if not isinstance(meta, dict) or type(meta.get("vocab_size")) is not int or meta["vocab_size"] < 1:
+        raise ValueError(f"{path} is not nanoGPT's: a dictionary with 'vocab_size' was expected")
+    return meta
+
+
+def folder_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer of a dataset folder: its tokenizer.json, the characters of its meta.pkl, or GPT-2's if it fits."""
+    if (folder / "tokenizer.json").is_file():
+        return load_tokenizer(folder)
+    stoi = _read_meta(folder).get("stoi")
+    if isinstance(stoi, dict):
+        by_id = {i: character for character, i in stoi.items()}
+        characters = [by_id.get(i) for i in range(len(stoi))]
+        if not all(isinstance(c, str) and len(c) == 1 for c in characters):
+            raise ValueError(f"{folder}/meta.pkl: 'stoi' should number single characters from 0 on")
+        return CharTokenizer(characters)
+    if vocab_size < GPT2_VOCAB_SIZE:
+        return None
+    try:
+        return GPT2Tokenizer()
+    except OSError:  # training can do without: it only writes the tokenizer beside the weights
+        return None
+
+
