@@ -5,9 +5,11 @@ Owns how small files are written so that a kill or a full disk leaves the old on
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -23,13 +25,28 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Write or replace a JSON file: under a hidden name, synced, renamed."""
+    """Write or replace a JSON file: under a hidden name, synced, renamed. Raises OSError that names it."""
     hidden = path.with_name(f".{path.name}.tmp")
-    with open(hidden, "w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(hidden, path)
+    try:
+        with named_errors(path), open(hidden, "w", encoding="utf-8") as file:
+            file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(hidden, path)
+    except BaseException:
+        hidden.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """What fails in here fails with the file's name: a full disk by itself says neither which file nor where."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename:
+            raise
+        raise OSError(f"could not write {path}: {error.strerror}") from None
 
 
 def sha256_file(path: Path) -> str:

@@ -15,6 +15,7 @@ Example: of the documents "a b" and "", the first falls in val. Its worker gives
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import multiprocessing
 import multiprocessing.connection
@@ -52,7 +53,7 @@ class TokensConfig:
     vocab_size: int = 2048  # vocabulary of a bpe, which is trained on (the first 500 MB of) the text
     val_fraction: float | None = None  # share of the documents for validation; None = the source's own, or 0.1
     test_fraction: float = 0.0  # share of the documents for a test split
-    dedupe: bool = False  # drop documents that came before, word for word; takes 120 MB a million documents
+    dedupe: bool = False  # drop documents that came before, word for word; takes 100 MB of memory a million documents
     skip_bad: bool = False  # count broken lines and files instead of stopping at them
     shard_tokens: int = 100_000_000  # tokens a shard
     workers: int = 0  # processes that tokenize; 0 = one for each core
@@ -360,7 +361,8 @@ class Output:
             if outcome.digest in self.seen:
                 return "duplicate_documents"
             self.seen.add(outcome.digest)
-            self._digests.write(outcome.digest)
+            with files.named_errors(self._folder / "digests"):
+                self._digests.write(outcome.digest)
             self.counts["digests"] += 1
         return ""
 
@@ -373,8 +375,9 @@ class Output:
     def _save(self) -> None:
         for writer in self._writers.values():
             writer.checkpoint()
-        self._digests.flush()
-        os.fsync(self._digests.fileno())
+        with files.named_errors(self._folder / "digests"):
+            self._digests.flush()
+            os.fsync(self._digests.fileno())
         files.write_json(self._folder / "progress.json", {
             "arguments": self._arguments, "done": self.done, "cursor": self.cursor, "counts": self.counts,
             "vocab_size": self._vocab_size, "shards": self.shards,
@@ -386,7 +389,8 @@ class Output:
     def __exit__(self, *exception: object) -> None:
         for writer in self._writers.values():
             writer.close()
-        self._digests.close()
+        with contextlib.suppress(OSError):
+            self._digests.close()
 
 
 def read_digests(path: Path) -> set[bytes]:

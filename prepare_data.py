@@ -165,6 +165,8 @@ def prepare(config: PrepareConfig, rank: int, world_size: int) -> None:
         lock.acquire()
     except Timeout:
         raise OSError(f"{target} is being made by another process: wait for it, or choose another --name") from None
+    if world_size == 1:
+        drop_if_nothing_is_finished(partial)
     try:
         if not is_done(work, arguments) and not (partial / "dataset.json").exists():
             write_shards(config, parts, partial, rank, world_size, arguments)
@@ -174,14 +176,20 @@ def prepare(config: PrepareConfig, rank: int, world_size: int) -> None:
             files.sync(DATA_DIR)
             print(describe(target, manifest))
     except BaseException:
-        if world_size == 1 and not any(partial.rglob("*.bin")):  # nothing that a second run could go on from
-            shutil.rmtree(partial, ignore_errors=True)
-        elif rank == 0:
+        if world_size == 1:
+            drop_if_nothing_is_finished(partial)
+        if rank == 0 and partial.exists():
             print(f"what is finished is kept in {partial}: the same command goes on from there", flush=True)
         raise
     finally:
         lock.release()
         Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def drop_if_nothing_is_finished(partial: Path) -> None:
+    """Remove the work of a run that was stopped before its first shard was full."""
+    if not any(partial.rglob("*.bin")):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def default_name(source: SourceConfig) -> str:
@@ -211,9 +219,10 @@ def write_shards(config: PrepareConfig, parts: list[Part], partial: Path, rank: 
             wait_for(lambda: [] if kept.exists() else ["rank 0 to make the tokenizer"])
     mine = parts[rank::world_size]
     encoder = Encoder(tokens.tokenizer, kept, source.text_column)
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     small = 0 < sum(part.size for part in mine) < SMALL_BYTES
-    with Workers(1 if small else tokens.workers or max(1, cores), encoder) as workers:
+    with Workers(1 if small else tokens.workers or cores, encoder) as workers:
         if rank == 0 and not kept.exists():
             keep_tokenizer(encoder.tokenizer, kept)
         rule = plan_splits(parts, source.text_column, tokens.val_fraction, tokens.test_fraction)
@@ -282,7 +291,7 @@ def wait_for(missing: Callable[[], list[str]]) -> None:
         if time.monotonic() - said > 30:
             said = time.monotonic()
             print(f"waiting for {', '.join(what[:5])} ({said - began:.0f} s)", flush=True)
-        time.sleep(0.1)
+        time.sleep(min(5.0, 0.1 + (time.monotonic() - began) / 20))  # a shared disk is not asked all the time
 
 
 def join(config: PrepareConfig, partial: Path, world_size: int, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -394,7 +403,8 @@ def show_info(folder: Path) -> None:
     print(f"{folder}: tokenizer {kind}, vocabulary of {dataset.vocab_size:,}")
     if manifest:
         print(describe(folder, manifest))
-        print("made with " + " ".join(f"--{key}={value}" for key, value in manifest["arguments"].items() if value))
+        print("made with " + ", ".join(f"{key} {value}" for key, value in manifest.get("arguments", {}).items()
+                                       if value and key != "input_fingerprint"))
     print(f"\n{'split':6}{'shards':>8}{'tokens':>18}{'documents':>14}{'bytes on disk':>18}")
     for split, held in dataset.splits.items():
         documents = manifest.get("splits", {}).get(split, {}).get("documents")

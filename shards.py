@@ -97,23 +97,23 @@ class ShardWriter:
     def add(self, tokens: np.ndarray) -> list[dict[str, Any]]:
         """Append tokens, integers that fit the shards' type; gives the shards that they filled. Raises OSError."""
         finished = len(self.shards)
-        with self._named_errors():
-            while len(tokens):
-                if self._file is None:
-                    self._begin()
-                part = tokens[:self._shard_tokens - self.open_tokens]
+        while len(tokens):
+            if self._file is None:
+                self._begin()
+            part = tokens[:self._shard_tokens - self.open_tokens]
+            with files.named_errors(self._path):
                 self._file.write(np.ascontiguousarray(part, dtype=self._dtype))
-                self.open_tokens += len(part)
-                tokens = tokens[len(part):]
-                if self.open_tokens == self._shard_tokens:
-                    self.finish()
+            self.open_tokens += len(part)
+            tokens = tokens[len(part):]
+            if self.open_tokens == self._shard_tokens:
+                self.finish()
         return self.shards[finished:]
 
     def finish(self) -> None:
         """Make the shard under way a finished one, if there is one."""
         if self._file is None:
             return
-        with self._named_errors():
+        with files.named_errors(self._path):
             self._file.seek(0)
             self._file.write(shard_header(self.open_tokens, self._dtype))
             self.checkpoint()
@@ -128,7 +128,7 @@ class ShardWriter:
     def checkpoint(self) -> None:
         """Bring the shard under way to the disk as it is."""
         if self._file is not None:
-            with self._named_errors():
+            with files.named_errors(self._path):
                 self._file.flush()
                 os.fsync(self._file.fileno())
 
@@ -137,16 +137,6 @@ class ShardWriter:
         if self._file is not None:
             with contextlib.suppress(OSError):  # what is in its buffer is given up
                 self._file.close()
-
-    @contextlib.contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        """A full disk says neither which file nor where."""
-        try:
-            yield
-        except OSError as error:
-            if error.errno is None or error.filename:
-                raise
-            raise OSError(f"could not write {self._path}: {error.strerror}") from None
 
 
 def open_shard(path: Path) -> np.ndarray:

@@ -60,12 +60,8 @@ class Part:
     name: str
     size: int  # bytes that reading it takes, in the measure of Record.end
     mark: str  # changes when the content does
+    text_bytes: float  # of text in it, about; 0 if that is not known
     read: Callable[[], Iterator[Record]]
-
-    @property
-    def text_bytes(self) -> float:
-        """Bytes of text in it, about; 0 if that is not known."""
-        return self.size * (COMPRESSION if self.name.endswith((".gz", ".zst", ".parquet")) else 1)
 
 
 @dataclass
@@ -166,8 +162,9 @@ def ending(path: Path) -> str:
 
 
 def _file_part(path: Path, name: str, text_column: str) -> Part:
-    reader = READERS.get(ending(path), _read_whole)
-    return Part(name, path.stat().st_size, files.mark(path), partial(reader, path, text_column))
+    reader, size = READERS.get(ending(path), _read_whole), path.stat().st_size
+    text_bytes = size * (COMPRESSION if path.suffix in (".gz", ".zst", ".parquet") else 1)
+    return Part(name, size, files.mark(path), text_bytes, partial(reader, path, text_column))
 
 
 def _read_whole(path: Path, text_column: str, form: str = "utf8") -> Iterator[Record]:
@@ -247,7 +244,8 @@ def python_parts(config: SourceConfig, keys: tuple[str, ...]) -> list[Part]:
             for path in (f"{folder}/{name}" for name in names if name.endswith(".py")):
                 if os.path.isfile(path):
                     name = key + path.removeprefix(root).replace(os.sep, "/")
-                    parts.append(Part(name, os.path.getsize(path), "", partial(READERS[".py"], Path(path), "")))
+                    size = os.path.getsize(path)
+                    parts.append(Part(name, size, "", size, partial(READERS[".py"], Path(path), "")))
     return sorted(parts, key=lambda part: part.name)
 
 
@@ -267,7 +265,7 @@ def download(url: str) -> bytes:
 
 def url_part(config: SourceConfig, url: str) -> list[Part]:
     """A text on the web, which is one document."""
-    return [Part(url, 0, "", lambda: iter([Record(url, "utf8", download(url), 0)]))]
+    return [Part(url, 0, "", 0, lambda: iter([Record(url, "utf8", download(url), 0)]))]
 
 
 def hub_parts(config: SourceConfig, repo: str, subset: str = "",
@@ -294,7 +292,8 @@ def hub_parts(config: SourceConfig, repo: str, subset: str = "",
     urls = builder.config.data_files[config.split] if builder.config.data_files else []
     names = urls if len(urls) == rows.num_shards else [f"{repo}#{i}" for i in range(rows.num_shards)]
     split = (builder.info.splits or {}).get(config.split)
-    size = split.num_bytes // len(names) if split and split.num_bytes else 0
+    sizes = [split.num_bytes // len(names)] * len(names) if split and split.num_bytes else [
+        int(_remote_size(url) * COMPRESSION) for url in names]
 
     def read(index: int) -> Iterator[Record]:
         part = rows.shard(num_shards=len(names), index=index).select_columns([config.text_column])
@@ -305,8 +304,19 @@ def hub_parts(config: SourceConfig, repo: str, subset: str = "",
             end += len(text)
             yield Record(f"{name}: document {row}", "text", text, end)
 
-    return [Part(name, size, "".join(urls), partial(_named_failures, name, partial(read, i)))
-            for i, name in enumerate(names)]
+    return [Part(name, size, "", size, partial(_named_failures, name, partial(read, i)))
+            for i, (name, size) in enumerate(zip(names, sizes))]
+
+
+def _remote_size(url: str) -> int:
+    """Bytes of a file, wherever it lies; 0 if that cannot be found out."""
+    import fsspec
+
+    try:
+        filesystem, path = fsspec.url_to_fs(url)
+        return filesystem.size(path) or 0
+    except Exception:  # as many kinds as there are file systems
+        return 0
 
 
 def _named_failures(name: str, read: Callable[[], Iterator[Record]]) -> Iterator[Record]:
