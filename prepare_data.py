@@ -357,8 +357,9 @@ class Progress:
         self._before = np.cumsum([0] + [part.size for part in parts])
         self._parts, self._output, self._silent = parts, output, silent
         self._began, self._bytes_before = time.monotonic(), output.counts["bytes"]
-        self._bar = tqdm(total=int(self._before[-1]) or None, initial=self._at(output.cursor, 0), unit="B",
-                         unit_scale=True, disable=silent or not sys.stderr.isatty(),
+        columns, lines = shutil.get_terminal_size()  # 80 x 24 where it is unknown
+        self._bar = tqdm(total=max(1, int(self._before[-1])), initial=self._at(output.cursor, 0), ncols=columns,
+                         nrows=lines, disable=silent or not sys.stderr.isatty(),
                          bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")
 
     def _at(self, cursor: Cursor, end: int) -> int:
