@@ -15,7 +15,7 @@ demo: .venv/.run
 	$(PY) sample.py --out_dir=out/demo --prompt="    def __init__(self," --num_samples=2 --max_new_tokens=150 --temperature=0.7
 
 test: lint
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
 
 lint: .venv/.dev
 	$(PY) -m ruff check .

@@ -310,12 +310,11 @@ def hub_parts(config: SourceConfig, repo: str, subset: str = "",
 
 def _remote_size(url: str) -> int:
     """Bytes of a file, wherever it lies; 0 if that cannot be found out."""
-    import fsspec
+    from huggingface_hub import HfFileSystem
 
     try:
-        filesystem, path = fsspec.url_to_fs(url)
-        return filesystem.size(path) or 0
-    except Exception:  # as many kinds as there are file systems
+        return HfFileSystem().size(url) if url.startswith("hf://") else os.path.getsize(url)
+    except OSError:
         return 0
 
 
