@@ -105,20 +105,20 @@ def plan_splits(parts: list[Part], text_column: str, val_fraction: float, test_f
     the lowest draws are taken, as many as the fraction says, and at least one a split. Raises ValueError for a source
     without text."""
     rule = SplitRule(val_fraction, test_fraction, val_fraction, val_fraction + test_fraction)
-    draws, num_bytes, fault = set(), 0, "there is no text to make tokens of"
+    draws, num_bytes, fault = set(), 0, ""
     for part in parts:
         for record in part.read():
             try:
                 text = text_of(record, text_column)[0]
             except ValueError as error:  # is reported in its turn
-                text, fault = "", str(error)
+                text, fault = "", fault or str(error)
             if text:
                 draws.add(draw(digest_of(text.encode())))
                 num_bytes += len(text)
             if len(draws) >= FEW_DOCUMENTS or (num_bytes >= FEW_BYTES and len(draws) > 1):
                 return rule
     if not draws:
-        raise ValueError(f"the source is empty: {fault}")
+        raise ValueError(fault or "the source is empty: there is no text to make tokens of")
     if len(draws) == 1:
         rule.by_position = True
         return rule

@@ -87,6 +87,8 @@ class ShardWriter:
             raise OSError(f"{self._folder}: the next shard may take {self._reserve_bytes:,} bytes, and {free:,} are "
                           "free on that disk")
         self._path = self._folder / f"{self._split}_{len(self.shards):06d}.tmp"
+        if num_tokens and not self._path.exists():  # it was finished after the checkpoint
+            os.replace(self._path.with_suffix(".bin"), self._path)
         self._file = open(self._path, "r+b" if num_tokens else "wb")  # noqa: SIM115  closed by finish() or close()
         if not num_tokens:
             self._file.write(shard_header(0, self._dtype))

@@ -1,13 +1,19 @@
 """Runs that are killed: nothing is lost, and the same command ends where the undisturbed run ends."""
 
+import itertools
+import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
-from conftest import ROOT, TINY_RUN, records_of, run_process
+from conftest import ROOT, TINY_RUN, files_of, records_of, run_process
 
+import prepare_data
 from checkpoint import verify
 
 OPTIONS = (*TINY_RUN, "--max_iters=100", "--lr_decay_iters=100", "--eval_interval=50", "--save_interval=20",
@@ -54,3 +60,55 @@ def test_killed_at_any_moment_every_published_checkpoint_is_whole(cli, tiny_data
         for folder in Path("out/tiny/checkpoints").glob("step_*"):
             verify(folder)
         assert Path("out/tiny/checkpoints/latest/SHA256SUMS").is_file()
+
+
+def killed_at_operation(number: int, folder: Path, argv: list[str]) -> bool:
+    """Run prepare_data.py in a forked child of this process that dies on the spot before its `number`-th operation on
+    the disk's names, or sync; whether it came to that."""
+    pid = os.fork()
+    if pid:
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert code in (0, 9)
+        return code == 9
+    try:
+        os.chdir(folder)
+        count = itertools.count(1)
+
+        def deadly(call):
+            def die_or_call(*args, **options):
+                if next(count) == number:
+                    os._exit(9)
+                return call(*args, **options)
+
+            return die_or_call
+
+        for module, name in ((os, "replace"), (os, "rename"), (os, "fsync"), (os, "mkdir"), (os, "unlink"),
+                             (shutil, "rmtree")):
+            setattr(module, name, deadly(getattr(module, name)))
+        prepare_data.main(argv)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def test_data_preparation_survives_a_kill_at_any_operation_on_the_disk(cli, tmp_path):
+    documents = [f"document {i} " * (i % 7 + 1) for i in range(60)]
+    argv = ["--input=../texts.jsonl", "--name=made", "--tokenizer=byte", "--shard_tokens=600",
+            "--val_fraction=0.2", "--dedupe=True"]
+    Path("texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents * 2))
+    (tmp_path / "whole").mkdir()
+    os.chdir(tmp_path / "whole")
+    assert cli("prepare_data", *argv).code == 0
+    expected = files_of(tmp_path / "whole" / "data" / "made")
+    for number in itertools.count(1):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        was_killed = killed_at_operation(number, folder, argv)
+        assert not killed_at_operation(0, folder, argv)  # goes on; no operation has the number 0
+        assert files_of(folder / "data" / "made") == expected, f"killed before operation {number}"
+        assert [path.name for path in (folder / "data").iterdir() if path.is_dir()] == ["made"]
+        if not was_killed:
+            break
+    assert number > 40
+    assert len([name for name in expected if name.endswith(".bin")]) >= 4
