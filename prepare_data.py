@@ -243,8 +243,8 @@ def check_disk(folder: Path, expected_bytes: int) -> None:
     """Raises OSError when the shards will hardly fit. (It is a rough guess; each shard is checked as it begins.)"""
     free = shutil.disk_usage(folder).free
     if free < 0.8 * expected_bytes:
-        raise OSError(f"the disk of {DATA_DIR}/ has {free:,} bytes free, and about {expected_bytes:,} are to be written: "
-                      "free some space, or work on another disk")
+        raise OSError(f"the disk of {DATA_DIR}/ has {free:,} bytes free, and about {expected_bytes:,} are to be "
+                      "written: free some space, or work on another disk")
 
 
 def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:

@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,6 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
 os.environ.setdefault("WANDB_MODE", "offline")
 
 import settings  # noqa: E402
+from shards import shard_header  # noqa: E402
 
 
 @dataclass
@@ -84,6 +86,11 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def records_of(run: str | Path) -> list[dict]:
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+
+
+def write_shard(path: Path, tokens: np.ndarray, dtype: str = "<u2") -> None:
+    """A token shard as we, llm.c and modded-nanogpt write it."""
+    path.write_bytes(shard_header(len(tokens), np.dtype(dtype)) + np.asarray(tokens, dtype).tobytes())
 
 
 @pytest.fixture(scope="session")

@@ -1,27 +1,43 @@
-"""data.py: shards read back by hand, datasets of three makers, and the order of batches against naive enumeration."""
+"""data.py: the order of batches against naive enumeration, mixtures against their quotas, reading ahead."""
 
 import hashlib
 import itertools
-import os
-import pickle
 import re
-import struct
+import threading
 from pathlib import Path
 
 import hypothesis
 import numpy as np
 import pytest
-from conftest import TEXT
+import torch
+from conftest import write_shard
 from hypothesis import given
 from hypothesis import strategies as st
 
 import data
-from data import DataConfig, EvalOrder, Split, TrainOrder, open_dataset, open_shard, permute, plan_batches, write_shard
+from data import (
+    DataConfig,
+    EvalOrder,
+    MixedOrder,
+    TrainOrder,
+    open_mixture,
+    permute,
+    pin,
+    plan_batches,
+    prefetch,
+    quotas,
+)
+from shards import Split
 
 quick = hypothesis.settings(max_examples=60, deadline=None)
-U2, U4 = np.dtype("<u2"), np.dtype("<u4")
 LENGTHS = st.lists(st.integers(0, 60), min_size=1, max_size=5)
 SEEDS = st.integers(0, 2**32)
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    """Windows are found in blocks: small ones are quicker here, and their borders are met."""
+    monkeypatch.setattr(data, "BLOCK_SEQS", 32)
 
 
 def split_of(lengths: list[int]) -> Split:
@@ -108,14 +124,14 @@ def test_epochs_differ_in_offset_and_order():
 def test_batches_are_the_same_however_they_are_asked_for(lengths, block_size, first, count, cuts):
     hypothesis.assume(max(lengths) > block_size)
     split = split_of(lengths)
-    x, y = TrainOrder(split, block_size, 1).batch(first, count)
+    rows = TrainOrder(split, block_size, 1).rows(first, count)
     order = TrainOrder(split, block_size, 1)
-    parts = [order.batch(first + start, size) for start, size in reversed(cut_into(count, cuts))]
-    assert np.array_equal(np.concatenate([part[0] for part in reversed(parts)]), x)
-    assert np.array_equal(np.concatenate([part[1] for part in reversed(parts)]), y)
-    for (shard, start), inputs, targets in zip(order.windows(first, count), x, y):
-        assert inputs.tolist() == split.shards[shard][start:start + block_size].tolist()
-        assert targets.tolist() == split.shards[shard][start + 1:start + 1 + block_size].tolist()
+    parts = [order.rows(first + start, size) for start, size in reversed(cut_into(count, cuts))]
+    assert np.array_equal(np.concatenate(parts[::-1]), rows)
+    windows = order.windows(first, count)
+    assert len(windows) == len(rows) == count
+    for (shard, start), row in zip(windows, rows):
+        assert row.tolist() == split.shards[shard][start:start + block_size + 1].tolist()
 
 
 @quick
@@ -232,180 +248,244 @@ def test_a_split_without_a_target_is_refused():
         EvalOrder(split_of([1, 0, 1]), 4)
 
 
-# Shards
+# Mixtures
 
 
-@pytest.mark.parametrize(("dtype", "magic", "version", "letter"), [(U2, 20240520, 1, "H"), (U4, 20240801, 7, "I")])
-def test_a_shard_is_256_header_words_and_the_tokens(tmp_path, dtype, magic, version, letter):
-    tokens = np.array([0, 1, 258, 50256, np.iinfo(dtype).max], dtype=np.uint32)
-    ours, theirs = tmp_path / "train_000000.bin", tmp_path / "train_000001.bin"
-    write_shard(ours, tokens, dtype)
-    raw = ours.read_bytes()
-    assert struct.unpack("<256i", raw[:1024]) == (magic, version, 5, *[0] * 253)
-    assert struct.unpack(f"<5{letter}", raw[1024:]) == tuple(tokens)
-    theirs.write_bytes(struct.pack(f"<256i3{letter}", magic, version, 3, *[9] * 253, 5, 6, 7))
-    assert [open_shard(path).tolist() for path in (ours, theirs)] == [tokens.tolist(), [5, 6, 7]]
-    assert open_shard(ours).dtype == dtype
+WEIGHTS = st.lists(st.integers(1, 1000), min_size=2, max_size=4)
 
 
-def header(*words: int) -> bytes:
-    return struct.pack("<256i", *words, *[0] * (256 - len(words)))
+def shares_of(weights: list[int]) -> list[float]:
+    return [weight / sum(weights) for weight in weights]
 
 
-@pytest.mark.parametrize(("name", "content", "words"), [
-    ("train_000000.bin", header(20240520, 1, 3) + b"12345", "torn.* 1,030 bytes.* 1,029"),
-    ("train_000000.bin", header(20240520, 1, 3) + b"12345678", "torn.* 1,030 bytes.* 1,032"),
-    ("train_000000.bin", header(20240520, 1, 3)[:500], "torn"),
-    ("train_000000.bin", header(20240801, 7, 3) + b"123456", "torn.* 1,036 bytes"),
-    ("train_000000.bin", header(20240520, 2, 1) + b"12", "version 2 .* 1 "),
-    ("train_000000.bin", header(20240801, 1, 1) + b"1234", "version 1 .* 7 "),
-    ("train_000000.bin", header(12345, 1, 1) + b"12", "magic number is 12345.* 20240520, 20240801"),
-    ("train_000000.bin", b"", "magic number is missing"),
-    ("train.bin", b"12345", "torn.* 5 bytes")])
-def test_a_file_that_is_torn_or_no_shard_is_refused(tmp_path, name, content, words):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name}.*{words}"):
-        open_shard(tmp_path / name)
+def mix(shares: list[float], period: int = data.PERIOD, block_size: int = 8) -> MixedOrder:
+    """Data sets of different lengths whose tokens say which one they are from, mixed in a period of so many places."""
+    orders = []
+    for i in range(len(shares)):
+        split = split_of([60 + 20 * i, 40])
+        split.shards = [tokens + 1000 * i for tokens in split.shards]
+        orders.append(TrainOrder(split, block_size, seed=i))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "PERIOD", period)
+        return MixedOrder(orders, shares)
 
 
-def test_a_token_outside_the_vocabulary_is_named_with_file_and_position(tmp_path):
-    path = tmp_path / "val_000000.bin"
-    write_shard(path, np.array([*range(10)] * 3 + [77] + [0] * 9), U2)
-    split = Split([path], vocab_size=10)
-    assert split.read(0, 20, 10).tolist() == [*range(10)]
-    for read in (lambda: split.read(0, 25, 8), lambda: EvalOrder(split, 4).batch(0, 10),
-                 lambda: TrainOrder(split, 4, 0).batch(0, 9)):
-        with pytest.raises(ValueError, match=r"val_000000\.bin: token id 77 at position 30 .* vocabulary of 10"):
-            read()
+@given(weights=WEIGHTS)
+def test_quotas_are_whole_numbers_next_to_the_shares_and_fill_the_period(weights):
+    shares = shares_of(weights)
+    assert sum(quotas(shares)) == data.PERIOD
+    assert all(abs(quota - share * data.PERIOD) < 1 for quota, share in zip(quotas(shares), shares))
 
 
-# Datasets
+def test_what_is_left_over_goes_to_the_largest_remainders():
+    assert quotas([0.7, 0.3]) == [7000, 3000]
+    assert quotas([1 / 3] * 3) == [3334, 3333, 3333]
+    assert quotas([0.11114, 0.55557, 0.33329]) == [1111, 5556, 3333]
+    assert quotas([1.0]) == [1]
+
+
+@quick
+@given(weights=WEIGHTS, period=st.integers(2, 300), first=st.integers(0, 1000))
+def test_every_stretch_has_each_data_sets_share_and_every_period_its_quota(weights, period, first):
+    order = mix(shares_of(weights), period)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "PERIOD", period)
+        quota = np.array(quotas(shares_of(weights)))
+    source, _ = order.sources(0, 3 * period)
+    given_so_far = np.eye(len(weights))[source].cumsum(axis=0)
+    assert (np.abs(given_so_far - np.outer(np.arange(1, 3 * period + 1), quota / period)) < 1).all()
+    stretch, _ = order.sources(first, period)
+    assert np.bincount(stretch, minlength=len(weights)).tolist() == quota.tolist()
+
+
+@quick
+@given(weights=WEIGHTS, period=st.integers(2, 60), cuts=st.lists(st.integers(0, 1000), max_size=5))
+def test_each_data_set_counts_its_own_sequences(weights, period, cuts):
+    order = mix(shares_of(weights), period)
+    pieces = [order.sources(first, size) for first, size in cut_into(4 * period, cuts)]
+    source, own = (np.concatenate(column) for column in zip(*pieces))
+    for i in range(len(weights)):
+        assert own[source == i].tolist() == list(range((source == i).sum()))
+
+
+def test_the_pattern_worked_by_hand():
+    """Of four places three are a's: it is behind by 3/4, 1/2, 1/4, 1 before them, and b by 1/4, 1/2, 3/4, 0."""
+    source, own = mix([0.75, 0.25], period=4).sources(0, 8)
+    assert source.tolist() == [0, 0, 1, 0] * 2
+    assert own.tolist() == [0, 1, 0, 2, 3, 4, 1, 5]
+
+
+def test_a_mixed_batch_is_made_of_the_data_sets_own_rows():
+    order = mix([0.5, 0.3, 0.2], period=10)
+    x, y = order.batch(3, 40)
+    source, own = order.sources(3, 40)
+    assert set(source) == {0, 1, 2}
+    for i, q, inputs, targets in zip(source, own, x, y):
+        row = order.orders[i].rows(int(q), 1)[0]
+        assert inputs.tolist() == row[:-1].tolist()
+        assert targets.tolist() == row[1:].tolist()
+        assert set(row // 1000) == {i}
+
+
+@quick
+@given(weights=WEIGHTS, world_size=st.sampled_from([1, 2, 3, 4, 8]), batch_size=st.integers(1, 30),
+       step=st.integers(0, 20))
+def test_a_step_of_a_mixture_is_the_same_on_any_number_of_ranks(weights, world_size, batch_size, step):
+    order = mix(shares_of(weights), period=50)
+    plan = plan_batches(DataConfig(batch_size=batch_size, total_batch_size=24 * 8), {}, 8, world_size)
+    parts = [order.batch(plan.first_seq(step, rank), plan.seqs_per_rank) for rank in range(world_size)]
+    for whole, read in zip(order.batch(24 * step, 24), zip(*parts)):
+        assert np.array_equal(np.concatenate(read), whole)
+
+
+def test_a_mixture_of_one_is_the_plain_order():
+    order = TrainOrder(split_of([300, 150]), 8, 1337)
+    x, y = MixedOrder([order], [1.0]).batch(17, 200)
+    assert np.array_equal(x, order.rows(17, 200)[:, :-1])
+    assert np.array_equal(y, order.rows(17, 200)[:, 1:])
+
+
+def test_the_order_of_a_mixture_is_that_of_earlier_versions():
+    """As for one data set: change these numbers only knowingly."""
+    order = mix([0.7, 0.3])
+    assert order.sources(0, 10)[0].tolist() == [0, 1, 0, 0, 0, 1, 0, 0, 1, 0]
+    assert order.sources(10_000, 10)[0].tolist() == [0, 1, 0, 0, 0, 1, 0, 0, 1, 0]
+    assert order.sources(9_997, 6)[1].tolist() == [6998, 2999, 6999, 7000, 3000, 7001]
 
 
 @pytest.fixture
-def no_gpt2(monkeypatch):
-    """GPT-2's ranks can neither be found nor downloaded."""
-    def unavailable():
-        raise OSError("no network")
-
-    monkeypatch.setattr(data, "GPT2Tokenizer", unavailable)
-
-
-def nanogpt_folder(folder: Path, meta: object = None) -> Path:
-    """train.bin and val.bin as nanoGPT writes them, with or without meta.pkl."""
-    folder.mkdir(parents=True)
-    np.array([2, 0, 1, 1, 0], dtype=np.uint16).tofile(folder / "train.bin")
-    np.array([1, 0], dtype=np.uint16).tofile(folder / "val.bin")
-    if meta is not None:
-        (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
-    return folder
-
-
-def llmc_folder(folder: Path, tokens: tuple[int, ...] = (4, 5, 6)) -> Path:
-    folder.mkdir()
-    write_shard(folder / "fineweb_train_000002.bin", np.array(tokens), U2)
-    write_shard(folder / "fineweb_train_000001.bin", np.array([1, 2, 3, 4]), U2)
-    write_shard(folder / "fineweb_val_000000.bin", np.array([8, 9]), U2)
-    return folder
-
-
-CHARS = {"vocab_size": 3, "stoi": {"b": 1, "c": 2, "a": 0}, "itos": {1: "b", 2: "c", 0: "a"}}
-
-
-def read_all(split: Split) -> list[int]:
-    return [token for shard in split.shards for token in shard.tolist()]
-
-
-def test_our_folder_opens_by_name_and_by_path(tiny_data):
-    by_name, by_path = open_dataset("tiny"), open_dataset(str(tiny_data))
-    assert by_name.fingerprint == by_path.fingerprint
-    assert by_name.vocab_size == by_name.tokenizer.vocab_size == len(set(TEXT))
-    text = {name: by_path.tokenizer.decode(read_all(split)) for name, split in by_path.splits.items()}
-    assert text["train"] + text["val"] == TEXT
-    assert by_name.splits["train"].num_tokens == len(text["train"])
-
-
-@pytest.mark.usefixtures("no_gpt2")
-def test_llmcs_folder_opens_with_its_shards_in_order(tmp_path):
-    dataset = open_dataset(str(llmc_folder(tmp_path / "fineweb")))
-    assert {name: read_all(split) for name, split in dataset.splits.items()} == {
-        "train": [1, 2, 3, 4, 4, 5, 6], "val": [8, 9]}
-    assert (dataset.vocab_size, dataset.tokenizer) == (50257, None)
-
-
-def test_nanogpts_folder_opens_with_its_characters(tmp_path, monkeypatch):
+def folders(tmp_path, monkeypatch) -> Path:
+    """data/a and data/b, of unknown tokens below 50."""
     monkeypatch.chdir(tmp_path)
-    nanogpt_folder(Path("data/abc"), CHARS)
-    dataset = open_dataset("abc")
-    assert dataset.vocab_size == 3
-    assert {name: dataset.tokenizer.decode(read_all(split)) for name, split in dataset.splits.items()} == {
-        "train": "cabba", "val": "ba"}
-    assert dataset.tokenizer.encode("cab").tolist() == [2, 0, 1]
+    for name in ("a", "b"):
+        folder = Path("data", name)
+        folder.mkdir(parents=True)
+        for split in ("train", "val"):
+            write_shard(folder / f"{split}_000000.bin", np.arange(40) + (name == "b"))
+    return Path("data")
 
 
-def test_a_folder_that_says_nothing_has_gpt2s_tokens_or_the_vocabulary_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "GPT2Tokenizer", lambda: "GPT-2's")
-    folder = str(nanogpt_folder(tmp_path / "plain"))
-    for asked, wanted in ((0, (50257, "GPT-2's")), (50304, (50304, "GPT-2's")), (100, (100, None))):
-        opened = open_dataset(folder, vocab_size=asked)
-        assert (opened.vocab_size, opened.tokenizer) == wanted
+def test_weights_are_shares_whatever_their_sum(folders):
+    mixtures = [open_mixture(spec, vocab_size=50) for spec in ("a:0.7,b:0.3", "a:7,b:3", "a:0.3,b:0.7", "b:0.3,a:0.7",
+                                                               "a,b", "data/a:1,data/b:1")]
+    assert [mixture.shares for mixture in mixtures] == [
+        pytest.approx(shares) for shares in ([0.7, 0.3], [0.7, 0.3], [0.3, 0.7], [0.3, 0.7], [0.5, 0.5], [0.5, 0.5])]
+    assert list(mixtures[0].splits("train")) == ["a", "b"]
+    assert list(mixtures[3].splits("val")) == ["b", "a"]
+    prints = [mixture.fingerprint for mixture in mixtures]
+    assert prints[0] == prints[1]
+    assert prints[4] == prints[5]
+    assert len(set(prints)) == 4
 
 
-def test_a_vocabulary_other_than_the_folders_is_refused(tmp_path, tiny_data):
-    for folder in (tiny_data, nanogpt_folder(tmp_path / "abc", CHARS)):
-        own = open_dataset(str(folder)).vocab_size
-        assert open_dataset(str(folder), vocab_size=own).vocab_size == own
-        with pytest.raises(ValueError, match=f"vocab_size=300, but .* {own};"):
-            open_dataset(str(folder), vocab_size=300)
+def test_one_data_set_is_a_mixture_of_itself(folders):
+    mixture = open_mixture("a", vocab_size=50)
+    assert mixture.shares == [1.0]
+    assert mixture.fingerprint == mixture.datasets["a"].fingerprint
 
 
-class Planted:
-    """Unpickling it runs a command."""
-
-    def __reduce__(self):
-        return os.mkdir, ("planted",)
-
-
-@pytest.mark.parametrize("meta", [Planted(), {"vocab_size": 3, "stoi": Planted()}, ["no", "dictionary"],
-                                  {"stoi": {"a": 0}}])
-def test_a_meta_that_is_not_nanogpts_is_refused_and_runs_nothing(tmp_path, monkeypatch, meta):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"abc/meta\.pkl"):
-        open_dataset(str(nanogpt_folder(tmp_path / "abc", meta)))
-    assert not Path("planted").exists()
+@pytest.mark.parametrize(("spec", "words"), [
+    ("a:0.7,a:0.3", "'a:0.3' should be name:weight, with a name that comes once"),
+    ("a:0.7,b:none", "'b:none' should be name:weight"), ("a:0.7,b:0", "'b:0' should .* above 0"),
+    ("a:-1,b:2", "'a:-1' should .* above 0"), ("a:nan,b:1", "'a:nan' should"), ("a:inf,b:1", "'a:inf' should"),
+    ("a:1,b:1e-9", "a share below 1 in 10,000 cannot be drawn; leave that data set out")])
+def test_a_mixture_that_is_none_is_refused(folders, spec, words):
+    with pytest.raises(ValueError, match=words):
+        open_mixture(spec, vocab_size=50)
 
 
-def test_a_torn_meta_is_refused(tmp_path):
-    folder = nanogpt_folder(tmp_path / "abc", CHARS)
-    (folder / "meta.pkl").write_bytes(pickle.dumps(CHARS)[:-5])
-    with pytest.raises(ValueError, match=r"meta\.pkl"):
-        open_dataset(str(folder))
+def test_a_data_set_of_a_mixture_that_is_missing_names_the_command_that_makes_it(folders):
+    with pytest.raises(FileNotFoundError, match=r"'novel'.*python prepare_data\.py novel"):
+        open_mixture("a:0.7,novel:0.3", vocab_size=50)
 
 
-def test_a_missing_data_set_names_the_command_that_makes_it(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"'novel'.*python prepare_data\.py novel .*--name=novel"):
-        open_dataset("novel")
+def test_a_data_set_without_the_split_is_named(folders):
+    (folders / "b" / "val_000000.bin").unlink()
+    mixture = open_mixture("a:0.7,b:0.3", vocab_size=50)
+    assert list(mixture.splits("train")) == ["a", "b"]
+    with pytest.raises(ValueError, match="data/b has no val split"):
+        mixture.splits("val")
 
 
-@pytest.mark.parametrize("manifest", ['{}', '{"shards": []}', '{"shards": [{"split": "train"}], "tokenizer": {}}'])
-def test_a_manifest_that_is_not_ours_is_named(tiny_data, manifest):
-    (tiny_data / "dataset.json").write_text(manifest)
-    with pytest.raises(ValueError, match=r"dataset\.json is not ours"):
-        open_dataset("tiny")
+def test_data_sets_of_different_tokenizers_are_not_mixed(cli):
+    texts = {"a": "one two three " * 9, "b": "eno owt eerht " * 9, "c": "four five six " * 9}  # a and b: same letters
+    for name, text in texts.items():
+        Path(f"{name}.txt").write_text(text)
+        assert cli("prepare_data", f"--input={name}.txt", "--tokenizer=char").code == 0
+    assert cli("prepare_data", "--input=a.txt", "--name=d", "--tokenizer=byte").code == 0
+    assert open_mixture("a,b").tokenizer.vocab_size == len(set(texts["a"]))
+    for other in ("c", "d"):
+        with pytest.raises(ValueError, match=f"data/a and data/{other} were made with different tokenizers"):
+            open_mixture(f"a:1,b:1,{other}:1")
 
 
-def test_a_folder_without_shards_is_named(tmp_path):
-    (tmp_path / "trained.bin").touch()
-    with pytest.raises(FileNotFoundError, match=rf"{tmp_path} holds no token shards"):
-        open_dataset(str(tmp_path))
+def test_a_vocabulary_of_the_same_size_is_not_the_same_tokenizer(cli):
+    for name, text in (("a", "one two three " * 9), ("b", "ONE TWO THREE " * 9)):
+        Path(f"{name}.txt").write_text(text)
+        assert cli("prepare_data", f"--input={name}.txt", "--tokenizer=char").code == 0
+    assert open_mixture("a").vocab_size == open_mixture("b").vocab_size
+    with pytest.raises(ValueError, match="different tokenizers"):
+        open_mixture("a:1,b:1")
 
 
-@pytest.mark.usefixtures("no_gpt2")
-def test_the_fingerprint_is_that_of_the_tokens(tmp_path, tiny_data, cli):
-    llmc, moved, changed = (open_dataset(str(llmc_folder(tmp_path / name, tokens))).fingerprint for name, tokens in (
-        ("a", (4, 5, 6)), ("b", (4, 5, 6)), ("c", (4, 5, 7))))
-    assert llmc == moved != changed
-    (tmp_path / "tiny.txt").write_text(TEXT.replace("fox", "xof"))
-    assert cli("prepare_data", "--input=tiny.txt", "--name=other", "--tokenizer=char").code == 0
-    assert open_dataset("other").fingerprint != open_dataset("tiny").fingerprint
+# Loading
+
+
+def reading_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+@pytest.mark.parametrize("count", [0, 1, 2, 7])
+def test_values_come_in_order_from_another_thread(depth, count):
+    values = list(prefetch(lambda a: (a * a, threading.current_thread().name), range(count), depth))
+    assert [value for value, _ in values] == [a * a for a in range(count)]
+    assert all(name.startswith("prefetch") for _, name in values)
+    assert reading_threads() == []
+
+
+def test_so_many_values_are_made_ahead_and_no_more():
+    made, third = [], threading.Event()
+
+    def make(a: int) -> int:
+        made.append(a)
+        if len(made) == 3:
+            third.set()
+        return a
+
+    values = prefetch(make, itertools.count(), depth=2)
+    assert made == []
+    assert next(values) == 0
+    assert third.wait(10)  # two more, without being asked
+    assert made == [0, 1, 2]
+    assert reading_threads() != []
+    values.close()
+    assert reading_threads() == []
+    assert made == [0, 1, 2]
+
+
+def test_an_error_is_raised_where_its_value_would_have_come():
+    def make(a: int) -> int:
+        if a == 3:
+            raise ValueError("the third is broken")
+        return a
+
+    values = prefetch(make, range(9))
+    assert [next(values) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="the third is broken"):
+        next(values)
+    assert reading_threads() == []
+
+
+def test_a_batch_becomes_a_tensor_of_its_own_layout():
+    rows = np.arange(12).reshape(3, 4)
+    tensor = pin(rows[:, 1:], torch.device("cpu"))
+    assert tensor.tolist() == rows[:, 1:].tolist()
+    assert tensor.is_contiguous()
+    assert tensor.dtype == torch.int64
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_copies_from_pinned_memory():
+    assert pin(np.arange(4), torch.device("cuda")).is_pinned()

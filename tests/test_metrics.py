@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TEXT, TINY_RUN, records_of
+from conftest import ROOT, TEXT, TINY_RUN, records_of, write_shard
 
-from data import EvalOrder, Split, write_shard
+from data import EvalOrder
 from distributed import Job
 from metrics import cut_metrics, flops_per_token, peak_flops, validation_loss
 from model import GPT, GPTConfig
+from shards import Split
 
 HERE = Job(0, 1, torch.device("cpu"), torch.float32)
 
@@ -30,7 +31,7 @@ def model():
 
 def test_validation_loss_is_the_mean_over_every_target(tmp_path, model):
     tokens = np.random.default_rng(0).integers(0, 11, 45)
-    write_shard(tmp_path / "val_000000.bin", tokens, np.dtype("<u2"))
+    write_shard(tmp_path / "val_000000.bin", tokens)
     order = EvalOrder(Split([tmp_path / "val_000000.bin"], 11), block_size=8)
     model.eval()
     total = 0.0
