@@ -25,12 +25,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 
-from shards import Dataset, Split, open_dataset
+from shards import UNKNOWN_VOCAB_SIZE, Dataset, Split, open_dataset
 from tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -42,7 +43,7 @@ PERIOD = 10_000  # sequences after which a mixture's pattern repeats
 class DataConfig:
     """Data and batch"""
 
-    dataset: str = "openwebtext"  # folder in data/, or path of a folder with shards; several: a:0.7,b:0.3
+    dataset: str = "openwebtext"  # folder in data/, or path of one with shards; a mixture by weight: a:0.7,b:0.3
     tokenizer: Literal["auto", "gpt2"] = "auto"  # gpt2: what shards without dataset.json were made with
     gradient_accumulation_steps: int = 40  # micro-batches a step, summed over the ranks
     batch_size: int = 12  # sequences a micro-batch; the largest number that a device takes at a time
@@ -131,12 +132,12 @@ def open_mixture(spec: str, vocab_size: int = 0, tokenizer: str = "auto") -> Mix
 
     Raises ValueError for a spec that is none, and for data sets whose tokenizers differ."""
     weights: dict[str, float] = {}
-    for part in spec.split(","):
-        name, colon, weight = part.rpartition(":")
-        if "," not in spec or not colon:
-            name, weight = part, "1"
+    is_one = "," not in spec or Path(spec).is_dir()
+    for part in [f"{spec}:1"] if is_one else spec.split(","):
+        name, colon, weight = (word.strip() for word in part.rpartition(":"))
+        name, weight = (name, weight) if colon else (weight, "1")  # without weights all count alike
         try:
-            if name in weights or not 0 < float(weight) < float("inf"):
+            if not name or name in weights or not 0 < float(weight) < float("inf"):
                 raise ValueError
         except ValueError:
             raise ValueError(f"dataset={spec!r}: {part!r} should be name:weight, with a name that comes once and a "
@@ -147,6 +148,8 @@ def open_mixture(spec: str, vocab_size: int = 0, tokenizer: str = "auto") -> Mix
         raise ValueError(f"dataset={spec!r}: a share below 1 in {PERIOD:,} cannot be drawn; leave that data set out")
     mixture = Mixture({name: open_dataset(name, vocab_size, tokenizer) for name in weights}, shares)
     first, *others = mixture.datasets.values()
+    if first.vocab_size == UNKNOWN_VOCAB_SIZE:
+        raise ValueError(f"{first.folder} holds 32-bit tokens and does not say of which vocabulary: add --vocab_size=N")
     for other in others:
         if other.vocab_size != first.vocab_size or not _same_tokenizer(first, other):
             raise ValueError(f"{first.folder} and {other.folder} were made with different tokenizers: their ids mean "

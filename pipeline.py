@@ -21,7 +21,6 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
-import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -41,6 +40,7 @@ from tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 SPLITS = ("train", "test", "val")
 BATCH_BYTES = 1 << 20  # text that a worker is handed at a time
 AHEAD_BYTES = 64 << 20  # text that is on its way at a time, or one document if that is longer
+RESERVE_BYTES = 64 << 20  # of disk that must be free for a shard of a source whose size is not known
 DIGEST_BYTES = 16
 FEW_DOCUMENTS, FEW_BYTES = 1000, 64 << 20  # a source below both is small: see plan_splits
 
@@ -53,7 +53,7 @@ class TokensConfig:
     vocab_size: int = 2048  # vocabulary of a bpe, which is trained on (the first 500 MB of) the text
     val_fraction: float | None = None  # share of the documents for validation; None = the source's own, or 0.1
     test_fraction: float = 0.0  # share of the documents for a test split
-    dedupe: bool = False  # drop documents that came before, word for word; takes 100 MB of memory a million documents
+    dedupe: bool = False  # drop documents that came before, word for word; takes 130 MB of memory a million documents
     skip_bad: bool = False  # count broken lines and files instead of stopping at them
     shard_tokens: int = 100_000_000  # tokens a shard
     workers: int = 0  # processes that tokenize; 0 = one for each core
@@ -192,6 +192,7 @@ class Workers:
 
     def __init__(self, count: int, encoder: Encoder):
         self.count, start = count, {"initializer": _start, "initargs": (encoder,)}
+        count = min(count, 61) if os.name == "nt" else count  # Windows waits for no more than that
         self._pool: Executor = ThreadPoolExecutor(1, **start) if count == 1 else ProcessPoolExecutor(
             count, multiprocessing.get_context("spawn"), **start)
         for _ in range(count):
@@ -236,53 +237,49 @@ def _encode(records: list[Record], rule: SplitRule) -> tuple[np.ndarray, list[Ou
 
 
 class Batch(NamedTuple):
-    """Records that were tokenized together: where the reader stood after each, how much of its part it had read then,
-    and what came of them."""
+    """Records that were tokenized together: where the reader stood behind the last, how much of its part it had read
+    then, and what came of them."""
 
-    cursors: list[Cursor]
-    ends: list[int]
+    cursor: Cursor
+    end: int
     tokens: np.ndarray
     outcomes: list[Outcome]
 
 
 def encode_in_order(parts: list[Part], start: Cursor, rule: SplitRule, pool: Workers) -> Iterator[Batch]:
     """All records from `start` on, tokenized by the workers. Raises OSError when a worker dies."""
-    ahead: deque[tuple[list[Cursor], list[int], int, Future]] = deque()
-    bytes_ahead = 0
-    for cursors, records in _read_batches(parts, start):
-        num_bytes = sum(len(record.data) for record in records)
-        ahead.append((cursors, [record.end for record in records], num_bytes, pool.submit(records, rule)))
-        bytes_ahead += num_bytes
-        while len(ahead) > 4 * pool.count or bytes_ahead > AHEAD_BYTES:
-            bytes_ahead -= ahead[0][2]
-            yield _finished(*ahead.popleft())
-    while ahead:
-        yield _finished(*ahead.popleft())
-
-
-def _finished(cursors: list[Cursor], ends: list[int], num_bytes: int, future: Future) -> Batch:
+    ahead: deque[tuple[Cursor, int, int, Future]] = deque()
+    bytes_ahead, max_bytes_ahead = 0, max(AHEAD_BYTES, 2 * pool.count * BATCH_BYTES)
     try:
-        return Batch(cursors, ends, *future.result())
+        for cursor, records in _read_batches(parts, start):
+            num_bytes = sum(len(record.data) for record in records)
+            ahead.append((cursor, records[-1].end, num_bytes, pool.submit(records, rule)))
+            bytes_ahead += num_bytes
+            while len(ahead) > 4 * pool.count or bytes_ahead > max_bytes_ahead:
+                cursor, end, num_bytes, future = ahead.popleft()
+                bytes_ahead -= num_bytes
+                yield Batch(cursor, end, *future.result())
+        for cursor, end, _, future in ahead:
+            yield Batch(cursor, end, *future.result())
     except BrokenExecutor:
         raise OSError("a tokenizing process died, perhaps for want of memory: the same command with fewer --workers "
                       "goes on from the last finished shard") from None
 
 
-def _read_batches(parts: list[Part], start: Cursor) -> Iterator[tuple[list[Cursor], list[Record]]]:
-    """Records in batches of about BATCH_BYTES, with the place behind each."""
-    cursors, records, num_bytes = [], [], 0
+def _read_batches(parts: list[Part], start: Cursor) -> Iterator[tuple[Cursor, list[Record]]]:
+    """Records in batches of about BATCH_BYTES, with the place behind each batch."""
+    records, num_bytes = [], 0
     for index in range(start.part, len(parts)):
         for number, record in enumerate(parts[index].read(), 1):
-            if Cursor(index, number) <= start:
+            if index == start.part and number <= start.record:
                 continue
-            cursors.append(Cursor(index, number))
             records.append(record)
             num_bytes += len(record.data)
             if num_bytes >= BATCH_BYTES:
-                yield cursors, records
-                cursors, records, num_bytes = [], [], 0
+                yield Cursor(index, number), records
+                records, num_bytes = [], 0
     if records:
-        yield cursors, records
+        yield Cursor(index, number), records
 
 
 def refuse(fault: str, skip_bad: bool) -> None:
@@ -291,7 +288,7 @@ def refuse(fault: str, skip_bad: bool) -> None:
         raise ValueError(f"{fault} (--skip_bad=True counts what is broken, and goes on)")
 
 
-def begin(folder: Path, arguments: dict[str, Any]) -> None:
+def begin_progress(folder: Path, arguments: dict[str, Any]) -> None:
     """Make folder one that an Output of these arguments can go on in, unless it is that already."""
     if not (folder / "progress.json").exists():
         files.write_json(folder / "progress.json", {
@@ -300,7 +297,7 @@ def begin(folder: Path, arguments: dict[str, Any]) -> None:
 
 class Output:
     """What one rank writes: shards, counts, and progress.json, which says how far they go. A new Output goes on from
-    there (see `begin`); what an earlier run wrote beyond it is written anew."""
+    there (see `begin_progress`); what an earlier run wrote beyond it is written anew."""
 
     def __init__(self, folder: Path, config: TokensConfig, vocab_size: int, expected_bytes: int,
                  arguments: dict[str, Any]):
@@ -309,9 +306,9 @@ class Output:
         self.cursor, self.counts, self.done = Cursor(*state["cursor"]), Counter(state["counts"]), False
         self.seen: set[bytes] = set()
         self._writers = {split: ShardWriter(
-            folder, split, shard_dtype(vocab_size), config.shard_tokens, expected_bytes or sys.maxsize,
+            folder, split, shard_dtype(vocab_size), config.shard_tokens, (expected_bytes or RESERVE_BYTES) * share,
             [shard for shard in state["shards"] if shard["split"] == split], state["open_tokens"].get(split, 0))
-            for split in SPLITS}
+            for split, share in zip(SPLITS, (1, config.test_fraction, config.val_fraction))}
         self._digests = open(folder / "digests", "a+b")  # noqa: SIM115  closed by __exit__
         self._digests.truncate(self.counts["digests"] * DIGEST_BYTES)
         self.seen |= read_digests(folder / "digests")
@@ -328,43 +325,42 @@ class Output:
         """Write a batch, but for what is empty, broken, or there already; gives the shards that it filled.
 
         Raises ValueError or OSError."""
-        filled: list[dict[str, Any]] = []
+        kept: list[tuple[str, int, int]] = []  # split, begin and end in the batch's tokens: neighbours as one
         begin = 0
-        for cursor, outcome in zip(batch.cursors, batch.outcomes):
-            finished: list[dict[str, Any]] = []
-            num_tokens = sum(count for _, count in outcome.spans)
-            if kind := self._why_dropped(outcome):
-                self.counts[kind] += 1
-                begin += num_tokens
-            else:
-                self.counts["documents"] += 1
-                self.counts["bytes"] += outcome.num_bytes
-                self.counts["documents_with_replaced_bytes"] += outcome.replaced
-                for split, count in outcome.spans:
-                    self.counts[f"{split}_documents"] += 1
-                    finished += self._writers[split].add(batch.tokens[begin:begin + count])
-                    begin += count
-            self.cursor = cursor
-            if finished:
-                self._save()
-                filled += finished
+        for outcome in batch.outcomes:
+            dropped = self._count(outcome)
+            for split, count in outcome.spans:
+                end = begin + count
+                if not dropped and kept and kept[-1][0] == split and kept[-1][2] == begin:
+                    kept[-1] = (split, kept[-1][1], end)
+                elif not dropped:
+                    kept.append((split, begin, end))
+                begin = end
+        filled = [shard for split, begin, end in kept for shard in self._writers[split].add(batch.tokens[begin:end])]
+        self.cursor = batch.cursor
+        if filled:
+            self._save()
         return filled
 
-    def _why_dropped(self, outcome: Outcome) -> str:
-        """The count that a record without tokens goes to, or "". Raises ValueError."""
-        if outcome.fault:
-            refuse(outcome.fault, self._config.skip_bad)
-            return "bad_records"
-        if not outcome.spans:
-            return "empty_documents"
+    def _count(self, outcome: Outcome) -> bool:
+        """Count a record; whether it is dropped. Raises ValueError for a broken one, or OSError."""
+        is_twin = self._config.dedupe and bool(outcome.spans) and outcome.digest in self.seen
+        if outcome.fault or not outcome.spans or is_twin:
+            if outcome.fault:
+                refuse(outcome.fault, self._config.skip_bad)
+            self.counts["bad_records" if outcome.fault else "duplicate_documents" if is_twin else
+                        "empty_documents"] += 1
+            return True
         if self._config.dedupe:
-            if outcome.digest in self.seen:
-                return "duplicate_documents"
             self.seen.add(outcome.digest)
             with files.named_errors(self._folder / "digests"):
                 self._digests.write(outcome.digest)
             self.counts["digests"] += 1
-        return ""
+        self.counts["documents"] += 1
+        self.counts["bytes"] += outcome.num_bytes
+        self.counts["documents_with_replaced_bytes"] += outcome.replaced
+        self.counts.update(f"{split}_documents" for split, _ in outcome.spans)
+        return False
 
     def finish(self) -> None:
         for writer in self._writers.values():

@@ -7,7 +7,7 @@ and all keys are flat, so no key may exist twice. A command line reads
 
 left to right, later wins. A config file is plain Python; its public names that are not modules, functions or classes
 are keys. Its assignments become arguments in the place where the file stood, so that one validator (tyro, on the
-dataclass) serves both. `--key value` and `--some-key=value` are understood too.
+dataclass) serves both. `--key value`, `--some-key=value`, and `--key` for `--key=True` are understood too.
 """
 
 from __future__ import annotations
@@ -95,16 +95,22 @@ def flatten(options: Any) -> dict[str, Any]:
     return flat
 
 
-def _expand(argv: list[str], bare_word: str, known: Iterable[str]) -> list[Argument]:
-    """Config files replaced by their assignments; `--key value` joined."""
+def _expand(argv: list[str], bare_word: str, known: dict[str, Any]) -> list[Argument]:
+    """Config files replaced by their assignments; `--key value` joined; `--key` of a bool means True.
+
+    Raises ValueError for a key without a value, and for two words where one has its place."""
     arguments, rest = [], list(argv)
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
+            if bare_word and any(argument.where == argument.value for argument in arguments):
+                raise ValueError(f"{arguments[0].where} and {word}: only one {bare_word} can be named")
             arguments += [Argument(bare_word, word, word)] if bare_word else _read_config(word, known)
             continue
         key, equals, value = word[2:].partition("=")
-        if not equals:
+        if not equals and known.get(key.replace("-", "_")) is bool and (not rest or rest[0] not in ("True", "False")):
+            value = "True"
+        elif not equals:
             if not rest or rest[0].startswith("--"):
                 raise ValueError(f"{word} has no value; write {word}=VALUE")
             value = rest.pop(0)

@@ -35,6 +35,7 @@ from tokenizer import GPT2_VOCAB_SIZE, CharTokenizer, GPT2Tokenizer, Tokenizer, 
 
 DATA_DIR = Path("data")
 HEADER_WORDS = 256
+UNKNOWN_VOCAB_SIZE = 2**32
 FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # magic -> version, token type
 SHARD_NAME = re.compile(r"(?!\.)(?:.*_)?(?P<split>train|val|test)_\d+\.bin")  # ours, modded-nanogpt's
 LLMC_NAME = re.compile(r"(?!\.).*_(?P<split>train|val|test)\.bin")  # tiny_shakespeare_train.bin
@@ -64,11 +65,11 @@ class ShardWriter:
     earlier writer had at a `checkpoint`, a new one goes on from there, and what came after it on disk is written over.
     """
 
-    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int, reserve_bytes: int = 0,
+    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int, reserve_bytes: float = 0,
                  shards: list[dict[str, Any]] | None = None, open_tokens: int = 0):
         """A shard is begun only where `reserve_bytes` are free, or what a full shard takes if that is less."""
         self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
-        self._reserve_bytes = min(reserve_bytes, HEADER_WORDS * 4 + shard_tokens * dtype.itemsize)
+        self._reserve_bytes = int(min(reserve_bytes, HEADER_WORDS * 4 + shard_tokens * dtype.itemsize))
         self.shards = list(shards or [])
         self.open_tokens = 0
         self._file: BinaryIO | None = None
@@ -223,7 +224,7 @@ def open_dataset(name: str, vocab_size: int = 0, tokenizer: str = "auto") -> Dat
         if own_size and own_size != GPT2_VOCAB_SIZE:
             raise ValueError(f"tokenizer=gpt2 has {GPT2_VOCAB_SIZE} tokens, but {folder} has a vocabulary of "
                              f"{own_size}; leave the key out")
-    vocab_size = own_size or vocab_size or GPT2_VOCAB_SIZE
+    vocab_size = own_size or vocab_size or _guess_vocab_size(next(iter(paths.values()))[0])
     splits = {split: Split(found, vocab_size) for split, found in paths.items()}
     summary = [[shard["sha256"] for shard in manifest.get("shards", [])],
                [(split, path.name, int(length), files.mark(path)) for split, held in splits.items()
@@ -231,6 +232,11 @@ def open_dataset(name: str, vocab_size: int = 0, tokenizer: str = "auto") -> Dat
     fingerprint = hashlib.sha256(json.dumps(summary).encode()).hexdigest()
     found = folder_tokenizer(folder, vocab_size) or (GPT2Tokenizer() if tokenizer == "gpt2" else None)
     return Dataset(folder, splits, vocab_size, found, fingerprint, manifest)
+
+
+def _guess_vocab_size(path: Path) -> int:
+    """Where nothing is said: GPT-2's for 16-bit tokens, else UNKNOWN_VOCAB_SIZE, which no id lies outside of."""
+    return GPT2_VOCAB_SIZE if open_shard(path).itemsize == 2 else UNKNOWN_VOCAB_SIZE
 
 
 def find_folder(name: str) -> Path:
@@ -249,19 +255,22 @@ def list_shards(folder: Path) -> tuple[dict[str, list[Path]], dict[str, Any]]:
     paths: dict[str, list[Path]] = {}
     if not (folder / "dataset.json").is_file():
         for pattern in (SHARD_NAME, LLMC_NAME, NANOGPT_NAME):
+            found: dict[str, list[Path]] = {}
             for path in sorted(folder.iterdir()):
                 if match := pattern.fullmatch(path.name):
-                    paths.setdefault(match["split"], []).append(path)
-            if paths:
-                return paths, {}
-        raise FileNotFoundError(f"{folder} holds no token shards: neither train_000000.bin nor nanoGPT's train.bin")
+                    found.setdefault(match["split"], []).append(path)
+            paths = found | paths
+        if not paths:
+            raise FileNotFoundError(f"{folder} holds no token shards: neither train_000000.bin nor nanoGPT's train.bin")
+        return paths, {}
     manifest = files.read_json(folder / "dataset.json")
     try:
         for shard in manifest["shards"]:
             paths.setdefault(shard["split"], []).append(folder / Path(shard["file"]).name)
             _ = int(shard["tokens"]), bytes.fromhex(shard["sha256"])
         _ = int(manifest["tokenizer"]["vocab_size"]), manifest["tokenizer"]["kind"], np.dtype(manifest["dtype"])
-    except (KeyError, TypeError, ValueError) as error:
+        _ = [(int(held["documents"]), int(held["tokens"])) for held in manifest.get("splits", {}).values()]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{folder}/dataset.json is not ours: {error} was not understood") from None
     return paths, manifest
 
@@ -274,7 +283,7 @@ def verify(folder: Path) -> Iterator[tuple[str, list[str]]]:
     """
     paths, manifest = list_shards(folder)
     listed = {shard["file"]: shard for shard in manifest.get("shards", [])}
-    faults, eot_id, vocab_size = [], None, _read_meta(folder).get("vocab_size", GPT2_VOCAB_SIZE)
+    faults, eot_id, vocab_size = [], None, _read_meta(folder).get("vocab_size", 0)
     if manifest:
         vocab_size = manifest["tokenizer"]["vocab_size"]
         try:
@@ -287,6 +296,8 @@ def verify(folder: Path) -> Iterator[tuple[str, list[str]]]:
             faults.append(f"its tokenizer cannot be read: {error}")
         faults += [f"{path.name} is not in dataset.json" for path in sorted(folder.glob("*.bin"))
                    if path.name not in listed]
+    with contextlib.suppress(OSError, ValueError):  # a shard that cannot be opened is reported in its turn
+        vocab_size = vocab_size or _guess_vocab_size(next(iter(paths.values()))[0])
     found = dict.fromkeys(paths, 0)  # split -> end-of-text tokens
     jobs = [(split, path) for split, split_paths in paths.items() for path in split_paths]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing and NumPy let other threads work
@@ -315,7 +326,7 @@ def _verify_shard(path: Path, vocab_size: int, eot_id: int | None, manifest: dic
         block = tokens[start:start + (1 << 20)]
         digest.update(block)
         num_eot += int(np.count_nonzero(block == eot_id)) if eot_id is not None else 0
-        if not faults and block.max() >= vocab_size:
+        if vocab_size and not faults and block.max() >= vocab_size:
             at = int(np.argmax(block >= vocab_size))
             faults.append(f"{path}: token id {block[at]} at position {start + at:,} is outside the vocabulary of "
                           f"{vocab_size:,}")
@@ -362,7 +373,7 @@ def folder_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
         if not all(isinstance(c, str) and len(c) == 1 for c in characters):
             raise ValueError(f"{folder}/meta.pkl: 'stoi' should number single characters from 0 on")
         return CharTokenizer(characters)
-    if vocab_size < GPT2_VOCAB_SIZE:
+    if not GPT2_VOCAB_SIZE <= vocab_size <= 65536:
         return None
     try:
         return GPT2Tokenizer()

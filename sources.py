@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import files
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+NOT_TEXT = (".json", ".csv", ".tsv", ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".arrow", ".bin", ".pdf")
 COMPRESSION = 2.5  # bytes of text in a byte of a compressed file, about
 
 
@@ -37,12 +38,12 @@ COMPRESSION = 2.5  # bytes of text in a byte of a compressed file, about
 class SourceConfig:
     """What to read: a named source, a data set on the hub, or files"""
 
-    dataset: str = ""  # a named source; may stand without the --dataset=
+    dataset: str = ""  # a named source, of the list above; may stand without the --dataset=
     input: str = ""  # .txt .md .py .jsonl .jsonl.gz .jsonl.zst .parquet: a file, a folder, a glob; in sorted order
     hf: str = ""  # a data set on the Hugging Face hub, owner/name, or a folder with its files
-    subset: str = ""  # its configuration; empty: the source's own, or the only one
-    split: str = "train"  # its split that is read; validation and test are cut from that
-    revision: str = ""  # its branch, tag or commit; empty: the newest
+    subset: str = ""  # of a hub data set: its configuration; empty: the named source's own, or the only one
+    split: str = "train"  # of a hub data set: what is read; the validation and test splits made here are cut from it
+    revision: str = ""  # of a hub data set: branch, tag or commit; empty: the newest when the work begins
     text_column: str = "text"  # column of a Parquet file, key of a JSON line, that holds the text
 
 
@@ -58,32 +59,45 @@ class Record(NamedTuple):
 @dataclass
 class Part:
     name: str
-    size: int  # bytes that reading it takes, in the measure of Record.end
-    mark: str  # changes when the content does
+    size: int  # bytes that reading it takes, in the measure of Record.end; 0 if that is not known
+    mark: str  # changes with the content, as far as that can be told without reading it whole
     text_bytes: float  # of text in it, about; 0 if that is not known
     read: Callable[[], Iterator[Record]]
 
 
 @dataclass
 class Source:
-    """A named corpus, and how it is prepared unless the user says otherwise."""
+    """A named corpus, and how it is prepared unless the user says otherwise: a data set of the hub, or what `find`
+    finds. `join` makes documents of rows that are less than one."""
 
-    find: Callable[[SourceConfig], list[Part]]
+    find: Callable[[], list[Part]] | None = None
+    hf: str = ""
+    subset: str = ""
+    join: Callable[[Iterator[str]], Iterator[str]] | None = None
     tokenizer: str = "gpt2"
     val_fraction: float = 0.1
 
 
-def find_parts(config: SourceConfig) -> list[Part]:
-    """The parts of what the options name. Raises OSError or ValueError."""
+def hub_name(config: SourceConfig) -> str:
+    """The hub data set that the options name, "" if they name something else."""
+    if config.input:
+        return ""
+    return config.hf or (SOURCES[config.dataset].hf if config.dataset else "")
+
+
+def find_parts(config: SourceConfig, commit: str = "") -> list[Part]:
+    """The parts of what the options name; of a hub data set, at that commit. Raises OSError or ValueError."""
+    source = SOURCES.get(config.dataset, Source())
     if config.input:
         return local_parts(config.input, config.text_column)
-    if config.hf:
-        return hub_parts(config, config.hf)
-    return SOURCES[config.dataset].find(config)
+    if repo := hub_name(config):
+        subset = config.subset or ("" if config.hf else source.subset)
+        return hub_parts(repo, subset, config.split, commit, config.text_column, None if config.hf else source.join)
+    return source.find()
 
 
 def fingerprint(parts: list[Part]) -> str:
-    """Changes when a part, its name or its size does."""
+    """Changes when a part, its name, its size or its mark does."""
     return hashlib.sha256(json.dumps([(part.name, part.size, part.mark) for part in parts]).encode()).hexdigest()
 
 
@@ -97,9 +111,11 @@ def text_of(record: Record, text_column: str) -> tuple[str, bool]:
     text, replaced = (record.data, False) if record.form == "text" else _decode(record.data)
     if record.form == "json":
         try:
-            value = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{record.where} is not JSON: {error}") from None
+            value = json.loads(text.strip())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{record.where} is not JSON: {error.msg}, character {error.pos + 1}") from None
+        except RecursionError:
+            raise ValueError(f"{record.where} is not JSON that can be read: too many brackets in brackets") from None
         if not isinstance(value, dict) or not isinstance(value.get(text_column, 0), str | None):
             found = ", ".join(map(repr, value)) if isinstance(value, dict) else type(value).__name__
             raise ValueError(f"{record.where} has no text under {text_column!r}, but {found}; --text_column names the "
@@ -124,24 +140,25 @@ def _decode_python(data: bytes) -> tuple[str, bool]:
     """As Python reads a source file: by its encoding line, with universal newlines."""
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
-    except SyntaxError:  # no such encoding, or none that fits
-        encoding = "utf-8"
-    for errors in ("strict", "replace"):
-        try:
-            return io.TextIOWrapper(io.BytesIO(data), encoding, errors).read(), errors == "replace"
-        except UnicodeDecodeError:
-            continue
-    raise AssertionError("unreachable: errors are replaced")
+        return io.TextIOWrapper(io.BytesIO(data), encoding).read(), False
+    except (SyntaxError, LookupError, UnicodeError):  # no such encoding, none for text, or one that does not fit
+        return io.TextIOWrapper(io.BytesIO(data), "utf-8", errors="replace").read(), True
 
 
 # Local files
 
 
 def local_parts(pattern: str, text_column: str) -> list[Part]:
-    """A file, the files below a folder whose ending is known, or what a glob names, in sorted order. Raises
-    FileNotFoundError when there are none."""
+    """A file, the files below a folder whose ending is known, or those of what a glob names, in sorted order.
+
+    A file that is named itself is text if nothing speaks against it. Raises FileNotFoundError when there are none,
+    ValueError for a file that is none of ours."""
     root = Path(pattern)
-    if root.is_file():  # a file that is named is read, whatever its ending
+    if root.is_file():
+        if not ending(root):
+            with open(root, "rb") as file:
+                if root.suffix.lower() in NOT_TEXT or b"\0" in file.read(65536):
+                    raise ValueError(f"--input={pattern} is not text: what can be read is {', '.join(READERS)}")
         return [_file_part(root, root.name, text_column)]
     if root.is_dir():
         found, base = [root], root
@@ -150,7 +167,7 @@ def local_parts(pattern: str, text_column: str) -> list[Part]:
         base = Path(os.path.commonpath(found)) if found else root
         base = base if base.is_dir() else base.parent
     paths = {path for top in found for path in ([top] if top.is_file() else top.rglob("*"))
-             if ending(path) and path.is_file()}
+             if ending(path) and path.is_file() and not any(p.startswith(".") for p in path.relative_to(base).parts)}
     if not paths:
         raise FileNotFoundError(f"--input={pattern}: " + (
             f"there are no {', '.join(READERS)} files" if found else "no such file or folder"))
@@ -158,7 +175,8 @@ def local_parts(pattern: str, text_column: str) -> list[Part]:
 
 
 def ending(path: Path) -> str:
-    return next((ending for ending in READERS if path.name.endswith(ending)), "")
+    """That of READERS which a file has, or ""."""
+    return next((known for known in READERS if path.name.lower().endswith(known)), "")
 
 
 def _file_part(path: Path, name: str, text_column: str) -> Part:
@@ -169,7 +187,11 @@ def _file_part(path: Path, name: str, text_column: str) -> Part:
 
 def _read_whole(path: Path, text_column: str, form: str = "utf8") -> Iterator[Record]:
     """A file that is one document."""
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        yield Record(str(path), "fault", f"{path} cannot be read: {error.strerror}", 0)
+        return
     yield Record(str(path), form, data, len(data))
 
 
@@ -180,7 +202,8 @@ def _read_lines(path: Path, text_column: str, compression: str = "") -> Iterator
         if compression:
             import pyarrow
 
-            stream = io.BufferedReader(pyarrow.CompressedInputStream(file, compression), 1 << 20)
+            # In small pieces, because what comes out of the last one of a torn stream is lost.
+            stream = io.BufferedReader(pyarrow.CompressedInputStream(file, compression), 1 << 14)
         number = 0
         try:
             for number, line in enumerate(stream, 1):
@@ -203,19 +226,21 @@ def _read_parquet(path: Path, text_column: str) -> Iterator[Record]:
                 raise ValueError(f"{path} has no column {text_column!r}, but {', '.join(columns)}; --text_column "
                                  "names the one with the text")
             for batch in file.iter_batches(batch_size=256, columns=[text_column]):
-                for text in batch.column(0).to_pylist():
+                for text in _utf8_of(batch.column(0), path):
                     row += 1
-                    yield Record(f"{path}: row {row}", "text", _as_text(text, path, text_column),
-                                 size * row // file.metadata.num_rows)
+                    yield Record(f"{path}: row {row}", "utf8", text, size * row // file.metadata.num_rows)
     except (OSError, pyarrow.ArrowException) as error:
         yield Record(str(path), "fault", f"{path} is broken behind row {row}: {error}", size)
 
 
-def _as_text(value: Any, name: object, text_column: str) -> str:
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"{name}: column {text_column!r} holds {type(value).__name__}, not text; --text_column names "
-                         "the one with the text")
-    return value or ""
+def _utf8_of(column: Any, name: object) -> list[bytes]:
+    """The texts of an Arrow column, undecoded, since they may be no UTF-8. Raises ValueError for another type."""
+    import pyarrow
+
+    kind = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
+    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        raise ValueError(f"{name}: the column holds {kind}, not text; --text_column names the one with the text")
+    return [text or b"" for text in column.cast(kind).cast(pyarrow.large_binary()).to_pylist()]
 
 
 READERS: dict[str, Callable[..., Iterator[Record]]] = {
@@ -232,7 +257,7 @@ READERS: dict[str, Callable[..., Iterator[Record]]] = {
 # Python's own sources
 
 
-def python_parts(config: SourceConfig, keys: tuple[str, ...]) -> list[Part]:
+def python_parts(keys: tuple[str, ...]) -> list[Part]:
     """The .py files below this interpreter's folders of those names: its standard library is "stdlib", the installed
     packages lie in "purelib" and "platlib"."""
     roots = {os.path.realpath(sysconfig.get_paths()[key]): key for key in reversed(keys)}
@@ -263,49 +288,72 @@ def download(url: str) -> bytes:
                       "--input=FILE") from None
 
 
-def url_part(config: SourceConfig, url: str) -> list[Part]:
+def url_part(url: str) -> list[Part]:
     """A text on the web, which is one document."""
     return [Part(url, 0, "", 0, lambda: iter([Record(url, "utf8", download(url), 0)]))]
 
 
-def hub_parts(config: SourceConfig, repo: str, subset: str = "",
-              join: Callable[[Iterator[str]], Iterator[str]] | None = None) -> list[Part]:
-    """The files of a data set on the Hugging Face hub, or of a folder laid out like one, read as a stream through
-    `datasets`, which runs no code of theirs. `join` makes documents of rows that are less than one.
+def commit_of(repo: str, revision: str) -> str:
+    """The commit that a revision of a hub data set stands for now, "" for a folder. Raises OSError."""
+    if Path(repo).is_dir():
+        return ""
+    from huggingface_hub import HfApi
 
-    Raises OSError or ValueError that names the data set."""
+    try:
+        return HfApi().dataset_info(repo, revision=revision or None).sha
+    except Exception as error:  # of many kinds: no network, no such data set, no such revision
+        raise OSError(f"could not open the data set {repo!r}: {type(error).__name__}: {error}") from None
+
+
+def hub_parts(repo: str, subset: str, split: str, commit: str, text_column: str,
+              join: Callable[[Iterator[str]], Iterator[str]] | None) -> list[Part]:
+    """The files of a data set on the Hugging Face hub, or of a folder laid out like one, read as a stream through
+    `datasets`, which runs no code of theirs. Raises OSError or ValueError that names the data set."""
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
-        builder = datasets.load_dataset_builder(repo, config.subset or subset or None,
-                                                revision=config.revision or None)
-        rows = builder.as_streaming_dataset(split=config.split)
-        if not isinstance(rows, datasets.IterableDataset):
-            raise ValueError(f"no split {config.split!r}")
+        builder = datasets.load_dataset_builder(repo, subset or None, revision=commit or None)
+        rows = builder.as_streaming_dataset(split=split)
         columns = rows.column_names or list(next(iter(rows), {}))
+        # Where the format allows it, read no other column, little at a time, and text files as one document.
+        for key, value in (("columns", [text_column]), ("batch_size", 256), ("sample_by", "document")):
+            if text_column in columns and hasattr(builder.config, key):
+                setattr(builder.config, key, value)
+        rows = builder.as_streaming_dataset(split=split)
     except Exception as error:  # of many kinds: no network, no such data set, subset or split, files of no known format
         raise OSError(f"could not open the data set {repo!r}: {type(error).__name__}: {error}") from None
-    if config.text_column not in columns:
-        raise ValueError(f"{repo} has no column {config.text_column!r}, but {', '.join(columns)}; --text_column names "
-                         "the one with the text")
-    urls = builder.config.data_files[config.split] if builder.config.data_files else []
+    if text_column not in columns:
+        raise ValueError(f"{repo} has no column {text_column!r}, but {', '.join(columns)}; --text_column names the one "
+                         "with the text")
+    urls = builder.config.data_files[split] if builder.config.data_files else []
     names = urls if len(urls) == rows.num_shards else [f"{repo}#{i}" for i in range(rows.num_shards)]
-    split = (builder.info.splits or {}).get(config.split)
-    sizes = [split.num_bytes // len(names)] * len(names) if split and split.num_bytes else [
+    about = (builder.info.splits or {}).get(split)
+    sizes = [about.num_bytes // len(names)] * len(names) if about and about.num_bytes else [
         int(_remote_size(url) * COMPRESSION) for url in names]
+    return [Part(name, size, "", size, partial(_read_hub, rows, len(names), index, name, text_column, join))
+            for index, (name, size) in enumerate(zip(names, sizes))]
 
-    def read(index: int) -> Iterator[Record]:
-        part = rows.shard(num_shards=len(names), index=index).select_columns([config.text_column])
-        name, end = names[index], 0
-        texts = (_as_text(text, name, config.text_column)
-                 for table in part.with_format("arrow").iter(batch_size=256) for text in table.column(0).to_pylist())
-        for row, text in enumerate(join(texts) if join else texts, 1):
+
+def _read_hub(rows: Any, num_parts: int, index: int, name: str, text_column: str,
+              join: Callable[[Iterator[str]], Iterator[str]] | None) -> Iterator[Record]:
+    """A file of a hub data set. Content that is broken is, or ends in, a fault; a failing network is an OSError."""
+    import pyarrow
+
+    part = rows.shard(num_shards=num_parts, index=index).select_columns([text_column]).with_format("arrow")
+    texts = (text for table in part.iter(batch_size=256) for text in _utf8_of(table.column(0).combine_chunks(), name))
+    documents = join(text.decode(errors="replace") for text in texts) if join else texts
+    row = end = 0
+    try:
+        for row, text in enumerate(documents, 1):
             end += len(text)
-            yield Record(f"{name}: document {row}", "text", text, end)
-
-    return [Part(name, size, "", size, partial(_named_failures, name, partial(read, i)))
-            for i, (name, size) in enumerate(zip(names, sizes))]
+            yield Record(f"{name}: document {row}", "text" if join else "utf8", text, end)
+    except (ValueError, pyarrow.ArrowException) as error:
+        yield Record(name, "fault", f"{name} is broken behind document {row}: {error}", end)
+    except Exception as error:  # as many kinds as there are ways to fetch a file
+        raise OSError(f"reading {name} failed: {type(error).__name__}: {error}; the same command again goes on from "
+                      "the last finished shard") from None
 
 
 def _remote_size(url: str) -> int:
@@ -340,18 +388,15 @@ def wikitext_articles(rows: Iterator[str]) -> Iterator[str]:
     yield "".join(article)
 
 
-def hub(repo: str, subset: str = "", join: Callable[[Iterator[str]], Iterator[str]] | None = None) -> Callable:
-    return partial(hub_parts, repo=repo, subset=subset, join=join)
-
-
 SOURCES = {
-    "shakespeare_char": Source(partial(url_part, url=SHAKESPEARE_URL), "char"),
-    "shakespeare": Source(partial(url_part, url=SHAKESPEARE_URL)),
-    "python_stdlib": Source(partial(python_parts, keys=("stdlib",)), "bpe", val_fraction=0.02),
-    "python_source": Source(partial(python_parts, keys=("stdlib", "purelib", "platlib")), val_fraction=0.01),
-    "tinystories": Source(hub("roneneldan/TinyStories"), val_fraction=0.01),
-    "wikitext": Source(hub("Salesforce/wikitext", "wikitext-103-raw-v1", wikitext_articles), val_fraction=0.01),
-    "openwebtext": Source(hub("Skylion007/openwebtext"), val_fraction=0.0005),
-    "fineweb": Source(hub("HuggingFaceFW/fineweb", "sample-10BT"), val_fraction=0.001),
-    "fineweb_edu": Source(hub("HuggingFaceFW/fineweb-edu", "sample-10BT"), val_fraction=0.001),
+    "shakespeare_char": Source(partial(url_part, SHAKESPEARE_URL), tokenizer="char"),
+    "shakespeare": Source(partial(url_part, SHAKESPEARE_URL)),
+    "python_stdlib": Source(partial(python_parts, ("stdlib",)), tokenizer="bpe", val_fraction=0.02),
+    "python_source": Source(partial(python_parts, ("stdlib", "purelib", "platlib")), val_fraction=0.01),
+    "tinystories": Source(hf="roneneldan/TinyStories", val_fraction=0.01),
+    "wikitext": Source(hf="Salesforce/wikitext", subset="wikitext-103-raw-v1", join=wikitext_articles,
+                       val_fraction=0.01),
+    "openwebtext": Source(hf="Skylion007/openwebtext", val_fraction=0.0005),
+    "fineweb": Source(hf="HuggingFaceFW/fineweb", subset="sample-10BT", val_fraction=0.001),
+    "fineweb_edu": Source(hf="HuggingFaceFW/fineweb-edu", subset="sample-10BT", val_fraction=0.001),
 }

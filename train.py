@@ -264,7 +264,8 @@ def find_start(config: TrainConfig, run: RunFolder, report: Reporter) -> dict[st
 def check_same_run(config: TrainConfig, trainer: Mapping[str, Any], now: Mapping[str, Any], report: Reporter) -> None:
     """Say which options changed since the checkpoint. Raises ValueError that lists those which must not."""
     before = trainer["options"] | trainer
-    changed = {key: f"{key} was {before[key]}, is {value}" for key, value in now.items()
+    changed = {key: "the tokens or the shares of the data sets changed" if key == "data_fingerprint" else
+               f"{key} was {before[key]}, is {value}" for key, value in now.items()
                if key in before and before[key] != value and key not in ("init_from", "resume", "eval_only")}
     of_the_batch = ("seed", "seqs_per_step") if config.eval_only else ()
     fixed = [text for key, text in changed.items() if key in FIXED and key not in of_the_batch]
