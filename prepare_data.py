@@ -22,30 +22,25 @@ lies in data/.NAME.partial, and the same command goes on from the last finished 
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import os
 import re
 import shutil
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import files
 import settings
 import shards
 import sources
+import unfinished
 from pipeline import (
-    SPLITS,
     Batch,
     Cursor,
     Encoder,
@@ -59,15 +54,13 @@ from pipeline import (
     read_digests,
     refuse,
 )
-from shards import DATA_DIR, shard_dtype
+from shards import DATA_DIR
 from sources import SOURCES, Part, SourceConfig, text_of
 from tokenizer import Tokenizer, make_tokenizer
+from unfinished import Unfinished, describe, plural, wait_for
 
 BPE_BYTES = 500 << 20  # text that a bpe is trained on, at most
 TOKENS_PER_BYTE = {"gpt2": 0.25, "bpe": 0.25, "char": 1.0, "byte": 1.0}  # about, to know the disk space ahead
-COUNTS = {"documents": "document", "bytes": "byte", "empty_documents": "empty document",
-          "duplicate_documents": "duplicate", "bad_records": "broken record",
-          "documents_with_replaced_bytes": "replaced text"}  # of dataset.json -> in words
 FOLDER_NAME = re.compile(r"(?!\.)[\w.+-]+")
 SMALL_BYTES = 4 << 20  # below this, starting worker processes takes longer than the work
 
@@ -138,50 +131,37 @@ def ranks() -> tuple[int, int]:
     return int(rank), int(world_size)
 
 
-# The folder
-
-
 def prepare(config: PrepareConfig, rank: int, world_size: int) -> None:
-    """Make this rank's shards, and as rank 0 the dataset folder out of all ranks' shards.
-
-        data/.NAME.partial/
-            tokenizer_1f0c22a9/                  rank 0 makes it
-            rank_00000_of_00002_1f0c22a9/        shards, progress.json, digests of its documents
-            rank_00001_of_00002_1f0c22a9/
-
-    Rank 0 waits until every progress.json says `done`, moves the shards up, writes dataset.json and renames the folder.
-    The last part of the names stands for the arguments, so that what others have begun is never taken up.
-    """
-    name = folder_name(config)
-    target, unfinished = DATA_DIR / name, DATA_DIR / f".{name}.partial"
-    repo = sources.hub_name(config.source)
-    commit = pin_commit(repo, config.source.revision, target, unfinished, rank) if repo else ""
+    """Make data/<name>, together with the other ranks, unless it is there. Raises ValueError or OSError."""
+    target = DATA_DIR / folder_name(config)
+    repo, commit = sources.hub_name(config.source), ""
+    if repo:  # all ranks, and a resumed run, read what the first one found
+        commit = unfinished.recorded(target, "commit", rank)
+        commit = sources.commit_of(repo, config.source.revision) if commit is None else commit
     # A commit says what is in a data set; otherwise its parts have to be looked at.
-    parts = None if commit and target.exists() else sources.find_parts(config.source, commit)
-    arguments = arguments_of(config, commit, "" if commit else sources.fingerprint(parts))
-    if is_there(target, arguments, rank):
-        return
-    tag = hashlib.sha256(json.dumps(compared(arguments)).encode()).hexdigest()[:8]
-    check_begun(unfinished, world_size, tag, arguments)
-    DATA_DIR.mkdir(exist_ok=True)
-    with lock(target, rank):
-        if is_there(target, arguments, rank):  # meanwhile
-            return
-        try:
-            work = unfinished / rank_name(rank, world_size, tag)
-            if not (is_done(work) or (unfinished / "dataset.json").exists()):
-                write_shards(config, parts, work, unfinished / f"tokenizer_{tag}", arguments, rank, world_size)
-            if rank == 0:
-                join(config, unfinished, world_size, tag, arguments)
-                os.rename(unfinished, target)
-                files.sync(DATA_DIR)
-                print(describe(target, files.read_json(target / "dataset.json")))
-        except BaseException:
-            if any(unfinished.rglob("*.bin")) and rank == 0:
-                print(f"what is finished is kept in {unfinished}: the same command goes on from there", flush=True)
-            elif world_size == 1:
-                shutil.rmtree(unfinished, ignore_errors=True)
-            raise
+    parts = [] if commit and target.exists() else sources.find_parts(config.source, commit)
+    fingerprint = "" if commit else sources.fingerprint(parts)
+    site = Unfinished(target, arguments_of(config, commit, fingerprint), rank, world_size)
+    if not site.target_is_there():
+        site.check_begun()
+        with site.lock():
+            if not site.target_is_there():  # meanwhile
+                make(config, parts, site)
+                return
+    if rank == 0:
+        print(f"{target} is there already, made with the same arguments")
+
+
+def make(config: PrepareConfig, parts: list[Part], site: Unfinished) -> None:
+    """Write this rank's shards; as rank 0, make a folder of all ranks' shards."""
+    try:
+        if not site.is_done():
+            write_shards(config, parts, site)
+        if site.rank == 0:
+            print(describe(site.target, site.publish()))
+    except BaseException:
+        site.tidy()
+        raise
 
 
 def folder_name(config: PrepareConfig) -> str:
@@ -198,18 +178,6 @@ def folder_name(config: PrepareConfig) -> str:
     return name
 
 
-def pin_commit(repo: str, revision: str, target: Path, unfinished: Path, rank: int) -> str:
-    """The commit of a hub data set that all ranks read, today and in a resumed run: the one that is written down, else
-    what the revision stands for now, which rank 0 finds out."""
-    begun = f"rank_{0:05d}_of_*/progress.json"
-    if rank > 0 and not (target / "dataset.json").exists():
-        wait_for(lambda: [] if any(unfinished.glob(begun)) else ["rank 0 to begin"])
-    for record in (target / "dataset.json", unfinished / "dataset.json", *unfinished.glob(begun)):
-        if record.exists():
-            return files.read_json(record).get("arguments", {}).get("commit", "")
-    return sources.commit_of(repo, revision)
-
-
 def arguments_of(config: PrepareConfig, commit: str, fingerprint: str) -> dict[str, Any]:
     """What the shards are a function of, as dataset.json keeps it."""
     source, tokens = config.source, config.tokens
@@ -221,89 +189,30 @@ def arguments_of(config: PrepareConfig, commit: str, fingerprint: str) -> dict[s
             "skip_bad": tokens.skip_bad, "shard_tokens": tokens.shard_tokens}
 
 
-def compared(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in arguments.items() if key not in ("input", "skip_bad")}
-
-
-def check_arguments(folder: Path, record: Path, arguments: dict[str, Any]) -> None:
-    """Raises ValueError unless `record`, a JSON file in folder, says that folder is made with these arguments. (The
-    path of the input and skip_bad may differ: what they lead to is the same, or was counted.)"""
-    if not record.is_file():
-        raise ValueError(f"{folder} exists and was not made by prepare_data.py: choose another --name, or remove it")
-    made = files.read_json(record).get("arguments", {})
-    if differing := ["the files of the source have changed" if key == "input_fingerprint" else
-                     f"{key} was {made.get(key)}, is {value}" for key, value in compared(arguments).items()
-                     if made.get(key) != value]:
-        raise ValueError(f"{folder} was made with other arguments ({'; '.join(differing)}): choose another --name, or "
-                         "remove it")
-
-
-def is_there(target: Path, arguments: dict[str, Any], rank: int) -> bool:
-    """Whether the folder is finished. Raises ValueError when it was made of something else."""
-    if not target.exists():
-        return False
-    check_arguments(target, target / "dataset.json", arguments)
-    if rank == 0:
-        print(f"{target} is there already, made with the same arguments")
-    return True
-
-
-def check_begun(unfinished: Path, world_size: int, tag: str, arguments: dict[str, Any]) -> None:
-    """Raises ValueError when other arguments, or another number of processes, have finished shards in a folder."""
-    if (unfinished / "dataset.json").exists():
-        check_arguments(unfinished, unfinished / "dataset.json", arguments)
-    for folder in unfinished.glob("rank_*"):
-        if any(folder.glob("*.bin")) and not folder.name.endswith(rank_name(0, world_size, tag)[len("rank_00000"):]):
-            check_arguments(unfinished, folder / "progress.json", arguments)
-            raise ValueError(f"{unfinished} was begun by another number of processes ({folder.name}): go on with that, "
-                             "or remove it")
-
-
-@contextlib.contextmanager
-def lock(target: Path, rank: int) -> Iterator[None]:
-    """Keep a second run off this rank's work. Raises OSError when there is one."""
-    held = FileLock(target.with_name(f".{target.name}.{rank}.lock"), timeout=0)
-    try:
-        held.acquire()
-    except Timeout:
-        raise OSError(f"{target} is being made by another process: wait for it, or choose another --name") from None
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # Windows keeps a file that is open
-            os.unlink(held.lock_file)
-        held.release()
-
-
-def rank_name(rank: int, world_size: int, tag: str) -> str:
-    return f"rank_{rank:05d}_of_{world_size:05d}_{tag}"
-
-
-def write_shards(config: PrepareConfig, parts: list[Part], work: Path, kept: Path, arguments: dict[str, Any],
-                 rank: int, world_size: int) -> None:
-    """This rank's part of the work, from where an earlier run left it. `kept` is the folder of the tokenizer."""
-    source, tokens = config.source, config.tokens
-    work.mkdir(parents=True, exist_ok=True)
-    begin_progress(work, arguments)
-    if tokens.tokenizer in ("char", "bpe") and not kept.exists():
+def write_shards(config: PrepareConfig, parts: list[Part], site: Unfinished) -> None:
+    """This rank's part of the work, from where an earlier run left it."""
+    source, tokens, rank = config.source, config.tokens, site.rank
+    site.work.mkdir(parents=True, exist_ok=True)
+    begin_progress(site.work, site.arguments)
+    if tokens.tokenizer in ("char", "bpe") and not site.tokenizer.exists():
         if rank == 0:
-            max_bytes = BPE_BYTES if tokens.tokenizer == "bpe" else float("inf")
-            keep_tokenizer(make_tokenizer(tokens.tokenizer, texts(parts, config, max_bytes), tokens.vocab_size), kept)
+            learned = texts(parts, config, BPE_BYTES if tokens.tokenizer == "bpe" else float("inf"))
+            keep_tokenizer(make_tokenizer(tokens.tokenizer, learned, tokens.vocab_size), site.tokenizer)
         else:
-            wait_for(lambda: [] if kept.exists() else ["rank 0 to make the tokenizer"])
-    mine = parts[rank::world_size]
-    encoder = Encoder(tokens.tokenizer, kept, source.text_column)
+            wait_for(lambda: [] if site.tokenizer.exists() else ["rank 0 to make the tokenizer"])
+    mine = parts[rank::site.world_size]
+    encoder = Encoder(tokens.tokenizer, site.tokenizer, source.text_column)
     with Workers(num_workers(config, mine), encoder) as workers:
-        if rank == 0 and not kept.exists():
-            keep_tokenizer(encoder.tokenizer, kept)
+        if rank == 0 and not site.tokenizer.exists():
+            keep_tokenizer(encoder.tokenizer, site.tokenizer)
         rule = plan_splits(parts, source.text_column, tokens.val_fraction, tokens.test_fraction)
         expected_bytes = int(sum(part.text_bytes for part in parts) * TOKENS_PER_BYTE[tokens.tokenizer]
                              * encoder.dtype.itemsize)
-        with Output(work, tokens, encoder.tokenizer.vocab_size, expected_bytes, arguments) as output:
+        with Output(site.work, tokens, encoder.tokenizer.vocab_size, expected_bytes, site.arguments) as output:
             if output.cursor == Cursor() and rank == 0:
-                check_disk(work, expected_bytes)
-            if tokens.dedupe and world_size > 1:
-                output.seen |= earlier_digests(config, mine, work, rank, world_size)
+                check_disk(site.work, expected_bytes)
+            if tokens.dedupe and site.world_size > 1:
+                output.seen |= earlier_digests(config, mine, site)
             with Progress(mine, output, silent=rank > 0) as progress:
                 for batch in encode_in_order(mine, output.cursor, rule, workers):
                     progress.show(batch, output.take(batch))
@@ -353,86 +262,20 @@ def texts(parts: list[Part], config: PrepareConfig, max_bytes: float = float("in
                 return
 
 
-def earlier_digests(config: PrepareConfig, mine: list[Part], work: Path, rank: int, world_size: int) -> set[bytes]:
+def earlier_digests(config: PrepareConfig, mine: list[Part], site: Unfinished) -> set[bytes]:
     """The digests of all documents that lower ranks have: of what is in several ranks' files, the lowest keeps it.
     Every rank reads its files once for that, before it tokenizes them."""
-    own, earlier = work / "all_digests", set()
+    own, earlier = site.work / "all_digests", set()
     if not own.exists():
-        hidden = work / "all_digests.tmp"
+        hidden = site.work / "all_digests.tmp"
         with files.named_errors(own):
             hidden.write_bytes(b"".join(digest_of(text.encode()) for text in texts(mine, config)))
         os.replace(hidden, own)
-    for r in range(rank):
-        path = work.with_name(rank_name(r, world_size, work.name[-8:])) / "all_digests"
+    for rank in range(site.rank):
+        path = site.rank_folder(rank) / "all_digests"
         wait_for(lambda path=path: [] if path.exists() else [f"the digests of {path.parent.name}"])
         earlier |= read_digests(path)
     return earlier
-
-
-def wait_for(missing: Callable[[], list[str]]) -> None:
-    """Return when nothing is missing any more; says now and then what is."""
-    began = said = time.monotonic()
-    while what := missing():
-        if time.monotonic() - said > 30:
-            said = time.monotonic()
-            print(f"waiting for {', '.join(what[:5])} ({said - began:.0f} s)", flush=True)
-        time.sleep(min(5.0, 0.1 + (time.monotonic() - began) / 20))  # a shared disk is not asked all the time
-
-
-def join(config: PrepareConfig, unfinished: Path, world_size: int, tag: str, arguments: dict[str, Any]) -> None:
-    """Make the ranks' shards one folder, when all ranks are done. A kill in between loses nothing: what was moved is
-    found moved. Raises ValueError when no text is left to train on."""
-    folders = [unfinished / rank_name(rank, world_size, tag) for rank in range(world_size)]
-    if not (unfinished / "dataset.json").exists():
-        wait_for(lambda: [folder.name for folder in folders if not is_done(folder)])
-        states = [files.read_json(folder / "progress.json") for folder in folders]
-        counts: Counter[str] = sum((Counter(state["counts"]) for state in states), Counter())
-        if not counts["train_documents"]:
-            shutil.rmtree(unfinished)
-            raise ValueError(f"the train split came out empty ({plural(counts['documents'], 'document')}, "
-                             f"{plural(counts['bytes'], 'byte')}): give more text")
-        listed = []
-        for split in SPLITS:
-            shards_of_split = [(folder / shard["file"], shard) for folder, state in zip(folders, states)
-                               for shard in state["shards"] if shard["split"] == split]
-            for number, (path, shard) in enumerate(shards_of_split):
-                listed.append(shard | {"file": f"{split}_{number:06d}.bin"})
-                if path.exists():
-                    os.replace(path, unfinished / listed[-1]["file"])
-        for path in (unfinished / f"tokenizer_{tag}").glob("*"):
-            os.replace(path, unfinished / path.name)
-        files.sync(unfinished)
-        vocab_size = states[0]["vocab_size"]
-        files.write_json(unfinished / "dataset.json", {
-            "format_version": 1, "tokenizer": {"kind": config.tokens.tokenizer, "vocab_size": vocab_size},
-            "dtype": shard_dtype(vocab_size).name, **{key: counts[key] for key in COUNTS},
-            "splits": {split: {"documents": counts[f"{split}_documents"],
-                               "tokens": sum(shard["tokens"] for shard in listed if shard["split"] == split)}
-                       for split in SPLITS if split != "test" or config.tokens.test_fraction},
-            "arguments": arguments, "shards": listed})
-    for leftover in [path for path in unfinished.iterdir() if path.is_dir()]:
-        shutil.rmtree(leftover)
-
-
-def is_done(folder: Path) -> bool:
-    """Whether a rank has written all its shards."""
-    path = folder / "progress.json"
-    return path.exists() and files.read_json(path)["done"]
-
-
-def plural(count: int, word: str) -> str:
-    return f"{count:,} {word}{'' if count == 1 else 's'}"
-
-
-def describe(target: Path, manifest: dict[str, Any]) -> str:
-    """What was made, and what is missing in it."""
-    dropped = [plural(manifest[key], word) for key, word in COUNTS.items() if manifest[key]]
-    lines = [f"{target}: {', '.join(dropped)}; tokenizer {manifest['tokenizer']['kind']} with "
-             f"{manifest['tokenizer']['vocab_size']:,} tokens; "
-             + ", ".join(f"{split} {held['tokens']:,}" for split, held in manifest["splits"].items()) + " tokens"]
-    lines += [f"warning: no document fell in the {split} split: give a larger --{split}_fraction"
-              for split, held in manifest["splits"].items() if not held["tokens"]]
-    return "\n".join(lines)
 
 
 class Progress:
