@@ -273,13 +273,14 @@ def _read_batches(parts: list[Part], start: Cursor) -> Iterator[tuple[Cursor, li
         for number, record in enumerate(parts[index].read(), 1):
             if index == start.part and number <= start.record:
                 continue
+            cursor = Cursor(index, number)
             records.append(record)
             num_bytes += len(record.data)
             if num_bytes >= BATCH_BYTES:
-                yield Cursor(index, number), records
+                yield cursor, records
                 records, num_bytes = [], 0
     if records:
-        yield Cursor(index, number), records
+        yield cursor, records
 
 
 def refuse(fault: str, skip_bad: bool) -> None:

@@ -142,7 +142,8 @@ def _decode_python(data: bytes) -> tuple[str, bool]:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
         return io.TextIOWrapper(io.BytesIO(data), encoding).read(), False
     except (SyntaxError, LookupError, UnicodeError):  # no such encoding, none for text, or one that does not fit
-        return io.TextIOWrapper(io.BytesIO(data), "utf-8", errors="replace").read(), True
+        text, replaced = _decode(data)
+        return io.StringIO(text, newline=None).read(), replaced
 
 
 # Local files
@@ -226,20 +227,21 @@ def _read_parquet(path: Path, text_column: str) -> Iterator[Record]:
                 raise ValueError(f"{path} has no column {text_column!r}, but {', '.join(columns)}; --text_column "
                                  "names the one with the text")
             for batch in file.iter_batches(batch_size=256, columns=[text_column]):
-                for text in _utf8_of(batch.column(0), path):
+                for text in _utf8_of(batch.column(0), path, text_column):
                     row += 1
                     yield Record(f"{path}: row {row}", "utf8", text, size * row // file.metadata.num_rows)
     except (OSError, pyarrow.ArrowException) as error:
         yield Record(str(path), "fault", f"{path} is broken behind row {row}: {error}", size)
 
 
-def _utf8_of(column: Any, name: object) -> list[bytes]:
+def _utf8_of(column: Any, name: object, text_column: str) -> list[bytes]:
     """The texts of an Arrow column, undecoded, since they may be no UTF-8. Raises ValueError for another type."""
     import pyarrow
 
     kind = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise ValueError(f"{name}: the column holds {kind}, not text; --text_column names the one with the text")
+        raise ValueError(f"{name}: column {text_column!r} holds {kind}, not text; --text_column names the one with the "
+                         "text")
     return [text or b"" for text in column.cast(kind).cast(pyarrow.large_binary()).to_pylist()]
 
 
@@ -315,6 +317,9 @@ def hub_parts(repo: str, subset: str, split: str, commit: str, text_column: str,
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         builder = datasets.load_dataset_builder(repo, subset or None, revision=commit or None)
+        if split not in builder.config.data_files:
+            raise ValueError(f"no split {split!r}, but {', '.join(builder.config.data_files)}")
+        urls = builder.config.data_files[split]
         rows = builder.as_streaming_dataset(split=split)
         columns = rows.column_names or list(next(iter(rows), {}))
         # Where the format allows it, read no other column, little at a time, and text files as one document.
@@ -327,7 +332,10 @@ def hub_parts(repo: str, subset: str, split: str, commit: str, text_column: str,
     if text_column not in columns:
         raise ValueError(f"{repo} has no column {text_column!r}, but {', '.join(columns)}; --text_column names the one "
                          "with the text")
-    urls = builder.config.data_files[split] if builder.config.data_files else []
+    kind = getattr((rows.features or {}).get(text_column), "dtype", "string")
+    if kind not in ("string", "large_string"):
+        raise ValueError(f"{repo}: column {text_column!r} holds {kind}, not text; --text_column names the one with the "
+                         "text")
     names = urls if len(urls) == rows.num_shards else [f"{repo}#{i}" for i in range(rows.num_shards)]
     about = (builder.info.splits or {}).get(split)
     sizes = [about.num_bytes // len(names)] * len(names) if about and about.num_bytes else [
@@ -342,7 +350,7 @@ def _read_hub(rows: Any, num_parts: int, index: int, name: str, text_column: str
     import pyarrow
 
     part = rows.shard(num_shards=num_parts, index=index).select_columns([text_column]).with_format("arrow")
-    texts = (text for table in part.iter(batch_size=256) for text in _utf8_of(table.column(0).combine_chunks(), name))
+    texts = (text for table in part.iter(batch_size=256) for text in _utf8_of(table.column(0), name, text_column))
     documents = join(text.decode(errors="replace") for text in texts) if join else texts
     row = end = 0
     try:
