@@ -221,7 +221,7 @@ def open_dataset(name: str, vocab_size: int = 0, tokenizer: str = "auto") -> Dat
         raise ValueError(f"vocab_size={vocab_size}, but {folder} has a vocabulary of {own_size}; leave the key out")
     if tokenizer == "gpt2":
         if 0 < vocab_size < GPT2_VOCAB_SIZE:
-            raise ValueError(f"tokenizer=gpt2 has {GPT2_VOCAB_SIZE} tokens, which vocab_size={vocab_size} does not hold")
+            raise ValueError(f"vocab_size={vocab_size} does not hold the {GPT2_VOCAB_SIZE} tokens of tokenizer=gpt2")
         vocab_size = vocab_size or GPT2_VOCAB_SIZE
         if own_size and own_size != GPT2_VOCAB_SIZE:
             raise ValueError(f"tokenizer=gpt2 has {GPT2_VOCAB_SIZE} tokens, but {folder} has a vocabulary of "

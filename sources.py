@@ -318,7 +318,7 @@ def hub_parts(repo: str, subset: str, split: str, commit: str, text_column: str,
     try:
         builder = datasets.load_dataset_builder(repo, subset or None, revision=commit or None)
         if split not in builder.config.data_files:
-            raise ValueError(f"no split {split!r}, but {', '.join(builder.config.data_files)}")
+            raise ValueError(f"no split {split!r}, but {', '.join(map(str, builder.config.data_files))}")
         urls = builder.config.data_files[split]
         rows = builder.as_streaming_dataset(split=split)
         columns = rows.column_names or list(next(iter(rows), {}))

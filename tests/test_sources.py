@@ -238,7 +238,8 @@ def test_a_torn_parquet_file_says_so_and_a_damaged_one_gives_the_rows_before():
 
 
 @pytest.mark.parametrize(("line", "words"), [
-    (b'{"text": "torn', "is not JSON: Unterminated string starting at, character 10"), (b"{bad}", "is not JSON"), (b"\x00", "is not JSON"),
+    (b'{"text": "torn', "is not JSON: Unterminated string starting at, character 10"), (b"{bad}", "is not JSON"),
+    (b"\x00", "is not JSON"),
     (b'{"text": "one"} {"text": "two"}', "is not JSON: Extra data"), (b"[" * 100_000, "is not JSON"),
     (b'{"body": "x", "id": 1}', "has no text under 'text', but 'body', 'id'; --text_column names the key"),
     (b'{"text": 3}', "has no text under 'text'"), (b'{"text": ["x"]}', "has no text under 'text'"),
