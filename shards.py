@@ -308,7 +308,7 @@ def verify(folder: Path) -> Iterator[tuple[str, list[str]]]:
             found[split] += num_eot
             yield path.name, shard_faults
     for split, counts in manifest.get("splits", {}).items():
-        if eot_id is not None and found.get(split) != counts["documents"]:
+        if eot_id is not None and found.get(split, 0) != counts["documents"]:
             faults.append(f"the {split} split has {found.get(split, 0):,} end-of-text tokens, one a document, and "
                           f"dataset.json counts {counts['documents']:,} documents")
     yield folder.name, faults

@@ -464,6 +464,22 @@ def test_so_many_values_are_made_ahead_and_no_more():
     assert made == [0, 1, 2]
 
 
+def test_closing_waits_for_the_value_under_way_and_drops_the_others():
+    made, go_on = [], threading.Event()
+
+    def make(a: int) -> int:
+        made.append(a)
+        assert a == 0 or go_on.wait(10)
+        return a
+
+    values = prefetch(make, itertools.count(), depth=3)
+    assert next(values) == 0
+    threading.Timer(0.1, go_on.set).start()
+    values.close()
+    assert made == [0, 1]
+    assert reading_threads() == []
+
+
 def test_an_error_is_raised_where_its_value_would_have_come():
     def make(a: int) -> int:
         if a == 3:

@@ -3,12 +3,13 @@
 import json
 import math
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TEXT, TINY_RUN, files_of, records_of
+from conftest import TEXT, TINY_RUN, files_of, records_of, write_shard
 from test_weights import Planted, save_hf, save_nanogpt
 
 import train
@@ -16,6 +17,7 @@ from checkpoint import RunFolder, read_trainer
 from data import TrainOrder
 from model import GPT
 from shards import open_dataset
+from tokenizer import load_tokenizer
 
 LATEST = Path("out/tiny/checkpoints/latest")
 
@@ -237,7 +239,7 @@ def test_eval_only_evaluates_what_init_from_names_whatever_lies_in_out_dir(cli, 
 
 def test_a_nan_evaluation_is_not_the_best_and_not_the_end(cli, tiny_data, monkeypatch):
     losses = iter([float("nan"), 2.0, float("nan"), 1.0, 1.0])
-    monkeypatch.setattr("train.validation_loss", lambda *args, **kwargs: next(losses))
+    monkeypatch.setattr("metrics.validation_loss", lambda *args, **kwargs: next(losses))
     assert cli("train", *TINY_RUN, "--max_iters=3", "--eval_interval=1").code == 0
     assert [r["val/loss"] for r in records_of("out/tiny") if "val/loss" in r] == [None, 2.0, None, 1.0]
     assert read_trainer(LATEST)["best_val_loss"] == 1.0
@@ -256,6 +258,107 @@ def test_a_nanogpt_folder_is_not_touched_by_resume(refused, tiny_data, tmp_path)
     line = refused("train", *TINY_RUN, "--init_from=resume", "--out_dir=nano")
     assert "--init_from=nano/ckpt.pt" in line
     assert files_of(tmp_path / "nano").keys() == {"ckpt.pt"}
+
+
+# Shards of others
+
+
+def fineweb(folder: Path, tokens: np.ndarray) -> Path:
+    """Shards as llm.c and modded-nanogpt have them."""
+    folder.mkdir(parents=True)
+    for name, part in (("train_000001", tokens[:500]), ("train_000002", tokens[500:800]), ("val_000000", tokens[800:])):
+        write_shard(folder / f"fineweb_{name}.bin", part)
+    return folder
+
+
+def test_a_fineweb_folder_trains_from_where_it_lies(cli, tmp_path, gpt2_tokenizer):
+    tokens = gpt2_tokenizer.encode("the quick brown fox jumps over the lazy dog. " * 100)
+    folder = fineweb(tmp_path / "elsewhere" / "fineweb10B", tokens[:900])
+    before = files_of(folder)
+    options = (*TINY_RUN, f"--dataset={folder}", "--tokenizer=gpt2", "--max_iters=3")
+    assert cli("train", *options).code == 0
+    assert GPT.from_pretrained("out/tiny").config.vocab_size == 50257
+    first, last = (record["val/loss"] for record in (records_of("out/tiny")[0], records_of("out/tiny")[-1]))
+    assert first == pytest.approx(math.log(50257), abs=0.1)
+    assert last < first
+    assert load_tokenizer(LATEST).encode("the fox").tolist() == gpt2_tokenizer.encode("the fox").tolist()
+    assert cli("sample", "--out_dir=out/tiny", "--prompt=the", "--num_samples=1", "--max_new_tokens=3",
+               "--device=cpu").code == 0
+    assert files_of(folder) == before
+    assert not Path("data").exists()
+
+
+@pytest.mark.parametrize(("dataset", "folder"), [("tiny", "tiny"), ("hamlet", "hamlet"),
+                                                 ("fineweb:0.5,tiny:0.5", "tiny")])
+def test_gpt2_is_not_taken_for_the_tokenizer_of_what_says_otherwise(refused, tiny_data, gpt2_tokenizer, dataset,
+                                                                    folder):
+    headerless(Path("data/hamlet"), meta=True)
+    fineweb(Path("data/fineweb"), np.arange(90).repeat(10))
+    line = refused("train", *TINY_RUN, f"--dataset={dataset}", "--tokenizer=gpt2")
+    assert f"tokenizer=gpt2 has 50257 tokens, but data/{folder} has a vocabulary of" in line
+    assert not Path("out").exists()
+
+
+# Mixtures
+
+
+@pytest.fixture
+def two_data_sets(cli, tmp_path) -> tuple[str, ...]:
+    """The options of a run on data/a and data/b, of the same characters, 0.7 to 0.3."""
+    for name, text in (("a", TEXT), ("b", TEXT[::-1])):
+        Path(f"{name}.txt").write_text(text)
+        assert cli("prepare_data", f"--input={name}.txt", "--tokenizer=char").code == 0
+    return (*TINY_RUN, "--dataset=a:0.7,b:0.3")
+
+
+def test_a_mixture_reports_the_loss_of_each_data_set_and_their_weighted_mean(cli, two_data_sets):
+    result = cli("train", *two_data_sets)
+    assert result.code == 0, result.err
+    assert re.search(r"an epoch has, of a \(70\.0%\), 1,\d+ sequences; of b \(30\.0%\), 1,\d+ sequences", result.out)
+    evaluated = [record for record in records_of("out/tiny") if "val/loss" in record]
+    assert [record["step"] for record in evaluated] == [0, 3, 6]
+    for record in evaluated:
+        a, b = record["val/loss/a"], record["val/loss/b"]
+        assert a != b
+        assert record["val/loss"] == pytest.approx(0.7 * a + 0.3 * b, abs=1e-9)
+        line = f"val loss {record['val/loss']:.4f} (a {a:.4f}, b {b:.4f})"
+        assert line in result.out
+    alone = [float(cli("train", *two_data_sets, f"--dataset={name}", "--eval_only=True", "--init_from=out/tiny",
+                       "--out_dir=out/none").out.split()[4]) for name in ("a", "b")]
+    assert [evaluated[-1]["val/loss/a"], evaluated[-1]["val/loss/b"]] == pytest.approx(alone, abs=1e-4)
+    whole = cli("train", *two_data_sets, "--eval_only=True").out
+    assert f"(a {alone[0]:.4f}, b {alone[1]:.4f}) on the whole validation split" in whole
+
+
+def test_a_mixture_trains_on_the_sequences_that_its_pattern_names(cli, two_data_sets, monkeypatch):
+    """Of six steps of 8 sequences, 34 are a's and 14 b's."""
+    read = []
+    rows = TrainOrder.rows
+    monkeypatch.setattr(TrainOrder, "rows", lambda order, first, count: (
+        read.append((order.split.paths[0].parent.name, first, count)), rows(order, first, count))[1])
+    assert cli("train", *two_data_sets, "--eval_interval=100").code == 0
+    for name, total in (("a", 34), ("b", 14)):
+        numbers = [q for data, first, count in read if data == name for q in range(first, first + count)]
+        assert numbers == list(range(total))
+
+
+def test_two_halves_of_a_mixed_run_end_byte_identical_to_the_whole(cli, two_data_sets):
+    assert cli("train", *two_data_sets, "--out_dir=out/whole").code == 0
+    assert cli("train", *two_data_sets, "--max_iters=3").code == 0
+    assert "resuming out/tiny at step 3" in cli("train", *two_data_sets).out
+    assert weights_of() == weights_of("out/whole")
+    assert cli("train", *two_data_sets, "--dataset=a", "--out_dir=out/other").code == 0
+    assert weights_of("out/other") != weights_of("out/whole")
+
+
+@pytest.mark.parametrize("dataset", ["a:0.6,b:0.4", "b:0.7,a:0.3", "a"])
+def test_a_mixed_run_does_not_go_on_with_other_weights(cli, refused, two_data_sets, dataset):
+    assert cli("train", *two_data_sets, "--max_iters=3").code == 0
+    before = files_of(Path("out"))
+    line = refused("train", *two_data_sets, f"--dataset={dataset}")
+    assert "the tokens or the shares of the data sets changed" in line
+    assert files_of(Path("out")) == before
+    assert "resuming" in cli("train", *two_data_sets, "--dataset=a:7,b:3").out  # the same shares
 
 
 # What is refused
@@ -286,6 +389,8 @@ def test_damaged_shards(refused, tiny_data, how, message):
     (["--n_layer=three"], "--n_layer: n_layer='three' is not a whole number"),
     (["config/none.py"], "no config file 'config/none.py'"),
     (["--dataset=shakespear"], "python prepare_data.py shakespear"),
+    (["--dataset=tiny:0.7,tiny:0.3"], "'tiny:0.3' should be name:weight"),
+    (["--dataset=tiny:0.7,shakespear:0.3"], "python prepare_data.py shakespear"),
     (["--n_head=3"], "n_embd=16 is not divisible by n_head=3"),
     (["--block_size=100000"], "lower block_size"),
     (["--batch_size=0"], "batch_size=0 must be positive"),
@@ -324,7 +429,7 @@ def test_resuming_with_another_shape_data_batch_or_seed_lists_the_differences(cl
     manifest = json.loads((tiny_data / "dataset.json").read_text())
     manifest["shards"][0]["sha256"] = "0" * 64  # as if the data had been made anew
     (tiny_data / "dataset.json").write_text(json.dumps(manifest))
-    assert "data_fingerprint was" in refused("train", *TINY_RUN)
+    assert "the tokens or the shares of the data sets changed" in refused("train", *TINY_RUN)
     assert files_of(Path("out")) == before
 
 
