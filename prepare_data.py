@@ -47,7 +47,6 @@ from pipeline import (
     Output,
     TokensConfig,
     Workers,
-    begin_progress,
     digest_of,
     encode_in_order,
     plan_splits,
@@ -136,7 +135,8 @@ def prepare(config: PrepareConfig, rank: int, world_size: int) -> None:
     target = DATA_DIR / folder_name(config)
     repo, commit = sources.hub_name(config.source), ""
     if repo:  # all ranks, and a resumed run, read what the first one found
-        commit = unfinished.recorded(target, "commit", rank)
+        commit = unfinished.recorded_commit(target, config.source.hf or config.source.dataset, config.source.revision,
+                                            rank)
         commit = sources.commit_of(repo, config.source.revision) if commit is None else commit
     # A commit says what is in a data set; otherwise its parts have to be looked at.
     parts = [] if commit and target.exists() else sources.find_parts(config.source, commit)
@@ -192,8 +192,8 @@ def arguments_of(config: PrepareConfig, commit: str, fingerprint: str) -> dict[s
 def write_shards(config: PrepareConfig, parts: list[Part], site: Unfinished) -> None:
     """This rank's part of the work, from where an earlier run left it."""
     source, tokens, rank = config.source, config.tokens, site.rank
-    site.work.mkdir(parents=True, exist_ok=True)
-    begin_progress(site.work, site.arguments)
+    if not site.begin():
+        return
     if tokens.tokenizer in ("char", "bpe") and not site.tokenizer.exists():
         if rank == 0:
             learned = texts(parts, config, BPE_BYTES if tokens.tokenizer == "bpe" else float("inf"))

@@ -340,8 +340,9 @@ def hub_parts(repo: str, subset: str, split: str, commit: str, text_column: str,
     about = (builder.info.splits or {}).get(split)
     sizes = [about.num_bytes // len(names)] * len(names) if about and about.num_bytes else [
         int(_remote_size(url) * COMPRESSION) for url in names]
-    return [Part(name, size, "", size, partial(_read_hub, rows, len(names), index, name, text_column, join))
-            for index, (name, size) in enumerate(zip(names, sizes))]
+    marks = [files.mark(Path(url)) if os.path.isfile(url) else "" for url in names]  # on the hub the commit says it
+    return [Part(name, size, mark, size, partial(_read_hub, rows, len(names), index, name, text_column, join))
+            for index, (name, size, mark) in enumerate(zip(names, sizes, marks))]
 
 
 def _read_hub(rows: Any, num_parts: int, index: int, name: str, text_column: str,
@@ -374,26 +375,17 @@ def _remote_size(url: str) -> int:
         return 0
 
 
-def _named_failures(name: str, read: Callable[[], Iterator[Record]]) -> Iterator[Record]:
-    """What a library raises while it streams says neither what was read nor what to do."""
-    try:
-        yield from read()
-    except ValueError as error:
-        raise ValueError(str(error)) from None
-    except Exception as error:
-        raise OSError(f"reading {name} failed: {type(error).__name__}: {error}; the same command again goes on from "
-                      "the last finished shard") from None
-
-
 def wikitext_articles(rows: Iterator[str]) -> Iterator[str]:
     """WikiText's rows are lines; an article begins with the line " = Title = "."""
     article: list[str] = []
     for row in rows:
-        if re.fullmatch(r" = [^=].*[^=] = \n?", row) and article:
+        if article and re.fullmatch(r" = [^=](.*[^=])? = \n?", row):
             yield "".join(article)
             article = []
-        article.append(row if row.endswith("\n") else row + "\n" if row else "")
-    yield "".join(article)
+        if row:
+            article.append(row if row.endswith("\n") else row + "\n")
+    if article:
+        yield "".join(article)
 
 
 SOURCES = {

@@ -29,7 +29,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 import files
-from pipeline import SPLITS
+from pipeline import SPLITS, begin_progress
 from shards import shard_dtype
 
 COUNTS = {"documents": "document", "bytes": "byte", "empty_documents": "empty document",
@@ -99,6 +99,18 @@ class Unfinished:
                 os.unlink(held.lock_file)
             held.release()
 
+    def begin(self) -> bool:
+        """Make this rank's folder, with its progress.json. False if meanwhile rank 0 found that all was done, and
+        published it: then nothing is left to do."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        begin_progress(self.work, self.arguments)
+        if published := self.target.exists():
+            shutil.rmtree(self.work, ignore_errors=True)
+            shutil.rmtree(self.target / self.work.name, ignore_errors=True)  # it went along
+            with contextlib.suppress(OSError):  # other ranks may be stepping back as well
+                self.folder.rmdir()
+        return not published
+
     def is_done(self) -> bool:
         """Whether nothing is left to do for this rank."""
         return (self.folder / "dataset.json").exists() or is_done(self.work)
@@ -156,17 +168,19 @@ def hidden_folder(target: Path) -> Path:
     return target.with_name(f".{target.name}.partial")
 
 
-def recorded(target: Path, key: str, rank: int) -> Any:
-    """An argument that was written down when the work on target began, which rank 0 does first; None if there was no
-    work yet and this is rank 0."""
-    begun = f"{hidden_folder(target).name}/rank_00000_of_*/progress.json"
-    records = (target / "dataset.json", hidden_folder(target) / "dataset.json")
-    if rank > 0 and not any(record.exists() for record in records):
-        wait_for(lambda: [] if any(target.parent.glob(begun)) else ["rank 0 to begin"])
-    for record in (*records, *target.parent.glob(begun)):
-        if record.exists():
-            return files.read_json(record).get("arguments", {}).get(key)
-    return None
+def recorded_commit(target: Path, source: str, revision: str, rank: int) -> str | None:
+    """The commit of a hub data set that was written down when this work on target began, which rank 0 does first; None
+    if there was no such work yet and this is rank 0."""
+    def found() -> list[str]:
+        records = [target / "dataset.json", hidden_folder(target) / "dataset.json",
+                   *hidden_folder(target).glob("rank_00000_of_*/progress.json")]
+        begun = [files.read_json(record).get("arguments", {}) for record in records if record.exists()]
+        return [arguments["commit"] for arguments in begun
+                if (arguments.get("source"), arguments.get("revision")) == (source, revision)]
+
+    if rank > 0 and not target.exists():
+        wait_for(lambda: [] if found() else ["rank 0 to begin"])
+    return next(iter(found()), None)
 
 
 def is_done(rank_folder: Path) -> bool:
