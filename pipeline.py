@@ -21,6 +21,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -186,15 +187,26 @@ class Encoder:
 # Workers
 
 
+def start_method(kind: str) -> str:
+    """How worker processes are started: "spawn", as on every system, or "fork" where that is safe. Forking takes no
+    time and shares the tokenizer's tables, but a lock that a library's thread holds would stay locked in the child for
+    ever: it is for Linux, before any of those libraries is there, and not behind the training of a bpe."""
+    alone = threading.active_count() == 1 and not {"pyarrow", "datasets", "torch"} & sys.modules.keys()
+    return "fork" if sys.platform == "linux" and alone and kind != "bpe" else "spawn"
+
+
 class Workers:
-    """Processes that tokenize, started alike on every system; for one, a thread is enough. They load their tokenizer
-    at once, while the caller does other things. Use it in a `with`."""
+    """Processes that tokenize; for one, a thread is enough. They load their tokenizer at once, while the caller does
+    other things. Use it in a `with`."""
 
     def __init__(self, count: int, encoder: Encoder):
-        self.count, start = count, {"initializer": _start, "initargs": (encoder,)}
+        start = {"initializer": _start, "initargs": (encoder,)}
         count = min(count, 61) if os.name == "nt" else count  # Windows waits for no more than that
+        self.count, method = count, start_method(encoder.kind)
+        if method == "fork":
+            _ = encoder.tokenizer  # the children share it
         self._pool: Executor = ThreadPoolExecutor(1, **start) if count == 1 else ProcessPoolExecutor(
-            count, multiprocessing.get_context("spawn"), **start)
+            count, multiprocessing.get_context(method), **start)
         for _ in range(count):
             self._pool.submit(_load)
 
@@ -255,7 +267,7 @@ def encode_in_order(parts: list[Part], start: Cursor, rule: SplitRule, pool: Wor
             num_bytes = sum(len(record.data) for record in records)
             ahead.append((cursor, records[-1].end, num_bytes, pool.submit(records, rule)))
             bytes_ahead += num_bytes
-            while len(ahead) > 4 * pool.count or bytes_ahead > max_bytes_ahead:
+            while len(ahead) > 8 * pool.count or bytes_ahead > max_bytes_ahead:
                 cursor, end, num_bytes, future = ahead.popleft()
                 bytes_ahead -= num_bytes
                 yield Batch(cursor, end, *future.result())

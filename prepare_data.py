@@ -28,6 +28,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -202,9 +203,8 @@ def write_shards(config: PrepareConfig, parts: list[Part], site: Unfinished) -> 
             wait_for(lambda: [] if site.tokenizer.exists() else ["rank 0 to make the tokenizer"])
     mine = parts[rank::site.world_size]
     encoder = Encoder(tokens.tokenizer, site.tokenizer, source.text_column)
-    with Workers(num_workers(config, mine), encoder) as workers:
-        if rank == 0 and not site.tokenizer.exists():
-            keep_tokenizer(encoder.tokenizer, site.tokenizer)
+    with Workers(num_workers(config, mine), encoder) as workers, ThreadPoolExecutor(1) as aside:
+        keeping = aside.submit(keep_tokenizer, encoder.tokenizer, site.tokenizer) if rank == 0 else None
         rule = plan_splits(parts, source.text_column, tokens.val_fraction, tokens.test_fraction)
         expected_bytes = int(sum(part.text_bytes for part in parts) * TOKENS_PER_BYTE[tokens.tokenizer]
                              * encoder.dtype.itemsize)
@@ -216,6 +216,8 @@ def write_shards(config: PrepareConfig, parts: list[Part], site: Unfinished) -> 
             with Progress(mine, output, silent=rank > 0) as progress:
                 for batch in encode_in_order(mine, output.cursor, rule, workers):
                     progress.show(batch, output.take(batch))
+            if keeping:
+                keeping.result()
             output.finish()
 
 
@@ -236,7 +238,9 @@ def check_disk(folder: Path, expected_bytes: int) -> None:
 
 
 def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Save a tokenizer in a folder that appears when it is complete."""
+    """Save a tokenizer in a folder that appears when it is complete, unless it is there."""
+    if folder.exists():
+        return
     hidden = folder.with_name(f".{folder.name}")
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir()

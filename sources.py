@@ -138,6 +138,8 @@ def _decode(data: bytes) -> tuple[str, bool]:
 
 def _decode_python(data: bytes) -> tuple[str, bool]:
     """As Python reads a source file: by its encoding line, with universal newlines."""
+    if b"\r" not in data and b"coding" not in data[:1000]:  # as nearly all are
+        return _decode(data)
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
         return io.TextIOWrapper(io.BytesIO(data), encoding).read(), False
