@@ -75,6 +75,7 @@ class PrepareConfig:
 
 
 def main(argv: list[str]) -> None:
+    """Make a dataset folder; or verify one, or show what is in it."""
     config, given = settings.parse(PrepareConfig, argv, usage=__doc__, bare_word="dataset")
     check_options(config, given)
     if config.verify:
