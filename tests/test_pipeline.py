@@ -255,8 +255,8 @@ def test_no_more_is_read_ahead_than_the_limit_allows(monkeypatch, limits):
         ahead.append(pool.given - taken)
         taken += len(batch.outcomes)
     assert taken == next(read) == 1200
-    # 5,000 bytes and the batch that passes them; or eight batches of 500 bytes and the one that passes those.
-    assert max(ahead) == (60 if "AHEAD_BYTES" in limits else 45)
+    # 5,000 bytes and the batch that passes them; or sixteen batches of 500 bytes and the one that passes those.
+    assert max(ahead) == (60 if "AHEAD_BYTES" in limits else 85)
 
 
 def test_a_document_beyond_the_limit_passes_alone(monkeypatch):
