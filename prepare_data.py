@@ -245,9 +245,10 @@ def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     hidden = folder.with_name(f".{folder.name}")
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir()
-    tokenizer.save(hidden)
-    for path in hidden.iterdir():
-        files.sync(path)
+    with files.named_errors(folder):
+        tokenizer.save(hidden)
+        for path in hidden.iterdir():
+            files.sync(path)
     os.rename(hidden, folder)
 
 
