@@ -15,13 +15,17 @@
 Invariants: a folder named step_* is complete, because it is written under a hidden name, synced to disk and then
 renamed; only then are the links moved, each by one rename; only then are old checkpoints deleted. So a kill at any
 moment leaves every published checkpoint whole and the links on one of them.
+
+A save costs the loop a copy of the state into host memory; a thread writes the copy. One save is under way at a time.
+A checkpoint holds whole tensors, so it does not depend on the number of ranks or on how they share the model.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,11 +35,16 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+import distributed
 import files
 import optim
 import weights
-from model import GPT
+from distributed import Job
+from model import GPT, GPTConfig
 from tokenizer import Tokenizer
+
+MAX_FAILED_SAVES = 3  # in a row; then a run stops
+State = dict[str, torch.Tensor]
 
 
 @dataclass
@@ -48,6 +57,7 @@ class RunConfig:
     save_interval: int = 0  # steps between checkpoints; 0 = at each evaluation
     always_save_checkpoint: bool = True  # False: of the evaluations, only those with the best val loss save
     keep_last: int = 3  # checkpoints kept besides the best; 0 = all
+    keep_every: int = 0  # of those of every so many steps none is deleted; 0 = they go like the others
 
 
 def load_model(source: str, **overrides: Any) -> GPT:
@@ -73,39 +83,48 @@ def verify(folder: Path) -> None:
 
 
 class RunFolder:
-    def __init__(self, out_dir: str):
-        self.path = Path(out_dir)
+    """The folder `config.out_dir`; `say` gets what there is to tell a person."""
+
+    def __init__(self, config: RunConfig, say: Callable[[str], None] = print):
+        self.config, self.path = config, Path(config.out_dir)
         self.checkpoints = self.path / "checkpoints"
+        self._say = say
         self._lock = FileLock(self.path / ".lock")
+        self._host: tuple[State, State] = {}, {}  # the copies of weights and optimiser, used again by each save
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._writing: Future[Path] | None = None
+        self._failures: list[str] = []  # of the latest saves in a row
 
     def __enter__(self) -> RunFolder:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._writer.shutdown()  # waits: a save that is under way is not given up
         self._lock.release(force=True)
 
-    def find(self, config: RunConfig, lock: bool, warn: Callable[[str], None]) -> Path | None:
+    def find(self, lock: bool) -> Path | None:
         """The checkpoint that `resume` means, None for a new run; makes nothing. With `lock`, a folder that holds a
         run is locked before anything is read in it. Raises ValueError or OSError."""
         if lock and self.checkpoints.is_dir():
             self._take_lock()
-        if config.resume == "never":
-            if self.steps() and not config.overwrite:
+        if self.config.resume == "never":
+            if self.steps() and not self.config.overwrite:
                 raise ValueError(f"{self.path} holds a run, and resume=never: choose another --out_dir, or delete that "
                                  "run with --overwrite=True")
             return None
-        folder = self.newest_valid(warn)
-        if folder is None and config.resume == "must":
+        folder = self.newest_valid()
+        if folder is None and self.config.resume == "must":
             raise ValueError(f"nothing to resume: {self.path} holds no checkpoint"
                              + (f" of ours (start from nanoGPT's with --init_from={self.path}/ckpt.pt and another "
                                 "--out_dir)" if (self.path / "ckpt.pt").is_file() else ""))
         return folder
 
-    def open(self, options: dict[str, Any], is_new: bool, overwrite: bool) -> None:
+    def open(self, options: dict[str, Any], is_new: bool) -> None:
         """Make the folder this run's: lock it, delete what a killed save left (`overwrite`: the whole old run), and
         write train_config.json. Raises OSError when another run writes here, or has done so since `find`."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._take_lock()
+        overwrite = is_new and self.config.overwrite
         if is_new and self.steps() and not overwrite:
             raise OSError(f"another run has begun in {self.path} meanwhile: choose another --out_dir")
         for leftover in [*self.checkpoints.glob("*" if overwrite else ".*")]:
@@ -122,8 +141,8 @@ class RunFolder:
         """Checkpoint folders, oldest first."""
         return sorted(self.checkpoints.glob("step_*"))
 
-    def newest_valid(self, warn: Callable[[str], None]) -> Path | None:
-        """The newest checkpoint whose checksums hold, None when there is no checkpoint at all.
+    def newest_valid(self, is_wanted: Callable[[Path], bool] = lambda folder: True) -> Path | None:
+        """The newest wanted checkpoint whose checksums hold, None when there is no checkpoint at all.
 
         Raises ValueError when there are checkpoints and all are damaged, rather than let a run start over them."""
         damage = []
@@ -133,29 +152,70 @@ class RunFolder:
             except (ValueError, OSError) as error:
                 damage.append(str(error))
                 continue
+            if not is_wanted(folder):
+                continue
             for line in damage:
-                warn(f"warning: {line}; going back to {folder.name}")
+                self._say(f"warning: {line}; going back to {folder.name}")
             return folder
         if damage:
             raise ValueError(f"{damage[0]}; no other checkpoint is left in {self.checkpoints}: restore one, or start "
                              "anew with --resume=never --overwrite=True")
         return None
 
-    def save(self, model: GPT, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer | None,
-             trainer: dict[str, Any], is_best: bool, keep_last: int) -> Path:
-        """Publish the checkpoint of trainer["step"]. Raises OSError, with all that was there untouched, when the disk
-        is full."""
+    def save(self, model: GPT, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer | None, trainer: dict[str, Any],
+             is_best: bool, here: Job) -> None:
+        """Begin to save the checkpoint of trainer["step"], once the one before is written; `settle` says how it went.
+
+        Every rank has to take part, since each may hold a part of the state; rank 0 writes."""
+        self.settle()
+        for live, host in zip((model.state_dict(), optim.optimizer_state(optimizer, model)), self._host):
+            _copy_to_host(live, host, here)
+        if here.rank == 0:
+            self._saving = trainer["step"]
+            self._writing = self._writer.submit(self._write, model.config, tokenizer, trainer, is_best)
+
+    def settle(self, wait: bool = True) -> None:
+        """When the save under way is over, say how it went; with `wait`, wait for that. A failure is a warning here:
+        what was saved before is untouched by it."""
+        if self._writing is None or not (wait or self._writing.done()):
+            return
+        writing, self._writing = self._writing, None
+        try:
+            folder = writing.result()
+        except OSError as error:
+            self._failures.append(str(error))
+            self._say(f"warning: step {self._saving} could not be saved: {error}; going on, what was saved before is "
+                      "intact")
+        else:
+            self._failures.clear()
+            is_best = (self.checkpoints / "best").resolve() == folder.resolve()
+            self._say(f"step {self._saving}: saved {folder}{' (best so far)' if is_best else ''}")
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether so many saves in a row have failed that the run should stop."""
+        return len(self._failures) >= MAX_FAILED_SAVES
+
+    def finish(self) -> None:
+        """Wait for the last save. Raises OSError when it failed."""
+        self.settle()
+        if self._failures:
+            count = f" {len(self._failures)} times in a row" if len(self._failures) > 1 else ""
+            raise OSError(f"saving failed{count}: {self._failures[-1]}; what was saved before is intact")
+
+    def _write(self, config: GPTConfig, tokenizer: Tokenizer | None, trainer: dict[str, Any], is_best: bool) -> Path:
+        """Publish a checkpoint of the copies. Raises OSError, with all that was there untouched, when the disk is
+        full."""
         final = self.checkpoints / f"step_{trainer['step']:08d}"
         hidden = self.checkpoints / f".{final.name}"
+        model, optimizer = self._host
         _remove(hidden)
         try:
             (hidden / "training").mkdir(parents=True)
-            eot_id = tokenizer.eot_id if tokenizer else None
-            weights.save_pretrained(model.config, model.state_dict(), hidden, eot_id)
+            weights.save_pretrained(config, model, hidden, tokenizer.eot_id if tokenizer else None)
             if tokenizer:
-                tokenizer.save(hidden, model_max_length=model.config.block_size)
-            state = {name: t.detach().cpu() for name, t in optim.optimizer_state(optimizer, model).items()}
-            weights.save_tensors(state, hidden / "training" / "optimizer.safetensors")
+                tokenizer.save(hidden, model_max_length=config.block_size)
+            weights.save_tensors(optimizer, hidden / "training" / "optimizer.safetensors")
             files.write_json(hidden / "training" / "trainer.json", trainer)
             _write_sums(hidden)
             _sync(hidden)
@@ -169,7 +229,7 @@ class RunFolder:
         self._link("latest", final.name)
         if is_best:
             self._link("best", final.name)
-        self._prune(keep_last)
+        self._prune()
         return final
 
     def _link(self, name: str, target: str) -> None:
@@ -178,10 +238,12 @@ class RunFolder:
         fresh.symlink_to(target)
         os.replace(fresh, self.checkpoints / name)
 
-    def _prune(self, keep_last: int) -> None:
+    def _prune(self) -> None:
+        """Delete all but the last `keep_last`, every `keep_every`-th step, and what latest and best point at."""
         linked = {(self.checkpoints / name).resolve() for name in ("latest", "best")}
-        for folder in self.steps()[:-keep_last] if keep_last else []:
-            if folder.resolve() not in linked:
+        for folder in self.steps()[:-self.config.keep_last] if self.config.keep_last else []:
+            is_nth = self.config.keep_every and step_of(folder) % self.config.keep_every == 0
+            if not is_nth and folder.resolve() not in linked:
                 self._retire(folder)
 
     def _retire(self, folder: Path) -> None:
@@ -192,18 +254,34 @@ class RunFolder:
         _remove(hidden)
 
 
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
 def read_trainer(folder: str | Path) -> dict[str, Any]:
     """trainer.json of a checkpoint."""
     return files.read_json(Path(folder) / "training" / "trainer.json")
 
 
-def read_optimizer(folder: str | Path) -> dict[str, torch.Tensor]:
+def read_optimizer(folder: str | Path) -> State:
     """The optimiser's tensors of a checkpoint, on the host. Raises ValueError for a broken file."""
     path = Path(folder) / "training" / "optimizer.safetensors"
     try:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is broken: {error}") from None
+
+
+def _copy_to_host(live: Mapping[str, torch.Tensor], host: State, here: Job) -> None:
+    """Overwrite `host` with whole copies of tensors that may be spread over the ranks; on rank 0 only."""
+    for name, tensor in live.items():
+        tensor = distributed.whole(tensor.detach())
+        if here.rank == 0:
+            if name not in host:
+                host[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            host[name].copy_(tensor, non_blocking=True)
+    if here.device.type == "cuda":
+        torch.cuda.synchronize(here.device)
 
 
 def _files(folder: Path) -> Iterator[Path]:

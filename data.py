@@ -63,9 +63,10 @@ class BatchPlan:
     def seqs_per_rank(self) -> int:
         return self.accumulation_steps * self.micro_batch
 
-    def first_seq(self, step: int, rank: int) -> int:
-        """Number of the first sequence that a rank reads in a step; it reads `seqs_per_rank` from there on."""
-        return step * self.seqs_per_step + rank * self.seqs_per_rank
+    def first_seq(self, next_seq: int, rank: int) -> int:
+        """Number of the first sequence that a rank reads in the step whose S sequences begin at `next_seq`; it reads
+        `seqs_per_rank` from there on."""
+        return next_seq + rank * self.seqs_per_rank
 
 
 def plan_batches(config: DataConfig, given: Mapping[str, str], block_size: int, world_size: int) -> BatchPlan:

@@ -58,6 +58,14 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def code_fingerprint() -> str:
+    """A hash of flatGPT's own source files."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).resolve().parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
 def mark(path: Path, edge_bytes: int = 65536) -> str:
     """A hash of a file's size and its two ends, for files too large to be read whole at every start."""
     size = path.stat().st_size

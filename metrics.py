@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from data import EvalOrder, pin, prefetch
-from distributed import Job, sum_over_ranks
+from distributed import Job, reshard, sum_over_ranks
 from model import GPT
 
 # Dense bfloat16 (float16 on V100 and T4) matrix peaks in flops/s, from the vendor's data sheets, by what the device's
@@ -74,19 +74,23 @@ def validation_loss(model: GPT, order: EvalOrder, batch_size: int, here: Job) ->
     model.eval()
     loss_sum, count = torch.zeros((), device=here.device), 0
     first, end = (len(order) * r // here.world_size for r in (here.rank, here.rank + 1))
+    # As many batches on each rank, if need be of padding: FSDP's ranks run a model together.
+    num_batches = math.ceil(math.ceil(len(order) / here.world_size) / batch_size)
 
     def load(start: int) -> tuple[torch.Tensor, torch.Tensor, int]:
         x, y = order.batch(start, batch_size)
-        y[end - start:] = -1  # the next rank's; a full batch all the same, so that compiled blocks meet one shape
+        y[max(0, end - start):] = -1  # the next rank's; whole batches all the same, so compiled blocks meet one shape
         return pin(x, here.device), pin(y, here.device), int((y >= 0).sum())
 
-    for x, y, num_targets in prefetch(load, range(first, end, batch_size)):
-        count += num_targets
+    for x, y, num_targets in prefetch(load, range(first, first + num_batches * batch_size, batch_size)):
         x, y = x.to(here.device, non_blocking=True), y.to(here.device, non_blocking=True)
         with here.autocast():
             loss_sum += model(x, y, num_targets=1)[1]
+        count += num_targets
+    reshard(model)
     model.train(training)
-    return (sum_over_ranks(loss_sum, here) / sum_over_ranks(count, here)).item()
+    loss_sum, count = sum_over_ranks(torch.stack([loss_sum, torch.full_like(loss_sum, count)]), here)
+    return (loss_sum / count).item()
 
 
 def validation_losses(model: GPT, orders: Mapping[str, EvalOrder], shares: list[float], batch_size: int,
@@ -151,8 +155,12 @@ class Reporter:
         if self._bar is not None:
             self._bar.update(1)
 
-    def train(self, step: int, tokens: int, loss: float, grad_norm: float, lr: float) -> None:
-        """Report the latest step, and the speed since the report before; the caller has waited for the device."""
+    def train(self, step: int, tokens: int, loss: float, grad_norm: float, lr: float, batch_hash: int, skipped: int,
+              fault: str) -> None:
+        """Report the latest step, and the speed since the report before; the caller has waited for the device.
+
+        `batch_hash` is of the windows that the step read; `fault` says why its update was skipped, if it was, and
+        `skipped` how many were in the whole run."""
         if not self._speaks:
             return
         seconds = max(time.perf_counter() - self._since - self._excluded_s, 1e-9)
@@ -165,20 +173,33 @@ class Reporter:
             mfu = self._flops_per_token * tokens_per_sec / (self._peak_flops * self._here.world_size)
         self.record({"step": step, "tokens": tokens, "train/loss": loss, "lr": lr, "grad_norm": grad_norm,
                      "tokens_per_sec": tokens_per_sec, "mfu": mfu, "memory_gb": peak_memory_gb(self._here.device),
-                     "elapsed_s": self.elapsed_s()})
-        if self._bar is not None:
+                     "elapsed_s": self.elapsed_s(), "batch_hash": f"{batch_hash:016x}", "skipped": skipped})
+        if fault:
+            self.say(f"warning: step {step}: {fault}; its update was skipped, as {skipped} so far")
+        elif self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_sec:,.0f} tok/s")
         else:
             self.say(f"step {step}/{self._max_iters}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.2f}, "
                      f"{ms_per_step:.1f} ms, {tokens_per_sec:,.0f} tok/s, "
                      f"mfu {'unknown' if mfu is None else format(mfu, '.1%')}")
 
+    def went_back(self, step: int, reason: str) -> None:
+        """The run goes on from `step`, an earlier one than before: forget what was reported since."""
+        self.say(f"warning: {reason}; going back to the checkpoint of step {step}, and on with the data that follows")
+        self._step = step
+        if self._speaks:
+            cut_metrics(self._path, step)
+        if self._bar is not None:
+            self._bar.n = step
+        self._restart_clock()
+
     def record(self, values: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl, and send it to wandb."""
         if not self._speaks:
             return
         # JSON has no NaN and no infinity: null.
-        values = {key: value if value is None or math.isfinite(value) else None for key, value in values.items()}
+        values = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+                  for key, value in values.items()}
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
         if self._wandb:

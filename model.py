@@ -24,6 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
+from torch.utils.checkpoint import checkpoint
 
 VOCAB_MULTIPLE = 128
 LOGITS_CHUNK_ELEMENTS = 2**24  # 64 MB of float32 logits at a time
@@ -215,6 +216,7 @@ class GPT(nn.Module):
         super().__init__()
         config.validate()
         self.config = config
+        self.activation_checkpointing = False  # keep only the blocks' inputs, and run them again in the backward pass
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)  # tokens; also the output head
         self.wpe = nn.Embedding(config.block_size, config.n_embd)  # positions
         self.drop = nn.Dropout(config.dropout)
@@ -267,7 +269,10 @@ class GPT(nn.Module):
             raise ValueError(f"{end} positions, but the model has learned only block_size={self.config.block_size}")
         x = self.drop(self.wte(idx) + self.wpe.weight[start:end])
         for block in self.h:
-            x = block(x, cache)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, cache)
         if cache is not None:
             cache.length = end
         return self.ln_f(x)

@@ -1,4 +1,4 @@
-"""The optimiser: parameter groups, AdamW, and the learning rate as a pure function of the step.
+"""The optimiser: parameter groups, AdamW, the learning rate as a pure function of the step, and which steps are bad.
 
 Owns everything between gradients and new weights except the gradients' reduction (distributed.py) and the order of a
 step (train.py). State lives in torch's optimizer alone and is keyed by parameter name on disk, so that it does not
@@ -8,7 +8,7 @@ depend on the order of groups.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,8 @@ class OptimConfig:
     warmup_iters: int = 2000  # steps of linear warm-up
     lr_decay_iters: int = 600000  # step at which min_lr is reached; usually max_iters
     min_lr: float = 6e-5  # learning rate at the end of the decay; usually learning_rate / 10
+    spike_sigma: float = 0.0  # skip an update whose gradient norm is so many deviations above the usual; 0 = never
+    max_bad_steps: int = 10  # skipped updates in a row after which the run goes back to its last good checkpoint
 
 
 def learning_rate(step: int, config: OptimConfig) -> float:
@@ -40,6 +42,33 @@ def learning_rate(step: int, config: OptimConfig) -> float:
         return config.min_lr
     progress = (step - config.warmup_iters) / (config.lr_decay_iters - config.warmup_iters)
     return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.learning_rate - config.min_lr)
+
+
+@dataclass
+class StepJudge:
+    """Tells bad steps, whose update is skipped, from good ones, and learns from these what is usual.
+
+    The usual is a running mean and variance of log(gradient norm), over about the last 100 good steps."""
+
+    num_steps: int = 0
+    mean: float = 0.0
+    variance: float = 0.0
+
+    def fault(self, loss: float, norm: float, spike_sigma: float) -> str:
+        """What is wrong with a step, "" if nothing: a loss or norm that is not finite, or, once 50 steps have been
+        seen, a norm `spike_sigma` deviations above the usual (0: never)."""
+        for name, value in (("loss", loss), ("gradient norm", norm)):
+            if not math.isfinite(value):
+                return f"the {name} is {value}"
+        above = math.log(max(norm, 1e-30)) - self.mean
+        deviation = max(math.sqrt(self.variance), 0.05)  # in an even run a ripple is no spike
+        if spike_sigma and self.num_steps >= 50 and above > spike_sigma * deviation:
+            return f"the gradient norm {norm:.3g} is {above / deviation:.1f} deviations above the usual"
+        self.num_steps += 1
+        weight = max(1 / self.num_steps, 0.01)
+        self.mean += weight * above
+        self.variance = (1 - weight) * (self.variance + weight * above**2)
+        return ""
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
@@ -57,11 +86,12 @@ def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[
             for key, value in optimizer.state[p].items()}
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module,
-                         state: Mapping[str, torch.Tensor] | None) -> None:
-    """The inverse of `optimizer_state`; None makes room for a state that another rank will send.
+def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: Mapping[str, torch.Tensor] | None,
+                         place: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    """The inverse of `optimizer_state`, from whole tensors; None on a rank to which another one sends them.
 
-    Raises ValueError when a parameter's state is missing or misshapen.
+    `place(value, p)` lays a whole tensor out as parameter p is (distributed.from_rank0). Raises ValueError when a
+    parameter's state is missing or misshapen.
     """
     for name, p in model.named_parameters():
         wanted = {"step": torch.Size([]), "exp_avg": p.shape, "exp_avg_sq": p.shape}
@@ -70,4 +100,4 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module,
             if value is None or value.shape != shape:
                 raise ValueError(f"the optimiser's {key} of {name} is missing or not of shape {tuple(shape)}")
             device = p.device if key != "step" or optimizer.defaults["fused"] else torch.device("cpu")
-            optimizer.state[p][key] = value.to(device, copy=True)
+            optimizer.state[p][key] = place(value.to(device, copy=True), p)

@@ -21,7 +21,8 @@ import checkpoint
 import distributed
 import settings
 import weights
-from distributed import DeviceConfig, Job
+from device import DeviceConfig
+from distributed import Job
 from model import GPT
 from shards import DATA_DIR, folder_tokenizer
 from tokenizer import GPT2_VOCAB_SIZE, GPT2Tokenizer, Tokenizer, load_tokenizer

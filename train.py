@@ -8,24 +8,32 @@ Two nodes of eight, the same command on both, node0 being the name of one of the
 
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=node0:29500 train.py config/gpt2_124m.py
 
-The same command again goes on from the newest checkpoint in out_dir. Keys, meanings and defaults are nanoGPT's; where
-flatGPT differs (device, dtype and compile are `auto`), --help says so.
+The same command again goes on from the newest checkpoint in out_dir, also on another number of processes. SIGTERM,
+Ctrl-C and SIGUSR1 finish the step, save and exit with status 75; so does the end of --max_minutes. Keys, meanings and
+defaults are nanoGPT's; where flatGPT differs (device, dtype and compile are `auto`), --help says so.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
+import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from torch.distributed.elastic.multiprocessing.errors import record
 
 import checkpoint
 import distributed
+import files
 import optim
+import preflight
 import settings
 from checkpoint import RunConfig, RunFolder
 from data import (
@@ -40,10 +48,15 @@ from data import (
     plan_batches,
     prefetch,
 )
-from distributed import DeviceConfig, Job
+from device import DeviceConfig
+from distributed import Job, ParallelConfig
 from metrics import LogConfig, Reporter, validation_losses
 from model import GPT, GPTConfig
-from optim import OptimConfig
+from optim import OptimConfig, StepJudge
+
+UNFINISHED = 75  # exit status of a run that was asked to stop: EX_TEMPFAIL, start it again
+SAVING_FAILS = "failed saves"  # a reason to stop without another save
+MAX_ROLLBACKS = 3
 
 # A run is resumed with the same values of these, or not at all. (World size and micro-batch may change.)
 SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "bias", "mlp", "norm_eps")
@@ -66,13 +79,27 @@ class TrainConfig:
     eval_only: bool = False  # evaluate on the whole validation split and exit
     seed: int = 1337  # of the initial weights, the data order and dropout
     compile: Literal["auto", "True", "False"] = "auto"  # torch.compile the blocks; auto = on CUDA only
-    backend: Literal["auto", "nccl", "gloo"] = "auto"  # of torch.distributed; auto = nccl on CUDA, else gloo
+    activation_checkpointing: bool = False  # run the blocks again in the backward pass: less memory, more time
+    max_minutes: float = 0.0  # save and stop so many minutes after the launch, ahead of a time limit; 0 = never
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     log: LogConfig = field(default_factory=LogConfig)
     where: DeviceConfig = field(default_factory=DeviceConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+@dataclass
+class Progress:
+    """The numbers that a run goes on from; trainer.json holds them."""
+
+    step: int = 0  # updates, skipped ones included
+    next_seq: int = 0  # number of the first sequence of the next step
+    best_val_loss: float | None = None
+    bad_steps: int = 0  # skipped updates in a row
+    skipped: int = 0  # skipped updates of the whole run
+    rollbacks: int = 0
 
 
 def main(argv: list[str]) -> None:
@@ -80,20 +107,25 @@ def main(argv: list[str]) -> None:
     if config.init_from == "resume":
         config.init_from, config.run.resume = "scratch", "must"
     check_options(config)
-    with distributed.job(config.where, config.backend) as here, RunFolder(config.run.out_dir) as run:
-        train(config, given, run, here)
+    with distributed.job(config.where, config.parallel) as here:
+        report = Reporter(Path(config.run.out_dir), config.log, config.max_iters, here)
+        with RunFolder(config.run, report.say) as run:
+            stopped_by = train(config, given, run, report, here)
+    if stopped_by:
+        sys.exit(UNFINISHED)
 
 
-def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, here: Job) -> None:
-    """One run, from the options to the last checkpoint."""
-    report = Reporter(run.path, config.log, config.max_iters, here)
-
+def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report: Reporter, here: Job) -> str:
+    """One run, from the options to the last checkpoint; returns what stopped it before that, or ""."""
     # 1) The data. What is wrong with it, the options or the run folder is said before anything is written.
     data = open_mixture(config.data.dataset, config.model.vocab_size, config.data.tokenizer)
     train_splits, val_splits = data.splits("train"), data.splits("val")
+    options = settings.flatten(config)
+    distributed.check_agreement(options | {"the code": files.code_fingerprint(), "the data": data.fingerprint,
+                                           "torch": torch.__version__}, here)
 
     # 2) Where the run stands: rank 0 looks into the run folder, and the others hear of it.
-    trainer = distributed.on_rank0(lambda: find_start(config, run, report), here)
+    trainer = find_start(config, run, here)
 
     # 3) The model: weights from the run's checkpoint, from elsewhere, or fresh. Then the batch, which needs its shape.
     model = build_model(config, given, data, trainer["folder"], here)
@@ -102,7 +134,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, here: J
     plan = plan_batches(config.data, given, config.model.block_size, here.world_size)
     identity = {"data_fingerprint": data.fingerprint, "data_vocab_size": data.vocab_size,
                 "seqs_per_step": plan.seqs_per_step}
-    options = settings.flatten(config)
+    options = settings.flatten(config)  # with the shape that was adopted
     if trainer["folder"]:
         check_same_run(config, trainer, options | identity, report)
     block_size = model.config.block_size
@@ -113,116 +145,153 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, here: J
     evaluate = partial(validation_losses, model, shares=data.shares, batch_size=config.data.batch_size, here=here)
     if config.eval_only:
         report.say(f"step {trainer['step']}: {describe_losses(evaluate(whole_orders))} on the whole validation split")
-        return
+        return ""
     if trainer["folder"] and trainer["step"] >= config.max_iters:
         report.say(f"{run.path} is finished: {trainer['step']:,} steps. To go on, raise --max_iters (now "
                    f"{config.max_iters}); for another run, choose another --out_dir.")
-        return
+        return ""
 
-    # 4) The optimiser, and the model's outer shells: compiled blocks, then gradients averaged over the ranks.
-    optimizer = build_optimizer(config, model, trainer, here)
-    scaler = torch.amp.GradScaler(here.device.type, enabled=here.dtype == torch.float16)
-    if trainer["scaler"]:
-        scaler.load_state_dict(trainer["scaler"])
+    # 4) The model's outer shells, compiled blocks and the averaging of gradients over the ranks; then the optimiser.
+    model.activation_checkpointing = config.activation_checkpointing
     failure = distributed.compile_blocks(model, config.compile, here, plan.micro_batch)
     if failure:
         report.say(f"torch.compile failed, going on without it: {failure}")
     wrapped = distributed.wrap(model, here, plan.micro_batch)
+    optimizer = optim.build_optimizer(model, config.optim)
+    scaler = torch.amp.GradScaler(here.device.type, enabled=here.dtype == torch.float16)
+    judge = StepJudge()
+    if trainer["folder"]:
+        load_training_state(trainer, model, optimizer, scaler, judge, here)
     tokens_per_step = plan.seqs_per_step * block_size
-    report.say(f"{model.num_params(non_embedding=False):,} parameters, {here.dtype} on {here.world_size} x "
-               f"{here.device.type}")
     report.say(f"{tokens_per_step:,} tokens a step = {plan.accumulation_steps} micro-batches x {plan.micro_batch} "
                f"sequences x {block_size} tokens x {here.world_size} ranks; an epoch "
                f"{describe_epochs(data, train_order)}")
-    distributed.on_rank0(lambda: run.open(options, trainer["folder"] is None, config.run.overwrite), here)
+    for line in preflight.report(model, plan, run, config.run.save_interval or config.eval_interval, config.max_iters,
+                                 here):
+        report.say(line)
+    distributed.on_rank0(lambda: run.open(options, is_new=trainer["folder"] is None), here)
     report.start(model, trainer["step"], trainer["elapsed_s"], options)
 
-    # 5) The loop. `step` counts the updates made; the next one reads the sequences from step * S on.
-    step, best_val_loss = trainer["step"], trainer["best_val_loss"]
+    # 5) The loop. The next step reads the S sequences from now.next_seq on.
+    now = progress_of(trainer)
+    done_at = now.step if trainer["folder"] else None  # the step that was evaluated and saved before
+    stopped_by = ""
 
-    def load(step: int) -> tuple[int, torch.Tensor, torch.Tensor, int]:
-        """This rank's part of a step's S sequences: the first one's number, inputs, targets, number of targets."""
-        first = plan.first_seq(step, here.rank)
+    def load(next_seq: int) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """This rank's part of a step's S sequences: the first one's number, inputs, targets, and what adds up over the
+        ranks: the number of targets, and a hash of which window was read as which sequence."""
+        first = plan.first_seq(next_seq, here.rank)
         x, y = train_order.batch(first, plan.seqs_per_rank)
-        return first, pin(x, here.device), pin(y, here.device), int((y >= 0).sum())
+        batch_hash = sum(zlib.crc32(row.tobytes(), first + i) for i, row in enumerate(y))
+        sums = np.array([(y >= 0).sum(), batch_hash])
+        return first, pin(x, here.device), pin(y, here.device), pin(sums, here.device)
 
-    batches = prefetch(load, range(step, config.max_iters))
-    resumed_at = step if trainer["folder"] else None  # evaluated and saved before
-    while True:
-        is_last = step == config.max_iters
+    batches = prefetch(load, itertools.count(now.next_seq, plan.seqs_per_step))
+    with distributed.stop_requests() as asked:
+        while True:
+            is_last = now.step == config.max_iters
 
-        # Once in a while: evaluate (all ranks).
-        evaluated = (step % config.eval_interval == 0 or is_last) and step != resumed_at
-        is_best = False
-        if evaluated:
-            with report.excluded():
-                # Checkpoints are compared on the same windows each time; the number that counts at the end is the
-                # loss over the whole split.
-                losses = evaluate(sample_orders)
-                val_loss = losses["val/loss"]
-                is_best = val_loss < (math.inf if best_val_loss is None else best_val_loss)
-                best_val_loss = val_loss if is_best else best_val_loss
-                line = f"step {step}: {describe_losses(losses)}"
-                if is_last and not all(order.is_whole for order in sample_orders.values()):
-                    losses = evaluate(whole_orders) | {"val/sampled_loss": val_loss}
-                    num_windows = sum(len(order) for order in sample_orders.values())
-                    line += f" on {num_windows} windows, {describe_losses(losses)} on the whole validation split"
-                report.say(line)
-                report.record({"step": step, "tokens": step * tokens_per_step, **losses,
-                               "elapsed_s": report.elapsed_s()})
+            # Once in a while: evaluate (all ranks).
+            evaluated = (now.step % config.eval_interval == 0 or is_last) and now.step != done_at
+            is_best = False
+            if evaluated:
+                with report.excluded():
+                    # Checkpoints are compared on the same windows each time; the number that counts at the end is the
+                    # loss over the whole split.
+                    losses = evaluate(sample_orders)
+                    val_loss = losses["val/loss"]
+                    if not now.bad_steps and (now.best_val_loss is None or val_loss < now.best_val_loss):
+                        is_best, now.best_val_loss = True, val_loss
+                    line = f"step {now.step}: {describe_losses(losses)}"
+                    if is_last and not all(order.is_whole for order in sample_orders.values()):
+                        losses = evaluate(whole_orders) | {"val/sampled_loss": val_loss}
+                        num_windows = sum(len(order) for order in sample_orders.values())
+                        line += f" on {num_windows} windows, {describe_losses(losses)} on the whole validation split"
+                    report.say(line)
+                    report.record({"step": now.step, "tokens": now.step * tokens_per_step, **losses,
+                                   "elapsed_s": report.elapsed_s()})
 
-        # Once in a while: save (rank 0).
-        periodic = evaluated and config.run.always_save_checkpoint
-        if config.run.save_interval:
-            periodic = step % config.run.save_interval == 0
-        due = is_last or (step > 0 and (is_best or periodic))
-        if due and step != resumed_at and here.rank == 0:
-            with report.excluded():
-                state = {"step": step, "next_seq": step * plan.seqs_per_step, "tokens": step * tokens_per_step,
-                         "best_val_loss": best_val_loss, "scaler": scaler.state_dict(), "seed": config.seed,
-                         "micro_batch": plan.micro_batch, "world_size": here.world_size,
-                         "elapsed_s": report.elapsed_s(), **identity, "options": options,
-                         "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
-                saved = run.save(model, optimizer, data.tokenizer, state, is_best, config.run.keep_last)
-                report.say(f"step {step}: saved {saved}{' (best so far)' if is_best else ''}")
-        if is_last:
-            break
+            # Once in a while: save (all ranks hand in their part, rank 0 writes). Not amid bad steps: what is saved is
+            # what the run may have to go back to.
+            periodic = evaluated and config.run.always_save_checkpoint
+            if config.run.save_interval:
+                periodic = now.step % config.run.save_interval == 0
+            due = is_last or stopped_by or (now.step > 0 and (is_best or periodic) and not now.bad_steps)
+            if due and now.step != done_at and stopped_by != SAVING_FAILS:
+                with report.excluded():
+                    run.save(model, optimizer, data.tokenizer, asdict(now) | {
+                        "tokens": now.step * tokens_per_step, "scaler": scaler.state_dict(), "judge": asdict(judge),
+                        "seed": config.seed, "micro_batch": plan.micro_batch, "world_size": here.world_size,
+                        "elapsed_s": report.elapsed_s(), **identity, "options": options,
+                        "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}, is_best, here)
+            if is_last or stopped_by:
+                break
 
-        # Every step: this rank's part of the next S sequences, read ahead by a thread, in micro-batches.
-        first, x, y, num_targets = next(batches)
-        num_targets = distributed.sum_over_ranks(num_targets, here)
-        x, y = x.to(here.device, non_blocking=True), y.to(here.device, non_blocking=True)
-        step_loss = torch.zeros((), device=here.device)
-        for start in range(0, len(x), plan.micro_batch):
-            rows = slice(start, start + plan.micro_batch)
-            if model.config.dropout:
-                torch.manual_seed(derive_seed(config.seed, "dropout", first + start))
-            # Gradients meet over the ranks once, in the last backward pass.
-            wrapped.require_backward_grad_sync = rows.stop >= len(x)
-            with here.autocast():
-                _, loss = wrapped(x[rows], y[rows], num_targets)
-            # The loss is this micro-batch's share of the global mean; times W, because the ranks' gradients are
-            # averaged where they should be summed.
-            scaler.scale(loss * here.world_size).backward()
-            step_loss += loss.detach()
+            # Every step: this rank's part of the next S sequences, read ahead by a thread, in micro-batches.
+            first, x, y, sums = next(batches)
+            x, y, sums = (tensor.to(here.device, non_blocking=True) for tensor in (x, y, sums))
+            num_targets, batch_hash = distributed.sum_over_ranks(sums, here)
+            step_loss = torch.zeros((), device=here.device)
+            for start in range(0, len(x), plan.micro_batch):
+                rows = slice(start, start + plan.micro_batch)
+                if model.config.dropout:
+                    torch.manual_seed(derive_seed(config.seed, "dropout", first + start))
+                # Gradients meet over the ranks once, in the last backward pass.
+                distributed.set_gradient_sync(wrapped, rows.stop >= len(x))
+                with here.autocast():
+                    _, loss = wrapped(x[rows], y[rows], num_targets)
+                # The loss is this micro-batch's share of the global mean; times W, because the ranks' gradients are
+                # averaged where they should be summed.
+                scaler.scale(loss * here.world_size).backward()
+                step_loss += loss.detach()
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip or float("inf"))
 
-        lr = optim.learning_rate(step, config.optim)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip or float("inf"))
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        report.count(tokens_per_step)
+            # The one place where a step waits for the device: all that the ranks have to decide alike, in one piece.
+            reason = why_stop(asked, config, run, here)
+            parts = torch.stack([step_loss, distributed.whole(norm) / here.world_size,
+                                 torch.full_like(step_loss, bool(reason))])
+            mean_loss, norm, num_stops = distributed.sum_over_ranks(parts, here).tolist()
+            # A float16 gradient that overflows is the scaler's to skip: it tries again at a lower scale.
+            overflow = scaler.is_enabled() and not math.isfinite(norm) and scaler.get_scale() > 1
+            fault = "" if overflow else judge.fault(mean_loss, norm, config.optim.spike_sigma)
 
-        # Once in a while: report. This is the one place where the loop waits for the device.
-        if step % config.log.log_interval == 0 or step == 1:
-            mean_loss, norm = torch.stack([distributed.sum_over_ranks(step_loss, here), grad_norm]).tolist()
-            report.train(step, step * tokens_per_step, mean_loss, norm, lr)
+            lr = optim.learning_rate(now.step, config.optim)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            if not fault:
+                scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            now.step, now.next_seq = now.step + 1, now.next_seq + plan.seqs_per_step
+            now.bad_steps, now.skipped = (now.bad_steps + 1, now.skipped + 1) if fault else (0, now.skipped)
+            report.count(tokens_per_step)
+            run.settle(wait=False)
+            if num_stops:
+                stopped_by = next(filter(None, distributed.gather(reason, here)))
+
+            # Once in a while: report.
+            if now.step % config.log.log_interval == 0 or now.step == 1 or fault:
+                report.train(now.step, now.step * tokens_per_step, mean_loss, norm, lr, int(batch_hash), now.skipped,
+                             fault)
+
+            # Hardly ever: back to the last good checkpoint, and on with the data behind what was bad.
+            if now.bad_steps == config.optim.max_bad_steps:
+                trainer = distributed.on_rank0(partial(go_back, run, now, fault), here)
+                load_weights(trainer["folder"], model, here)
+                load_training_state(trainer, model, optimizer, scaler, judge, here)
+                now = replace(progress_of(trainer), next_seq=now.next_seq, skipped=now.skipped,
+                              rollbacks=now.rollbacks + 1)
+                done_at = now.step
+                report.went_back(now.step, f"{config.optim.max_bad_steps} bad steps in a row")
+
+    distributed.on_rank0(run.finish, here)
     report.close()
-    report.say(f"done. Read what it writes: python sample.py --out_dir={config.run.out_dir}")
+    if stopped_by:
+        report.say(f"stopped by {stopped_by} at step {now.step:,}, and saved: the same command goes on from there")
+    else:
+        report.say(f"done. Read what it writes: python sample.py --out_dir={config.run.out_dir}")
+    return stopped_by
 
 
 def check_options(config: TrainConfig) -> None:
@@ -236,12 +305,17 @@ def check_options(config: TrainConfig) -> None:
         ("log_interval", config.log.log_interval, config.log.log_interval > 0, "positive"),
         ("save_interval", config.run.save_interval, config.run.save_interval >= 0, "0 or more"),
         ("keep_last", config.run.keep_last, config.run.keep_last >= 0, "0 or more"),
+        ("keep_every", config.run.keep_every, config.run.keep_every >= 0, "0 or more"),
+        ("max_minutes", config.max_minutes, config.max_minutes >= 0, "0 or more"),
+        ("timeout_s", config.parallel.timeout_s, config.parallel.timeout_s > 0, "positive"),
         ("learning_rate", o.learning_rate, o.learning_rate > 0, "positive"),
         ("min_lr", o.min_lr, o.min_lr >= 0, "0 or more"),
         ("beta1", o.beta1, 0 <= o.beta1 < 1, "at least 0 and below 1"),
         ("beta2", o.beta2, 0 <= o.beta2 < 1, "at least 0 and below 1"),
         ("grad_clip", o.grad_clip, o.grad_clip >= 0, "0 or more"),
         ("weight_decay", o.weight_decay, o.weight_decay >= 0, "0 or more"),
+        ("spike_sigma", o.spike_sigma, o.spike_sigma >= 0, "0 or more"),
+        ("max_bad_steps", o.max_bad_steps, o.max_bad_steps > 0, "positive"),
     ) if not ok]
     if config.run.overwrite and config.run.resume != "never":
         faults.append("overwrite=True needs resume=never, which says that the old run is to go")
@@ -249,16 +323,31 @@ def check_options(config: TrainConfig) -> None:
         raise ValueError("; ".join(faults))
 
 
-def find_start(config: TrainConfig, run: RunFolder, report: Reporter) -> dict[str, Any]:
+def find_start(config: TrainConfig, run: RunFolder, here: Job) -> dict[str, Any]:
     """The trainer's state to start from, with `folder`, the checkpoint that it and the weights come from, or None.
 
-    An evaluation of other weights (eval_only with init_from) does not look at the run. Raises ValueError or OSError.
+    Rank 0 looks, the others hear of it. An evaluation of other weights (eval_only with init_from) does not look at the
+    run. Raises ValueError or OSError.
     """
-    fresh = {"folder": None, "step": 0, "best_val_loss": None, "scaler": None, "elapsed_s": 0.0}
+    fresh = asdict(Progress()) | {"folder": None, "scaler": None, "judge": {}, "elapsed_s": 0.0}
     if config.eval_only and config.init_from != "scratch":
         return fresh
-    folder = run.find(config.run, lock=not config.eval_only, warn=report.say)
-    return fresh | checkpoint.read_trainer(folder) | {"folder": str(folder)} if folder else fresh
+    # Without a shared disk the run is on rank 0's, and torchrun may have given that rank to another node.
+    newest = distributed.gather(max(map(checkpoint.step_of, run.steps()), default=-1), here)
+    if config.run.resume != "never" and max(newest) > newest[0]:
+        raise ValueError(f"rank {newest.index(max(newest))} has a newer checkpoint in {run.path} (step {max(newest)}) "
+                         f"than rank 0 ({f'step {newest[0]}' if newest[0] >= 0 else 'none'}), which is the one that is "
+                         "read: copy the folder to rank 0's node, or share it")
+
+    def look() -> dict[str, Any]:
+        folder = run.find(lock=not config.eval_only)
+        return fresh | checkpoint.read_trainer(folder) | {"folder": str(folder)} if folder else fresh
+
+    return distributed.on_rank0(look, here)
+
+
+def progress_of(trainer: Mapping[str, Any]) -> Progress:
+    return Progress(**{f.name: trainer[f.name] for f in fields(Progress)})
 
 
 def check_same_run(config: TrainConfig, trainer: Mapping[str, Any], now: Mapping[str, Any], report: Reporter) -> None:
@@ -336,15 +425,50 @@ def adapt(model: GPT, config: TrainConfig, given: Mapping[str, str], data: Mixtu
     return model
 
 
-def build_optimizer(config: TrainConfig, model: GPT, trainer: Mapping[str, Any], here: Job) -> torch.optim.Optimizer:
-    """AdamW, with the checkpoint's state where there is one: rank 0 reads it, the others get it from there."""
-    optimizer = optim.build_optimizer(model, config.optim)
-    if trainer["step"]:
-        state = checkpoint.read_optimizer(trainer["folder"]) if here.rank == 0 else None
-        optim.load_optimizer_state(optimizer, model, state)
-        distributed.broadcast_tensors(optim.optimizer_state(optimizer, model).values(), here)
-    return optimizer
+def load_weights(folder: str, model: GPT, here: Job) -> None:
+    """Overwrite a model, however it lies over the ranks, with a checkpoint's weights: rank 0 reads."""
+    state = GPT.from_pretrained(folder).state_dict() if here.rank == 0 else {}
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            value = state.get(name, torch.empty(p.shape)).to(here.device, copy=True)
+            p.copy_(distributed.from_rank0(value, p, here))
+
+
+def load_training_state(trainer: Mapping[str, Any], model: GPT, optimizer: torch.optim.Optimizer,
+                        scaler: torch.amp.GradScaler, judge: StepJudge, here: Job) -> None:
+    """Bring all but the weights to where a checkpoint has it: rank 0 reads, the others get it from there."""
+    state = checkpoint.read_optimizer(trainer["folder"]) if here.rank == 0 else None
+    optim.load_optimizer_state(optimizer, model, state, partial(distributed.from_rank0, here=here))
+    if trainer["scaler"]:
+        scaler.load_state_dict(trainer["scaler"])
+    vars(judge).update(trainer["judge"])
+
+
+def why_stop(asked: list[str], config: TrainConfig, run: RunFolder, here: Job) -> str:
+    """What asks this rank to end the run after the step under way, or ""."""
+    if asked:
+        return asked[0]
+    if run.gave_up:
+        return SAVING_FAILS
+    if here.rank == 0 and config.max_minutes and distributed.minutes_since_launch() >= config.max_minutes:
+        return f"max_minutes={config.max_minutes:g}"
+    return ""
+
+
+def go_back(run: RunFolder, now: Progress, fault: str) -> dict[str, Any]:
+    """The state of the last checkpoint that was not saved amid bad steps. Raises ValueError, a report of how the run
+    diverged, when there is none, or when going back has not helped."""
+    run.settle()
+    folder = run.newest_valid(lambda folder: not checkpoint.read_trainer(folder)["bad_steps"])
+    if folder is None or now.rollbacks == MAX_ROLLBACKS:
+        helped = f"going back {now.rollbacks} times did not help" if folder else "there is no checkpoint to go back to"
+        raise ValueError(
+            f"the run diverges: {now.bad_steps} bad steps in a row up to step {now.step} (the last one: {fault}), "
+            f"{now.skipped} in all, and {helped}. What was saved is intact"
+            + (f", {folder} is the newest of it" if folder else "")
+            + ". Lower --learning_rate, lengthen --warmup_iters, try --dtype=bfloat16 or float32, or look at the data")
+    return checkpoint.read_trainer(folder) | {"folder": str(folder)}
 
 
 if __name__ == "__main__":
-    settings.run(main)
+    settings.run(record(main))

@@ -1,0 +1,63 @@
+"""Which device, and which number type for its matrix products: what `auto` means, and what a device has.
+
+Owns the options that name a device. Nothing here knows about several processes, except that each has a GPU of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class DeviceConfig:
+    """Where and in what numbers"""
+
+    device: str = "auto"  # cuda, cuda:1, mps, cpu; auto = the best there is
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto = bfloat16 if native
+    deterministic: bool = False  # the same bits on every run on CUDA too, for some speed (a CPU always gives them)
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device called `name`; `auto` and `cuda` mean this process's own GPU. Raises ValueError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise ValueError(f"device={name!r} is not a device: use cuda, cuda:N, mps, cpu or auto")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={name!r}, but this machine (or this build of torch) has no CUDA: use --device=cpu")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", local_rank)
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+        raise ValueError(f"there is no {device} here, only {torch.cuda.device_count()} GPUs: start no more "
+                         "processes a node than it has GPUs (--nproc_per_node)")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device={name!r}, but this machine has no MPS: use --device=cpu")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """bfloat16 where the device computes it natively, float16 on older CUDA cards, else float32."""
+    if name != "auto":
+        if name == "float16" and device.type == "cpu":
+            raise ValueError("dtype=float16 is a hundred times slower than float32 on a CPU: use float32 or bfloat16")
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return torch.bfloat16
+    return torch.float32
+
+
+def memory_bytes(device: torch.device) -> int:
+    """All the memory of a GPU; of the machine for everything else."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

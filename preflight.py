@@ -1,0 +1,97 @@
+"""What a run will take, said before its first step: memory, disk, the links between the ranks; and what will fail.
+
+The estimates count what grows with the model and the batch, and are meant to be right within a few tens of percent:
+enough to see on the first screen that a run cannot end well.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import distributed
+import model as gpt
+from checkpoint import RunFolder
+from data import BatchPlan
+from device import memory_bytes
+from distributed import Job
+from model import GPT
+
+
+def report(model: GPT, plan: BatchPlan, run: RunFolder, steps_between_saves: int, max_iters: int,
+           here: Job) -> Iterator[str]:
+    """Lines for people, those that begin with "warning:" about what will fail; every rank has to take part."""
+    num_params = model.num_params(non_embedding=False)
+    how = f", {here.parallel}" if here.world_size > 1 else ""
+    yield f"{num_params:,} parameters, {here.dtype} on {here.world_size} x {here.device.type}{how}"
+
+    state, activations = state_bytes(model, here), activation_bytes(model, plan.micro_batch, here)
+    there = memory_bytes(here.device)
+    if here.device.type == "cpu":
+        there //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    yield (f"memory a process: about {size(state + activations)} of {size(there)} (weights, gradients and AdamW's "
+           f"means {size(state)}, a micro-batch {size(activations)})")
+    if state + activations > there:
+        yield ("warning: that will not fit: lower --batch_size, or try --activation_checkpointing=True or "
+               "--parallel=fsdp")
+
+    checkpoint, free = 12 * num_params, free_bytes(run.path)  # float32 weights and AdamW's two means
+    kept = checkpoints_kept(run, steps_between_saves, max_iters)
+    yield (f"disk: {size(checkpoint)} a checkpoint, at most {kept} of them at a time, {size(free)} free for {run.path}")
+    if checkpoint * (kept - len(run.steps())) > free:
+        yield "warning: the disk will be full before the end: lower --keep_last, or choose another --out_dir"
+
+    if here.world_size > 1:
+        speed = distributed.bandwidth(here, min(4 * num_params, 100_000_000))
+        yield f"all-reduce: {size(speed)}/s from each of {here.world_size} ranks"
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and os.environ.get(
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
+        yield ("warning: torchrun's restarts can hang on stale addresses: start it with "
+               "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment")
+
+
+def state_bytes(model: GPT, here: Job) -> int:
+    """Of weights, gradients and AdamW's means, in float32, on one rank."""
+    total = 16 * sum(p.numel() for p in model.parameters())
+    if here.world_size > 1 and here.parallel == "fsdp":
+        largest = max(sum(p.numel() for p in block.parameters()) for block in model.h)
+        return total // here.world_size + 8 * (largest + model.wte.weight.numel())  # what is gathered at a time
+    return total
+
+
+def activation_bytes(model: GPT, micro_batch: int, here: Job) -> int:
+    """Of what a micro-batch keeps for its backward pass, and of the largest chunk of logits."""
+    c = model.config
+    rows = micro_batch * c.block_size
+    # A block keeps the inputs of both norms (float32), and 15 C values a position in the type of the products: both
+    # norms' outputs, q, k and v, attention's output twice, the MLP's hidden layer before and after its activation.
+    block = rows * c.n_embd * (2 * 4 + 15 * (4 if here.dtype == torch.float32 else 2))
+    blocks = c.n_layer * block
+    if model.activation_checkpointing:
+        blocks = c.n_layer * rows * c.n_embd * 4 + block
+    chunk = gpt.LOGITS_CHUNK_ELEMENTS_CUDA if here.device.type == "cuda" else gpt.LOGITS_CHUNK_ELEMENTS
+    head = 4 * (model.wte.weight.numel() + 2 * min(chunk, rows * c.padded_vocab_size))  # gradient, logits, softmax
+    return blocks + head
+
+
+def checkpoints_kept(run: RunFolder, steps_between_saves: int, max_iters: int) -> int:
+    """The most that lie in the run folder at a time, with the best one and the one that is being written."""
+    saves, nth = max_iters // max(1, steps_between_saves) + 1, 0
+    if run.config.keep_every:
+        nth = max_iters // run.config.keep_every
+    return min(saves, run.config.keep_last + nth + 2) if run.config.keep_last else saves
+
+
+def free_bytes(folder: Path) -> int:
+    """On the disk that a folder lies on, or will."""
+    folder = folder.absolute()
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+
+
+def size(num_bytes: float) -> str:
+    """1.5 GB, 23 MB."""
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.0f} MB"
