@@ -1,5 +1,6 @@
 # make demo      prepare a small corpus, train a small model on it, read what it writes (a few minutes on a laptop)
 # make test      lint, tests, and the README's commands
+# make soak      every way to kill, hang and starve a run that the tests know (half an hour on two cores)
 # make install   .venv with all that the program and the tests need
 # Each makes .venv first where it is missing. PYTHON=python3.12 picks another interpreter, 3.10 or newer.
 
@@ -7,7 +8,7 @@ PYTHON ?= python3
 PY = .venv/bin/python
 ARGS =
 
-.PHONY: demo test install lint
+.PHONY: demo test soak install lint
 
 demo: .venv/.run
 	$(PY) prepare_data.py python_stdlib
@@ -16,6 +17,9 @@ demo: .venv/.run
 
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
+
+soak: .venv/.dev
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal -m "soak or not soak" tests/test_faults.py tests/test_distributed.py
 
 lint: .venv/.dev
 	$(PY) -m ruff check .

@@ -26,7 +26,8 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +42,7 @@ import optim
 import weights
 from distributed import Job
 from model import GPT, GPTConfig
+from optim import StepJudge
 from tokenizer import Tokenizer
 
 MAX_FAILED_SAVES = 3  # in a row; then a run stops
@@ -82,13 +84,29 @@ def verify(folder: Path) -> None:
             raise ValueError(f"checkpoint {folder} is damaged: {name} is not what was saved (its checksum differs)")
 
 
-class RunFolder:
-    """The folder `config.out_dir`; `say` gets what there is to tell a person."""
+@dataclass
+class Progress:
+    """The numbers that a run goes on from; trainer.json holds them."""
 
-    def __init__(self, config: RunConfig, say: Callable[[str], None] = print):
+    step: int = 0  # updates, skipped ones included
+    next_seq: int = 0  # number of the first sequence of the next step
+    best_val_loss: float | None = None
+    bad_steps: int = 0  # skipped updates in a row
+    skipped: int = 0  # skipped updates of the whole run
+    rollbacks: int = 0
+
+    @classmethod
+    def of(cls, trainer: Mapping[str, Any]) -> Progress:
+        return cls(**{f.name: trainer[f.name] for f in fields(cls)})
+
+
+class RunFolder:
+    """The folder `config.out_dir`; `say` gets what there is to tell a person. Rank 0 alone reads and writes in it."""
+
+    def __init__(self, config: RunConfig, here: Job, say: Callable[[str], None] = print):
         self.config, self.path = config, Path(config.out_dir)
         self.checkpoints = self.path / "checkpoints"
-        self._say = say
+        self._here, self._say = here, say
         self._lock = FileLock(self.path / ".lock")
         self._host: tuple[State, State] = {}, {}  # the copies of weights and optimiser, used again by each save
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="save")
@@ -101,6 +119,26 @@ class RunFolder:
     def __exit__(self, *exception: object) -> None:
         self._writer.shutdown()  # waits: a save that is under way is not given up
         self._lock.release(force=True)
+
+    def start(self, lock: bool) -> dict[str, Any]:
+        """The trainer's state to start from, the same on every rank, with `folder`, the checkpoint that it and the
+        weights come from, or None. Raises as `find` does, and ValueError when rank 0's is not the newest checkpoint."""
+        # Without a shared disk the run lies on rank 0's, and torchrun may have given that rank to another node.
+        newest = distributed.gather(max(map(step_of, self.steps()), default=-1), self._here)
+        if self.config.resume != "never" and max(newest) > newest[0]:
+            there = f"that of step {newest[0]}" if newest[0] >= 0 else "none"
+            raise ValueError(f"rank {newest.index(max(newest))} has step {max(newest)}'s checkpoint in {self.path}, and "
+                             f"rank 0, whose are read, has {there}: copy the folder to rank 0's node, or share it")
+
+        def look() -> dict[str, Any]:
+            folder = self.find(lock)
+            return self.state_in(folder) if folder else fresh_state()
+
+        return distributed.on_rank0(look, self._here)
+
+    def state_in(self, folder: Path) -> dict[str, Any]:
+        """What a checkpoint's trainer.json says, and `folder`."""
+        return fresh_state() | read_trainer(folder) | {"folder": str(folder)}
 
     def find(self, lock: bool) -> Path | None:
         """The checkpoint that `resume` means, None for a new run; makes nothing. With `lock`, a folder that holds a
@@ -163,14 +201,14 @@ class RunFolder:
         return None
 
     def save(self, model: GPT, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer | None, trainer: dict[str, Any],
-             is_best: bool, here: Job) -> None:
+             is_best: bool) -> None:
         """Begin to save the checkpoint of trainer["step"], once the one before is written; `settle` says how it went.
 
         Every rank has to take part, since each may hold a part of the state; rank 0 writes."""
         self.settle()
         for live, host in zip((model.state_dict(), optim.optimizer_state(optimizer, model)), self._host):
-            _copy_to_host(live, host, here)
-        if here.rank == 0:
+            _copy_to_host(live, host, self._here)
+        if self._here.rank == 0:
             self._saving = trainer["step"]
             self._writing = self._writer.submit(self._write, model.config, tokenizer, trainer, is_best)
 
@@ -256,6 +294,33 @@ class RunFolder:
 
 def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
+
+
+def fresh_state() -> dict[str, Any]:
+    """The trainer's state of a run that begins."""
+    return asdict(Progress()) | {"folder": None, "scaler": None, "judge": {}, "elapsed_s": 0.0}
+
+
+def load_weights(folder: str, model: GPT, here: Job) -> None:
+    """Overwrite a model, however it lies over the ranks, with a checkpoint's weights: rank 0 reads."""
+    state = GPT.from_pretrained(folder).state_dict() if here.rank == 0 else {}
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            value = state.get(name, torch.empty(p.shape)).to(here.device, copy=True)
+            p.copy_(distributed.from_rank0(value, p, here))
+
+
+def load_training_state(trainer: Mapping[str, Any], model: GPT, optimizer: torch.optim.Optimizer,
+                        scaler: torch.amp.GradScaler, judge: StepJudge, here: Job) -> None:
+    """Bring all but the weights to where a checkpoint has it: rank 0 reads, the others get it from there."""
+    state = read_optimizer(trainer["folder"]) if here.rank == 0 else None
+    if distributed.on_rank0(lambda: bool(state), here):
+        optim.load_optimizer_state(optimizer, model, state, partial(distributed.from_rank0, here=here))
+    else:  # no update was made before that checkpoint
+        optimizer.state.clear()
+    if trainer["scaler"]:
+        scaler.load_state_dict(trainer["scaler"])
+    vars(judge).update(trainer["judge"])
 
 
 def read_trainer(folder: str | Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -307,6 +308,15 @@ class MixedOrder:
         return rows[:, :-1], rows[:, 1:]
 
 
+def describe_epochs(data: Mixture, order: MixedOrder) -> str:
+    """has 12,000 sequences, or the share and the epoch of each data set of a mixture."""
+    lengths = [int(each.cut(0)[1].sum()) for each in order.orders]
+    if len(lengths) == 1:
+        return f"has {lengths[0]:,} sequences"
+    return "has, of " + "; of ".join(f"{name} ({share:.1%}), {length:,} sequences"
+                                     for name, share, length in zip(data.datasets, data.shares, lengths))
+
+
 class EvalOrder:
     """`num_seqs` windows evenly spaced over a split, 0 = all of them: the same for any W, micro-batch and step.
 
@@ -355,6 +365,18 @@ def prefetch(make: Callable[[int], T], arguments: Iterable[int], depth: int = 2)
                 yield value
         finally:
             thread.shutdown(cancel_futures=True)
+
+
+def read_step(order: MixedOrder, plan: BatchPlan, rank: int, device: torch.device,
+              next_seq: int) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A rank's part of the step whose S sequences begin at `next_seq`: the first one's number, inputs and targets,
+    (S / W, T) int64 each, and two int64 that add up over the ranks: the number of targets, and a hash of which window
+    was read as which sequence."""
+    first = plan.first_seq(next_seq, rank)
+    x, y = order.batch(first, plan.seqs_per_rank)
+    batch_hash = sum(zlib.crc32(row.tobytes(), first + i) for i, row in enumerate(y))
+    sums = np.array([(y >= 0).sum(), batch_hash])
+    return first, pin(x, device), pin(y, device), pin(sums, device)
 
 
 def pin(array: np.ndarray, device: torch.device) -> torch.Tensor:

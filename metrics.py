@@ -103,6 +103,13 @@ def validation_losses(model: GPT, orders: Mapping[str, EvalOrder], shares: list[
     return {"val/loss": mean, **each}
 
 
+def describe_losses(losses: Mapping[str, float]) -> str:
+    """val loss 3.2000, or val loss 3.2000 (a 3.1000, b 3.4000) for a mixture."""
+    prefix = "val/loss/"
+    each = [f"{key.removeprefix(prefix)} {loss:.4f}" for key, loss in losses.items() if key.startswith(prefix)]
+    return f"val loss {losses['val/loss']:.4f}" + (f" ({', '.join(each)})" if each else "")
+
+
 class Reporter:
     """Rank 0's mouth: `say` writes a line for people, `record` one of metrics.jsonl. Silent on the other ranks."""
 
@@ -182,6 +189,17 @@ class Reporter:
             self.say(f"step {step}/{self._max_iters}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.2f}, "
                      f"{ms_per_step:.1f} ms, {tokens_per_sec:,.0f} tok/s, "
                      f"mfu {'unknown' if mfu is None else format(mfu, '.1%')}")
+
+    def validation(self, step: int, tokens: int, losses: dict[str, float], sampled: dict[str, float] | None) -> None:
+        """Report the losses of an evaluation (`validation_losses`); when they are of the whole split, with those of the
+        windows that earlier evaluations read beside them."""
+        line = f"step {step}: "
+        if sampled is not None:
+            line += f"{describe_losses(sampled)} on a sample, "
+        self.say(line + describe_losses(losses) + (" on the whole validation split" if sampled is not None else ""))
+        if sampled is not None:
+            losses = losses | {"val/sampled_loss": sampled["val/loss"]}
+        self.record({"step": step, "tokens": tokens, **losses, "elapsed_s": self.elapsed_s()})
 
     def went_back(self, step: int, reason: str) -> None:
         """The run goes on from `step`, an earlier one than before: forget what was reported since."""

@@ -1,4 +1,5 @@
-"""What a run will take, said before its first step: memory, disk, the links between the ranks; and what will fail.
+"""What a run will take, said before its first step: tokens, memory, disk, the links between the ranks; and what will
+fail.
 
 The estimates count what grows with the model and the batch, and are meant to be right within a few tens of percent:
 enough to see on the first screen that a run cannot end well.
@@ -22,12 +23,14 @@ from distributed import Job
 from model import GPT
 
 
-def report(model: GPT, plan: BatchPlan, run: RunFolder, steps_between_saves: int, max_iters: int,
+def report(model: GPT, plan: BatchPlan, epochs: str, run: RunFolder, steps_between_saves: int, max_iters: int,
            here: Job) -> Iterator[str]:
     """Lines for people, those that begin with "warning:" about what will fail; every rank has to take part."""
-    num_params = model.num_params(non_embedding=False)
+    num_params, block_size = model.num_params(non_embedding=False), model.config.block_size
     how = f", {here.parallel}" if here.world_size > 1 else ""
     yield f"{num_params:,} parameters, {here.dtype} on {here.world_size} x {here.device.type}{how}"
+    yield (f"{plan.seqs_per_step * block_size:,} tokens a step = {plan.accumulation_steps} micro-batches x "
+           f"{plan.micro_batch} sequences x {block_size} tokens x {here.world_size} ranks; an epoch {epochs}")
 
     state, activations = state_bytes(model, here), activation_bytes(model, plan.micro_batch, here)
     there = memory_bytes(here.device)

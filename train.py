@@ -18,14 +18,12 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -35,7 +33,7 @@ import files
 import optim
 import preflight
 import settings
-from checkpoint import RunConfig, RunFolder
+from checkpoint import Progress, RunConfig, RunFolder
 from data import (
     DataConfig,
     EvalOrder,
@@ -43,14 +41,15 @@ from data import (
     Mixture,
     TrainOrder,
     derive_seed,
+    describe_epochs,
     open_mixture,
-    pin,
     plan_batches,
     prefetch,
+    read_step,
 )
 from device import DeviceConfig
 from distributed import Job, ParallelConfig
-from metrics import LogConfig, Reporter, validation_losses
+from metrics import LogConfig, Reporter, describe_losses, validation_losses
 from model import GPT, GPTConfig
 from optim import OptimConfig, StepJudge
 
@@ -90,18 +89,6 @@ class TrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
-@dataclass
-class Progress:
-    """The numbers that a run goes on from; trainer.json holds them."""
-
-    step: int = 0  # updates, skipped ones included
-    next_seq: int = 0  # number of the first sequence of the next step
-    best_val_loss: float | None = None
-    bad_steps: int = 0  # skipped updates in a row
-    skipped: int = 0  # skipped updates of the whole run
-    rollbacks: int = 0
-
-
 def main(argv: list[str]) -> None:
     config, given = settings.parse(TrainConfig, argv, usage=__doc__)
     if config.init_from == "resume":
@@ -109,7 +96,7 @@ def main(argv: list[str]) -> None:
     check_options(config)
     with distributed.job(config.where, config.parallel) as here:
         report = Reporter(Path(config.run.out_dir), config.log, config.max_iters, here)
-        with RunFolder(config.run, report.say) as run:
+        with RunFolder(config.run, here, report.say) as run:
             stopped_by = train(config, given, run, report, here)
     if stopped_by:
         sys.exit(UNFINISHED)
@@ -120,24 +107,24 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     # 1) The data. What is wrong with it, the options or the run folder is said before anything is written.
     data = open_mixture(config.data.dataset, config.model.vocab_size, config.data.tokenizer)
     train_splits, val_splits = data.splits("train"), data.splits("val")
-    options = settings.flatten(config)
-    distributed.check_agreement(options | {"the code": files.code_fingerprint(), "the data": data.fingerprint,
-                                           "torch": torch.__version__}, here)
+    distributed.check_agreement(settings.flatten(config) | {
+        "the code": files.code_fingerprint(), "the data": data.fingerprint, "torch": torch.__version__}, here)
 
-    # 2) Where the run stands: rank 0 looks into the run folder, and the others hear of it.
-    trainer = find_start(config, run, here)
+    # 2) Where the run stands: rank 0 looks into the run folder, and the others hear of it. An evaluation of other
+    # weights does not look at it.
+    elsewhere = config.eval_only and config.init_from != "scratch"
+    trainer = checkpoint.fresh_state() if elsewhere else run.start(lock=not config.eval_only)
 
     # 3) The model: weights from the run's checkpoint, from elsewhere, or fresh. Then the batch, which needs its shape.
     model = build_model(config, given, data, trainer["folder"], here)
     if config.init_from != "scratch":
         adopt_shape(config, given, model)
-    plan = plan_batches(config.data, given, config.model.block_size, here.world_size)
+    block_size, options = model.config.block_size, settings.flatten(config)
+    plan = plan_batches(config.data, given, block_size, here.world_size)
     identity = {"data_fingerprint": data.fingerprint, "data_vocab_size": data.vocab_size,
                 "seqs_per_step": plan.seqs_per_step}
-    options = settings.flatten(config)  # with the shape that was adopted
     if trainer["folder"]:
         check_same_run(config, trainer, options | identity, report)
-    block_size = model.config.block_size
     train_order = MixedOrder([TrainOrder(split, block_size, config.seed) for split in train_splits.values()],
                              data.shares)
     sample_orders, whole_orders = ({name: EvalOrder(split, block_size, num_seqs) for name, split in val_splits.items()}
@@ -153,63 +140,43 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
 
     # 4) The model's outer shells, compiled blocks and the averaging of gradients over the ranks; then the optimiser.
     model.activation_checkpointing = config.activation_checkpointing
-    failure = distributed.compile_blocks(model, config.compile, here, plan.micro_batch)
-    if failure:
+    if failure := distributed.compile_blocks(model, config.compile, here, plan.micro_batch):
         report.say(f"torch.compile failed, going on without it: {failure}")
     wrapped = distributed.wrap(model, here, plan.micro_batch)
-    optimizer = optim.build_optimizer(model, config.optim)
+    optimizer, judge = optim.build_optimizer(model, config.optim), StepJudge()
     scaler = torch.amp.GradScaler(here.device.type, enabled=here.dtype == torch.float16)
-    judge = StepJudge()
     if trainer["folder"]:
-        load_training_state(trainer, model, optimizer, scaler, judge, here)
-    tokens_per_step = plan.seqs_per_step * block_size
-    report.say(f"{tokens_per_step:,} tokens a step = {plan.accumulation_steps} micro-batches x {plan.micro_batch} "
-               f"sequences x {block_size} tokens x {here.world_size} ranks; an epoch "
-               f"{describe_epochs(data, train_order)}")
-    for line in preflight.report(model, plan, run, config.run.save_interval or config.eval_interval, config.max_iters,
+        checkpoint.load_training_state(trainer, model, optimizer, scaler, judge, here)
+    save_interval = config.run.save_interval or config.eval_interval
+    for line in preflight.report(model, plan, describe_epochs(data, train_order), run, save_interval, config.max_iters,
                                  here):
         report.say(line)
     distributed.on_rank0(lambda: run.open(options, is_new=trainer["folder"] is None), here)
     report.start(model, trainer["step"], trainer["elapsed_s"], options)
 
     # 5) The loop. The next step reads the S sequences from now.next_seq on.
-    now = progress_of(trainer)
+    now, tokens_per_step = Progress.of(trainer), plan.seqs_per_step * block_size
+    batches = prefetch(partial(read_step, train_order, plan, here.rank, here.device),
+                       itertools.count(now.next_seq, plan.seqs_per_step))
     done_at = now.step if trainer["folder"] else None  # the step that was evaluated and saved before
     stopped_by = ""
-
-    def load(next_seq: int) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """This rank's part of a step's S sequences: the first one's number, inputs, targets, and what adds up over the
-        ranks: the number of targets, and a hash of which window was read as which sequence."""
-        first = plan.first_seq(next_seq, here.rank)
-        x, y = train_order.batch(first, plan.seqs_per_rank)
-        batch_hash = sum(zlib.crc32(row.tobytes(), first + i) for i, row in enumerate(y))
-        sums = np.array([(y >= 0).sum(), batch_hash])
-        return first, pin(x, here.device), pin(y, here.device), pin(sums, here.device)
-
-    batches = prefetch(load, itertools.count(now.next_seq, plan.seqs_per_step))
     with distributed.stop_requests() as asked:
         while True:
             is_last = now.step == config.max_iters
 
-            # Once in a while: evaluate (all ranks).
+            # Once in a while: evaluate (all ranks). Checkpoints are compared on the same windows each time; the number
+            # that counts at the end is the loss over the whole split.
             evaluated = (now.step % config.eval_interval == 0 or is_last) and now.step != done_at
             is_best = False
             if evaluated:
                 with report.excluded():
-                    # Checkpoints are compared on the same windows each time; the number that counts at the end is the
-                    # loss over the whole split.
-                    losses = evaluate(sample_orders)
-                    val_loss = losses["val/loss"]
-                    if not now.bad_steps and (now.best_val_loss is None or val_loss < now.best_val_loss):
-                        is_best, now.best_val_loss = True, val_loss
-                    line = f"step {now.step}: {describe_losses(losses)}"
+                    losses, sampled = evaluate(sample_orders), None
+                    best = math.inf if now.best_val_loss is None else now.best_val_loss
+                    if losses["val/loss"] < best and not now.bad_steps:
+                        is_best, now.best_val_loss = True, losses["val/loss"]
                     if is_last and not all(order.is_whole for order in sample_orders.values()):
-                        losses = evaluate(whole_orders) | {"val/sampled_loss": val_loss}
-                        num_windows = sum(len(order) for order in sample_orders.values())
-                        line += f" on {num_windows} windows, {describe_losses(losses)} on the whole validation split"
-                    report.say(line)
-                    report.record({"step": now.step, "tokens": now.step * tokens_per_step, **losses,
-                                   "elapsed_s": report.elapsed_s()})
+                        losses, sampled = evaluate(whole_orders), losses
+                    report.validation(now.step, now.step * tokens_per_step, losses, sampled)
 
             # Once in a while: save (all ranks hand in their part, rank 0 writes). Not amid bad steps: what is saved is
             # what the run may have to go back to.
@@ -219,17 +186,16 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
             due = is_last or stopped_by or (now.step > 0 and (is_best or periodic) and not now.bad_steps)
             if due and now.step != done_at and stopped_by != SAVING_FAILS:
                 with report.excluded():
-                    run.save(model, optimizer, data.tokenizer, asdict(now) | {
+                    run.save(model, optimizer, data.tokenizer, asdict(now) | identity | {
                         "tokens": now.step * tokens_per_step, "scaler": scaler.state_dict(), "judge": asdict(judge),
                         "seed": config.seed, "micro_batch": plan.micro_batch, "world_size": here.world_size,
-                        "elapsed_s": report.elapsed_s(), **identity, "options": options,
-                        "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}, is_best, here)
+                        "elapsed_s": report.elapsed_s(), "options": options, "versions": versions()}, is_best)
             if is_last or stopped_by:
                 break
 
             # Every step: this rank's part of the next S sequences, read ahead by a thread, in micro-batches.
-            first, x, y, sums = next(batches)
-            x, y, sums = (tensor.to(here.device, non_blocking=True) for tensor in (x, y, sums))
+            first, *parts = next(batches)
+            x, y, sums = (tensor.to(here.device, non_blocking=True) for tensor in parts)
             num_targets, batch_hash = distributed.sum_over_ranks(sums, here)
             step_loss = torch.zeros((), device=here.device)
             for start in range(0, len(x), plan.micro_batch):
@@ -249,9 +215,9 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
 
             # The one place where a step waits for the device: all that the ranks have to decide alike, in one piece.
             reason = why_stop(asked, config, run, here)
-            parts = torch.stack([step_loss, distributed.whole(norm) / here.world_size,
-                                 torch.full_like(step_loss, bool(reason))])
-            mean_loss, norm, num_stops = distributed.sum_over_ranks(parts, here).tolist()
+            mean_loss, norm, num_stops = distributed.sum_over_ranks(torch.stack([
+                step_loss, distributed.whole(norm) / here.world_size, torch.full_like(step_loss, bool(reason))]),
+                here).tolist()
             # A float16 gradient that overflows is the scaler's to skip: it tries again at a lower scale.
             overflow = scaler.is_enabled() and not math.isfinite(norm) and scaler.get_scale() > 1
             fault = "" if overflow else judge.fault(mean_loss, norm, config.optim.spike_sigma)
@@ -278,9 +244,9 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
             # Hardly ever: back to the last good checkpoint, and on with the data behind what was bad.
             if now.bad_steps == config.optim.max_bad_steps:
                 trainer = distributed.on_rank0(partial(go_back, run, now, fault), here)
-                load_weights(trainer["folder"], model, here)
-                load_training_state(trainer, model, optimizer, scaler, judge, here)
-                now = replace(progress_of(trainer), next_seq=now.next_seq, skipped=now.skipped,
+                checkpoint.load_weights(trainer["folder"], model, here)
+                checkpoint.load_training_state(trainer, model, optimizer, scaler, judge, here)
+                now = replace(Progress.of(trainer), next_seq=now.next_seq, skipped=now.skipped,
                               rollbacks=now.rollbacks + 1)
                 done_at = now.step
                 report.went_back(now.step, f"{config.optim.max_bad_steps} bad steps in a row")
@@ -323,33 +289,6 @@ def check_options(config: TrainConfig) -> None:
         raise ValueError("; ".join(faults))
 
 
-def find_start(config: TrainConfig, run: RunFolder, here: Job) -> dict[str, Any]:
-    """The trainer's state to start from, with `folder`, the checkpoint that it and the weights come from, or None.
-
-    Rank 0 looks, the others hear of it. An evaluation of other weights (eval_only with init_from) does not look at the
-    run. Raises ValueError or OSError.
-    """
-    fresh = asdict(Progress()) | {"folder": None, "scaler": None, "judge": {}, "elapsed_s": 0.0}
-    if config.eval_only and config.init_from != "scratch":
-        return fresh
-    # Without a shared disk the run is on rank 0's, and torchrun may have given that rank to another node.
-    newest = distributed.gather(max(map(checkpoint.step_of, run.steps()), default=-1), here)
-    if config.run.resume != "never" and max(newest) > newest[0]:
-        raise ValueError(f"rank {newest.index(max(newest))} has a newer checkpoint in {run.path} (step {max(newest)}) "
-                         f"than rank 0 ({f'step {newest[0]}' if newest[0] >= 0 else 'none'}), which is the one that is "
-                         "read: copy the folder to rank 0's node, or share it")
-
-    def look() -> dict[str, Any]:
-        folder = run.find(lock=not config.eval_only)
-        return fresh | checkpoint.read_trainer(folder) | {"folder": str(folder)} if folder else fresh
-
-    return distributed.on_rank0(look, here)
-
-
-def progress_of(trainer: Mapping[str, Any]) -> Progress:
-    return Progress(**{f.name: trainer[f.name] for f in fields(Progress)})
-
-
 def check_same_run(config: TrainConfig, trainer: Mapping[str, Any], now: Mapping[str, Any], report: Reporter) -> None:
     """Say which options changed since the checkpoint. Raises ValueError that lists those which must not."""
     before = trainer["options"] | trainer
@@ -364,22 +303,6 @@ def check_same_run(config: TrainConfig, trainer: Mapping[str, Any], now: Mapping
     if not config.eval_only:
         report.say(f"resuming {config.run.out_dir} at step {trainer['step']:,}"
                    + (f"; changed: {'; '.join(changed.values())}" if changed else ""))
-
-
-def describe_losses(losses: Mapping[str, float]) -> str:
-    """val loss 3.2000, or val loss 3.2000 (a 3.1000, b 3.4000) for a mixture."""
-    prefix = "val/loss/"
-    each = [f"{key.removeprefix(prefix)} {loss:.4f}" for key, loss in losses.items() if key.startswith(prefix)]
-    return f"val loss {losses['val/loss']:.4f}" + (f" ({', '.join(each)})" if each else "")
-
-
-def describe_epochs(data: Mixture, train_order: MixedOrder) -> str:
-    """has 12,000 sequences, or the share and the epoch of each data set of a mixture."""
-    lengths = [int(order.cut(0)[1].sum()) for order in train_order.orders]
-    if len(lengths) == 1:
-        return f"has {lengths[0]:,} sequences"
-    return "has, of " + "; of ".join(f"{name} ({share:.1%}), {length:,} sequences"
-                                     for name, share, length in zip(data.datasets, data.shares, lengths))
 
 
 def build_model(config: TrainConfig, given: Mapping[str, str], data: Mixture, folder: str | None,
@@ -425,25 +348,6 @@ def adapt(model: GPT, config: TrainConfig, given: Mapping[str, str], data: Mixtu
     return model
 
 
-def load_weights(folder: str, model: GPT, here: Job) -> None:
-    """Overwrite a model, however it lies over the ranks, with a checkpoint's weights: rank 0 reads."""
-    state = GPT.from_pretrained(folder).state_dict() if here.rank == 0 else {}
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            value = state.get(name, torch.empty(p.shape)).to(here.device, copy=True)
-            p.copy_(distributed.from_rank0(value, p, here))
-
-
-def load_training_state(trainer: Mapping[str, Any], model: GPT, optimizer: torch.optim.Optimizer,
-                        scaler: torch.amp.GradScaler, judge: StepJudge, here: Job) -> None:
-    """Bring all but the weights to where a checkpoint has it: rank 0 reads, the others get it from there."""
-    state = checkpoint.read_optimizer(trainer["folder"]) if here.rank == 0 else None
-    optim.load_optimizer_state(optimizer, model, state, partial(distributed.from_rank0, here=here))
-    if trainer["scaler"]:
-        scaler.load_state_dict(trainer["scaler"])
-    vars(judge).update(trainer["judge"])
-
-
 def why_stop(asked: list[str], config: TrainConfig, run: RunFolder, here: Job) -> str:
     """What asks this rank to end the run after the step under way, or ""."""
     if asked:
@@ -467,7 +371,11 @@ def go_back(run: RunFolder, now: Progress, fault: str) -> dict[str, Any]:
             f"{now.skipped} in all, and {helped}. What was saved is intact"
             + (f", {folder} is the newest of it" if folder else "")
             + ". Lower --learning_rate, lengthen --warmup_iters, try --dtype=bfloat16 or float32, or look at the data")
-    return checkpoint.read_trainer(folder) | {"folder": str(folder)}
+    return run.state_in(folder)
+
+
+def versions() -> dict[str, str]:
+    return {"python": sys.version.split()[0], "torch": torch.__version__}
 
 
 if __name__ == "__main__":

@@ -3,15 +3,18 @@
 import json
 import os
 import subprocess
+import threading
 
 import pytest
 import torch
 import transformers
 from conftest import files_of
 
-from checkpoint import RunConfig, RunFolder, load_model, read_optimizer, read_trainer, verify
+import weights
+from checkpoint import MAX_FAILED_SAVES, RunConfig, RunFolder, load_model, read_optimizer, read_trainer, verify
+from distributed import Job
 from model import GPT, GPTConfig
-from optim import OptimConfig, build_optimizer
+from optim import OptimConfig, build_optimizer, optimizer_state
 from tokenizer import ByteTokenizer
 
 
@@ -25,15 +28,26 @@ def parts():
     return model, optimizer, ByteTokenizer()
 
 
+HERE = Job(0, 1, torch.device("cpu"), torch.float32)
+
+
 @pytest.fixture
-def run(tmp_path):
-    with RunFolder(str(tmp_path / "run")) as folder:
-        folder.open({"n_layer": 1}, is_new=True, overwrite=False)
+def said():
+    return []
+
+
+@pytest.fixture
+def run(tmp_path, said):
+    with RunFolder(RunConfig(out_dir=str(tmp_path / "run")), HERE, said.append) as folder:
+        folder.open({"n_layer": 1}, is_new=True)
         yield folder
 
 
-def save(run, parts, step, is_best=False, keep_last=3):
-    return run.save(*parts, {"step": step}, is_best, keep_last)
+def save(run, parts, step, is_best=False):
+    """Save and wait; the checkpoint's folder."""
+    run.save(*parts, {"step": step}, is_best)
+    run.finish()
+    return run.steps()[-1]
 
 
 def names(run):
@@ -62,26 +76,27 @@ def test_a_checkpoint_is_a_hugging_face_folder_with_checksums(run, parts):
 
 
 def test_the_last_k_and_the_best_are_kept(run, parts):
+    run.config.keep_last = 2
     for step in (1, 2, 3, 4, 5):
-        save(run, parts, step, is_best=step == 2, keep_last=2)
+        save(run, parts, step, is_best=step == 2)
     assert names(run) == ["best", "latest", "step_00000002", "step_00000004", "step_00000005"]
     assert load_model(str(run.path)).config.n_layer == 1  # a run folder means its best checkpoint
 
 
 @pytest.mark.parametrize("victim", ["model.safetensors", "config.json", "training/trainer.json", "tokenizer.json",
                                     "SHA256SUMS"])
-def test_a_flipped_byte_is_found_and_an_older_checkpoint_taken(run, parts, victim):
+def test_a_flipped_byte_is_found_and_an_older_checkpoint_taken(run, parts, said, victim):
     older, newer = save(run, parts, 1), save(run, parts, 2)
     flip_byte(newer / victim)
-    warnings = []
+    said.clear()
     with pytest.raises(ValueError, match="damaged"):
         load_model(str(newer))
-    assert run.newest_valid(warnings.append) == older
-    assert str(newer) in warnings[0]
-    assert "going back to step_00000001" in warnings[0]
+    assert run.newest_valid() == older
+    assert str(newer) in said[0]
+    assert "going back to step_00000001" in said[0]
     flip_byte(older / victim)
     with pytest.raises(ValueError, match="no other checkpoint is left"):
-        run.newest_valid(warnings.append)
+        run.newest_valid()
 
 
 def test_missing_files_and_missing_sums_are_damage(run, parts):
@@ -94,18 +109,69 @@ def test_missing_files_and_missing_sums_are_damage(run, parts):
         verify(folder)
 
 
-def test_a_save_that_fails_leaves_what_was_there(run, parts, monkeypatch):
+def test_every_nth_step_is_kept_as_well(run, parts):
+    run.config.keep_last, run.config.keep_every = 1, 4
+    for step in (2, 4, 6, 8, 9, 10):
+        save(run, parts, step, is_best=step == 6)
+    assert names(run) == ["best", "latest", "step_00000004", "step_00000006", "step_00000008", "step_00000010"]
+
+
+def test_a_save_goes_on_beside_training_and_holds_the_state_it_began_with(run, parts, said, monkeypatch):
+    model, optimizer, _ = parts
+    began, may_write = threading.Event(), threading.Event()
+    write = weights.save_pretrained
+
+    def slow_write(*args):
+        began.set()
+        assert may_write.wait(60)
+        write(*args)
+
+    monkeypatch.setattr("weights.save_pretrained", slow_write)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    means = {name: t.clone() for name, t in optimizer_state(optimizer, model).items()}
+    run.save(*parts, {"step": 1}, True)
+    assert began.wait(60)
+    run.settle(wait=False)
+    assert said == []  # under way
+    optimizer.step()
+    may_write.set()
+    run.settle()
+    assert said == [f"step 1: saved {run.steps()[0]} (best so far)"]
+    for name, p in load_model(str(run.path)).named_parameters():
+        assert torch.equal(p, before[name])
+    saved = read_optimizer(run.steps()[0])
+    assert saved.keys() == means.keys()
+    assert all(torch.equal(saved[name], means[name]) for name in means)
+
+
+def test_a_save_that_fails_leaves_what_was_there_and_the_third_in_a_row_ends_the_run(run, parts, said, monkeypatch):
     save(run, parts, 1)
     before = files_of(run.path)
 
     def no_space(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("weights.save_tensors", no_space)
-    with pytest.raises(OSError, match="No space left"):
-        save(run, parts, 2)
-    assert files_of(run.path) == before
-    assert names(run) == ["latest", "step_00000001"]
+    with monkeypatch.context() as broken:
+        broken.setattr("weights.save_tensors", no_space)
+        for step in range(2, 2 + MAX_FAILED_SAVES):
+            assert not run.gave_up
+            run.save(*parts, {"step": step}, False)
+            run.settle()
+            assert said[-1].startswith(f"warning: step {step} could not be saved: No space left on device")
+        assert run.gave_up
+        with pytest.raises(OSError, match="saving failed 3 times in a row: No space left"):
+            run.finish()
+        assert files_of(run.path) == before
+        assert names(run) == ["latest", "step_00000001"]
+    save(run, parts, 5)  # a save that works wipes the slate
+    assert not run.gave_up
+
+
+def test_a_defect_in_a_save_is_not_taken_for_a_full_disk(run, parts, monkeypatch):
+    monkeypatch.setattr("weights.save_tensors", lambda *args: 1 / 0)
+    run.save(*parts, {"step": 1}, False)
+    with pytest.raises(ZeroDivisionError):
+        run.settle()
 
 
 def test_a_full_disk_is_an_oserror(run, parts):
@@ -124,8 +190,8 @@ def test_a_full_disk_is_an_oserror(run, parts):
 def test_what_a_killed_save_left_is_cleaned_up_and_never_taken_for_a_checkpoint(run, parts):
     save(run, parts, 1)
     (run.checkpoints / ".step_00000002" / "training").mkdir(parents=True)
-    assert run.newest_valid(print).name == "step_00000001"
-    run.open({}, is_new=False, overwrite=False)
+    assert run.newest_valid().name == "step_00000001"
+    run.open({}, is_new=False)
     assert names(run) == ["latest", "step_00000001"]
 
 
@@ -136,15 +202,16 @@ def test_a_damaged_folder_is_replaced_when_its_step_comes_round_again(run, parts
 
 
 def test_two_runs_cannot_share_a_folder(run):
-    with RunFolder(str(run.path)) as second:
-        for take in (lambda: second.find(RunConfig(), lock=True, warn=print), lambda: second.open({}, False, False)):
+    with RunFolder(run.config, HERE) as second:
+        for take in (lambda: second.find(lock=True), lambda: second.open({}, is_new=False)):
             with pytest.raises(OSError, match="in use by another run"):
                 take()
 
 
 def test_resume_policies(run, parts, tmp_path):
     def find(**options):
-        return run.find(RunConfig(**options), lock=True, warn=print)
+        run.config = RunConfig(str(run.path), **options)
+        return run.find(lock=True)
 
     assert find() is None
     with pytest.raises(ValueError, match="holds no checkpoint"):
@@ -155,7 +222,7 @@ def test_resume_policies(run, parts, tmp_path):
         find(resume="never")
     assert find(resume="never", overwrite=True) is None
     assert folder.exists()  # nothing is deleted before the new run begins
-    run.open({"n_layer": 2}, is_new=True, overwrite=True)
+    run.open({"n_layer": 2}, is_new=True)
     assert names(run) == []
     assert json.loads((run.path / "train_config.json").read_text()) == {"n_layer": 2}
 
@@ -164,7 +231,7 @@ def test_a_run_that_began_between_the_look_and_the_start_is_not_written_over(run
     save(run, parts, 1)
     before = files_of(run.path)
     with pytest.raises(OSError, match="another run has begun"):
-        run.open({"n_layer": 2}, is_new=True, overwrite=False)
+        run.open({"n_layer": 2}, is_new=True)
     assert files_of(run.path) == before
 
 
@@ -179,14 +246,15 @@ def test_a_deletion_that_is_killed_leaves_no_half_checkpoint(run, parts, monkeyp
         raise KeyboardInterrupt
 
     monkeypatch.setattr("checkpoint.shutil.rmtree", die_half_way)
+    run.config.keep_last = 1
     with pytest.raises(KeyboardInterrupt):
-        save(run, parts, *((2, False, 1) if act == "prune" else (1,)))
+        save(run, parts, 2 if act == "prune" else 1)
     assert len(removed) == 1
     for folder in run.steps():
         verify(folder)
 
 
 def test_looking_for_a_run_makes_nothing(tmp_path):
-    with RunFolder(str(tmp_path / "absent")) as run:
-        assert run.find(RunConfig(), lock=True, warn=print) is None
+    with RunFolder(RunConfig(str(tmp_path / "absent")), HERE) as run:
+        assert run.find(lock=True) is None
     assert not (tmp_path / "absent").exists()

@@ -142,7 +142,7 @@ def test_a_step_trains_on_the_same_windows_on_any_number_of_ranks(world_size, ba
     plan = plan_batches(DataConfig(batch_size=batch_size, total_batch_size=seqs * 8), {}, 8, world_size)
     read = []
     for rank in range(world_size):
-        first = plan.first_seq(step, rank)
+        first = plan.first_seq(step * seqs, rank)
         for start in range(0, plan.seqs_per_rank, plan.micro_batch):
             read += order.windows(first + start, plan.micro_batch)
     assert read == order.windows(step * seqs, seqs)
@@ -333,7 +333,7 @@ def test_a_mixed_batch_is_made_of_the_data_sets_own_rows():
 def test_a_step_of_a_mixture_is_the_same_on_any_number_of_ranks(weights, world_size, batch_size, step):
     order = mix(shares_of(weights), period=50)
     plan = plan_batches(DataConfig(batch_size=batch_size, total_batch_size=24 * 8), {}, 8, world_size)
-    parts = [order.batch(plan.first_seq(step, rank), plan.seqs_per_rank) for rank in range(world_size)]
+    parts = [order.batch(plan.first_seq(24 * step, rank), plan.seqs_per_rank) for rank in range(world_size)]
     for whole, read in zip(order.batch(24 * step, 24), zip(*parts)):
         assert np.array_equal(np.concatenate(read), whole)
 

@@ -76,7 +76,7 @@ def test_a_run_reports_the_documented_fields(cli, tiny_data):
     train = [r for r in records if "train/loss" in r]
     assert [r["step"] for r in train] == [1, 2, 4, 6]
     assert train[0].keys() == {"step", "tokens", "train/loss", "lr", "grad_norm", "tokens_per_sec", "mfu", "memory_gb",
-                               "elapsed_s"}
+                               "elapsed_s", "batch_hash", "skipped"}
     assert train[0]["tokens"] == 8 * 16
     assert train[0]["mfu"] is None  # the peak of a CPU is unknown
     assert 0 < train[0]["memory_gb"] < 100

@@ -1,10 +1,14 @@
 """optim.py against torch's own AdamW and a learning-rate table worked by hand."""
 
+import math
+import random
+import statistics
+
 import pytest
 import torch
 
 from model import GPT, GPTConfig
-from optim import OptimConfig, build_optimizer, learning_rate, load_optimizer_state, optimizer_state
+from optim import OptimConfig, StepJudge, build_optimizer, learning_rate, load_optimizer_state, optimizer_state
 
 
 def make_model() -> GPT:
@@ -64,7 +68,7 @@ def test_state_put_back_by_name_continues_exactly():
     twin = make_model()
     twin.load_state_dict(model.state_dict())
     twin_optimizer = build_optimizer(twin, OptimConfig())
-    load_optimizer_state(twin_optimizer, twin, state)
+    load_optimizer_state(twin_optimizer, twin, state, lambda value, p: value)
     steps(model, optimizer, 2)
     steps(twin, twin_optimizer, 2)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters()))
@@ -78,4 +82,35 @@ def test_missing_and_misshapen_state_is_named():
     for bad in ({}, {"exp_avg.ln_f.weight": torch.zeros(3)}):
         broken = {k: v for k, v in state.items() if k != "exp_avg.ln_f.weight"} | bad
         with pytest.raises(ValueError, match=r"exp_avg of ln_f\.weight"):
-            load_optimizer_state(optimizer, model, broken)
+            load_optimizer_state(optimizer, model, broken, lambda value, p: value)
+
+
+@pytest.mark.parametrize(("loss", "norm", "fault"), [
+    (3.0, 1.0, ""), (math.nan, 1.0, "the loss is nan"), (math.inf, 1.0, "the loss is inf"),
+    (3.0, math.nan, "the gradient norm is nan"), (3.0, math.inf, "the gradient norm is inf"), (3.0, 0.0, "")])
+def test_what_is_not_finite_is_a_fault(loss, norm, fault):
+    assert StepJudge().fault(loss, norm, spike_sigma=0.0) == fault
+
+
+def test_a_spike_is_a_norm_far_above_the_usual_one():
+    rng = random.Random(0)
+    norms = [math.exp(rng.gauss(-1.0, 0.2)) for _ in range(500)]
+    judge = StepJudge()
+    assert not any(judge.fault(3.0, norm, spike_sigma=6.0) for norm in norms)
+    logs = [math.log(norm) for norm in norms[-100:]]
+    assert judge.mean == pytest.approx(statistics.mean(logs), abs=0.1)
+    assert math.sqrt(judge.variance) == pytest.approx(statistics.stdev(logs), rel=0.3)
+    before = (judge.num_steps, judge.mean, judge.variance)
+    assert "deviations above the usual" in judge.fault(3.0, math.exp(-1.0 + 0.2 * 8), spike_sigma=6.0)
+    assert (judge.num_steps, judge.mean, judge.variance) == before  # nothing is learned from a bad step
+    assert judge.fault(3.0, math.exp(-1.0 - 0.2 * 8), spike_sigma=6.0) == ""  # a small norm does no harm
+    assert judge.fault(3.0, math.exp(-1.0 + 0.2 * 8), spike_sigma=0.0) == ""  # 0 is off
+
+
+def test_the_first_steps_only_teach_and_ripples_of_an_even_run_are_no_spikes():
+    judge = StepJudge()
+    assert judge.fault(3.0, 1.0, spike_sigma=3.0) == ""
+    assert judge.fault(3.0, 100.0, spike_sigma=3.0) == ""  # warm-up begins with large ones
+    even = StepJudge()
+    assert not any(even.fault(3.0, 1.0, spike_sigma=3.0) for _ in range(200))
+    assert even.fault(3.0, 1.05, spike_sigma=3.0) == ""

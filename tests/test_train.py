@@ -13,8 +13,9 @@ from conftest import TEXT, TINY_RUN, files_of, records_of, write_shard
 from test_weights import Planted, save_hf, save_nanogpt
 
 import train
-from checkpoint import RunFolder, read_trainer
+from checkpoint import RunConfig, RunFolder, read_trainer
 from data import TrainOrder
+from distributed import Job
 from model import GPT
 from shards import open_dataset
 from tokenizer import load_tokenizer
@@ -339,7 +340,7 @@ def test_a_mixture_trains_on_the_sequences_that_its_pattern_names(cli, two_data_
     assert cli("train", *two_data_sets, "--eval_interval=100").code == 0
     for name, total in (("a", 34), ("b", 14)):
         numbers = [q for data, first, count in read if data == name for q in range(first, first + count)]
-        assert numbers == list(range(total))
+        assert numbers[:total] == list(range(total))  # a thread reads a few more ahead
 
 
 def test_two_halves_of_a_mixed_run_end_byte_identical_to_the_whole(cli, two_data_sets):
@@ -458,8 +459,8 @@ def test_planted_pickles_do_not_run(refused, tiny_data, tmp_path):
 def test_two_runs_on_one_folder(cli, refused, tiny_data):
     assert cli("train", *TINY_RUN, "--max_iters=2").code == 0
     before = files_of(Path("out"))
-    with RunFolder("out/tiny") as other:
-        other.open(json.loads(Path("out/tiny/train_config.json").read_text()), is_new=False, overwrite=False)
+    with RunFolder(RunConfig("out/tiny"), Job(0, 1, torch.device("cpu"), torch.float32)) as other:
+        other.open(json.loads(Path("out/tiny/train_config.json").read_text()), is_new=False)
         assert "out/tiny is in use by another run" in refused("train", *TINY_RUN)
     assert files_of(Path("out")) == before
 
