@@ -3,6 +3,7 @@
     python bench.py train --config=config/shakespeare_char_cpu.py     train.py and the plain loop, in turn, whole runs
     python bench.py train --config=... --steps=500 --rounds=5         shorter and more
     python bench.py data                                              prepare_data.py and two plain ways, in turn
+    python bench.py checkpoint                                        what a save costs the loop, and what it would
 
 `train` prints milliseconds a step, evaluations and saves included, for both, and the ratio of each round. The plain
 loop is what one would write first, and what nanoGPT does: float32, eager, whole logits, unfused AdamW, random windows,
@@ -12,6 +13,10 @@ a read of the loss at every step, evaluations of both splits on random batches, 
 from start to exit, for a bare multiprocessing.Pool that encodes with tiktoken and throws the result away,
 and for nanoGPT's way, `datasets.map(num_proc)` and a memory-mapped file. Then the peak memory of prepare_data.py's
 whole process tree on that corpus and on twice of it, and the tokens a second that one core reads as training batches.
+
+`checkpoint` trains GPT-2 small and prints the seconds that writing its checkpoint takes while the loop waits (a
+synchronous save), those that the loop waits for the copy of the state (an asynchronous one), and by how much the steps
+beside the writing thread are slower in all.
 """
 
 from __future__ import annotations
@@ -35,8 +40,12 @@ import torch.nn.functional as F
 
 import settings
 import sources
+from checkpoint import Progress, RunConfig, RunFolder
 from data import MixedOrder, TrainOrder
+from device import pick_device, pick_dtype
+from distributed import Job
 from model import GPT, GPTConfig
+from optim import OptimConfig, build_optimizer
 from shards import Split, open_dataset
 from sources import SourceConfig, text_of
 from train import TrainConfig
@@ -44,7 +53,7 @@ from train import TrainConfig
 
 @dataclass
 class BenchConfig:
-    what: Literal["train", "data", "plain", "pool", "map"] = "train"  # the last three: one plain way alone
+    what: Literal["train", "data", "checkpoint", "plain", "pool", "map"] = "train"  # the last three: a plain way alone
     config: str = "config/shakespeare_char_cpu.py"  # configuration of the run
     steps: int = 0  # steps of a run; 0 = the configuration's max_iters
     rounds: int = 3  # times that all ways are run
@@ -54,8 +63,8 @@ class BenchConfig:
 def main(argv: list[str]) -> None:
     """Run the ways in turn and print the ratios; or, as the child of that, one plain way alone, in this folder."""
     bench, _ = settings.parse(BenchConfig, argv, usage=__doc__, bare_word="what")
-    ways = {"train": bench_train, "data": bench_data, "plain": train_plainly, "pool": encode_in_pool,
-            "map": prepare_plainly}
+    ways = {"train": bench_train, "data": bench_data, "checkpoint": bench_checkpoint,
+            "plain": train_plainly, "pool": encode_in_pool, "map": prepare_plainly}
     measured = ways[bench.what](bench)
     if measured is not None:
         print(json.dumps(measured))
@@ -135,6 +144,54 @@ def train_plainly(bench: BenchConfig) -> dict[str, float]:
         optimizer.zero_grad()
         loss.item()
     return {"ms_per_step": 1000 * (time.perf_counter() - began) / steps}
+
+
+# Checkpoints
+
+
+def bench_checkpoint(bench: BenchConfig) -> None:
+    """Rounds of: a save that is waited for; some steps; a save, and steps beside it until it is written."""
+    device = pick_device("auto")
+    here = Job(0, 1, device, pick_dtype("auto", device))
+    model = GPT(GPTConfig()).to(device)
+    optimizer = build_optimizer(model, OptimConfig())
+    tokens = torch.randint(model.config.vocab_size, (1, 257), device=device)
+
+    def train_step() -> float:
+        began = time.perf_counter()
+        with here.autocast():
+            loss = model(tokens[:, :-1], tokens[:, 1:])[1]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+        return time.perf_counter() - began
+
+    with tempfile.TemporaryDirectory() as folder, RunFolder(RunConfig(folder, keep_last=1), here, print) as run:
+        run.open({}, is_new=True)
+        [train_step() for _ in range(3)]
+        stalls, costs = [], []
+        for turn in range(1, bench.rounds + 1):
+            for wait in (True, False):
+                usual = statistics.median(train_step() for _ in range(8))
+                began = time.perf_counter()
+                run.save(model, optimizer, None, asdict(Progress(step=2 * turn - wait)), False)
+                copied = time.perf_counter() - began
+                if wait:
+                    run.settle()
+                    synchronous = time.perf_counter() - began - copied  # the copy is what the other way adds
+            steps = 0
+            while run.is_saving:
+                train_step()
+                run.settle(wait=False)
+                steps += 1
+            slower = time.perf_counter() - began - copied - steps * usual
+            stalls.append(copied / synchronous)
+            costs.append((copied + slower) / synchronous)
+            print(f"round {turn}: synchronous {synchronous:.2f} s; asynchronous: the loop waits {copied:.2f} s, and "
+                  f"{steps} steps of {usual:.2f} s take {slower:.2f} s longer in all", flush=True)
+    print(f"waiting / synchronous: {spread(stalls)}; waiting and slower steps / synchronous: {spread(costs)}; "
+          f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads")
 
 
 # Data

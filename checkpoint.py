@@ -24,6 +24,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -109,7 +111,7 @@ class RunFolder:
         self._here, self._say = here, say
         self._lock = FileLock(self.path / ".lock")
         self._host: tuple[State, State] = {}, {}  # the copies of weights and optimiser, used again by each save
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="save", initializer=_step_back)
         self._writing: Future[Path] | None = None
         self._failures: list[str] = []  # of the latest saves in a row
 
@@ -127,8 +129,8 @@ class RunFolder:
         newest = distributed.gather(max(map(step_of, self.steps()), default=-1), self._here)
         if self.config.resume != "never" and max(newest) > newest[0]:
             there = f"that of step {newest[0]}" if newest[0] >= 0 else "none"
-            raise ValueError(f"rank {newest.index(max(newest))} has step {max(newest)}'s checkpoint in {self.path}, and "
-                             f"rank 0, whose are read, has {there}: copy the folder to rank 0's node, or share it")
+            raise ValueError(f"rank {newest.index(max(newest))} finds step {max(newest)}'s checkpoint in {self.path}, "
+                             f"rank 0, who is to read it, {there}: copy the folder to rank 0's node, or share it")
 
         def look() -> dict[str, Any]:
             folder = self.find(lock)
@@ -228,6 +230,11 @@ class RunFolder:
             self._failures.clear()
             is_best = (self.checkpoints / "best").resolve() == folder.resolve()
             self._say(f"step {self._saving}: saved {folder}{' (best so far)' if is_best else ''}")
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save has begun that nobody has been told the end of."""
+        return self._writing is not None
 
     @property
     def gave_up(self) -> bool:
@@ -347,6 +354,13 @@ def _copy_to_host(live: Mapping[str, torch.Tensor], host: State, here: Job) -> N
             host[name].copy_(tensor, non_blocking=True)
     if here.device.type == "cuda":
         torch.cuda.synchronize(here.device)
+
+
+def _step_back() -> None:
+    """Give this thread only the processor time that training leaves over, where a thread can be told from its process.
+    """
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"  # real texts and GPT-2's ranks, where a checkout has them beside it
@@ -76,6 +81,53 @@ def torchrun(nproc: int, *args: object, cwd: Path) -> str:
     """`torchrun --nproc_per_node=nproc args...` on a free port, CPU only."""
     return run_process("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", *args, cwd=cwd,
                        OMP_NUM_THREADS="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch", "torch.distributed.fsdp"])
+
+
+def on_ranks(nproc: int, do: Callable, *args: Any) -> list:
+    """do(*args) on `nproc` ranks with torchrun's environment; its values, in the order of ranks. They are forked from
+    a process that has imported torch, and so start in a fraction of the time that torchrun takes. CPU only; `do` has to
+    be a function of a module. The test fails with the traceback of a rank that raises."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks = []
+    for rank in range(nproc):
+        env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc,
+               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True,
+               "TORCHELASTIC_RESTART_COUNT": 0}
+        ours, theirs = multiprocessing.Pipe()
+        env = {key: str(value) for key, value in env.items()}
+        process = FORKS.Process(target=_be_rank, args=(theirs, env, do, args), daemon=True)
+        process.start()
+        theirs.close()
+        ranks.append((process, ours))
+    try:
+        answers = [_answer(ours) for _, ours in ranks]
+    finally:
+        for process, _ in ranks:
+            process.kill()
+    failures = [f"rank {rank}: {failure}" for rank, (_, failure) in enumerate(answers) if failure]
+    assert not failures, "\n".join(failures)
+    return [value for value, _ in answers]
+
+
+def _answer(pipe: Any) -> tuple[Any, str]:
+    """What a rank's `do` returned, and what kept it from that."""
+    try:
+        return pipe.recv() if pipe.poll(180) else (None, "it gave no answer in time")
+    except EOFError:
+        return None, "it died"
+
+
+def _be_rank(pipe: Any, env: dict[str, str], do: Callable, args: tuple) -> None:
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    try:
+        pipe.send((do(*args), ""))
+    except BaseException:
+        pipe.send((None, traceback.format_exc()))
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -1,0 +1,217 @@
+"""distributed.py: whatever the layout, the gradients are one process's; what the ranks must agree on, they compare."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import on_ranks, write_shard
+
+import distributed
+from data import EvalOrder
+from device import DeviceConfig
+from distributed import Job, ParallelConfig
+from metrics import validation_loss
+from model import GPT, GPTConfig
+from shards import Split
+
+ALONE = Job(0, 1, torch.device("cpu"), torch.float32)
+LAYOUTS = ("ddp", "fsdp")
+GRAD_CLIP = 0.5
+BATCH_SEQS, MICRO_SEQS, BLOCK_SIZE = 8, 2, 16  # two ranks with two micro-batches each
+
+
+def join(layout: str, dtype: str = "float32"):
+    return distributed.job(DeviceConfig(device="cpu", dtype=dtype), ParallelConfig(parallel=layout, timeout_s=60))
+
+
+def make_model() -> GPT:
+    torch.manual_seed(0)
+    return GPT(GPTConfig(block_size=BLOCK_SIZE, vocab_size=50, n_layer=2, n_head=2, n_embd=32, bias=True))
+
+
+def make_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets (8, 16): rank 1 has far fewer targets than rank 0, its first micro-batch has none at all."""
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randint(0, 50, (2, BATCH_SEQS, BLOCK_SIZE), generator=generator)
+    y[4:6] = -1
+    y[6, 3:] = -1
+    y[1, :5] = -1
+    return x, y
+
+
+def accumulate(layout: str, dtype: str = "float32", activation_checkpointing: bool = False):
+    """The gradients of the batch, summed over micro-batches and ranks as train.py does it, before and after the clip,
+    and their norm, on every rank."""
+    with join(layout, dtype) as here:
+        model = make_model()
+        model.activation_checkpointing = activation_checkpointing
+        wrapped = distributed.wrap(model, here, MICRO_SEQS)
+        x, y = make_batch()
+        num_targets = (y >= 0).sum()
+        mine = slice(*(BATCH_SEQS * r // here.world_size for r in (here.rank, here.rank + 1)))
+        x, y = x[mine], y[mine]
+        for start in range(0, len(x), MICRO_SEQS):
+            rows = slice(start, start + MICRO_SEQS)
+            distributed.set_gradient_sync(wrapped, rows.stop >= len(x))
+            with here.autocast():
+                _, loss = wrapped(x[rows], y[rows], num_targets)
+            (loss * here.world_size).backward()
+        before = gradients(model)
+        norm = distributed.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)).item()
+        return before, norm, gradients(model)
+
+
+def gradients(model: GPT) -> dict[str, np.ndarray]:
+    return {name: distributed.whole(p.grad).float().numpy().copy() for name, p in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """The same from one process, the whole batch at once and torch's own loss over whole logits."""
+    model = make_model()
+    x, y = make_batch()
+    torch.nn.functional.cross_entropy(model(x)[0].flatten(0, 1), y.flatten(), ignore_index=-1).backward()
+    before = gradients(model)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP).item()
+    assert norm > 2 * GRAD_CLIP  # it clips
+    return before, norm, gradients(model)
+
+
+def assert_close(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert np.abs(value).max() > 1e-4, name  # there is something to see
+        assert np.abs(ours[name] - value).max() <= 1e-6, name
+
+
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_and_their_norm_are_one_processs(expected, layout, activation_checkpointing):
+    for before, norm, after in on_ranks(2, accumulate, layout, "float32", activation_checkpointing):
+        assert norm == pytest.approx(expected[1], abs=1e-6)
+        assert_close(before, expected[0])
+        assert_close(after, expected[2])
+
+
+def test_16_bit_gradients_of_both_layouts_are_close():
+    (ddp, ddp_norm, _), (fsdp, fsdp_norm, _) = (on_ranks(2, accumulate, layout, "bfloat16")[0] for layout in LAYOUTS)
+    assert fsdp_norm == pytest.approx(ddp_norm, rel=0.01)
+    for name, value in ddp.items():
+        assert np.linalg.norm(fsdp[name] - value) < 0.03 * np.linalg.norm(value), name
+
+
+def take_apart_and_put_together():
+    """Shard a model over the ranks; what `whole` gives, and rank 0's halves sent out by `from_rank0`."""
+    with join("fsdp") as here:
+        model = make_model()
+        distributed.wrap(model, here, MICRO_SEQS)
+        gathered, returned, numels = {}, {}, {}
+        for name, p in model.named_parameters():
+            gathered[name] = distributed.whole(p.detach()).numpy().copy()
+            sent = torch.from_numpy(gathered[name] / 2) if here.rank == 0 else torch.full(p.shape, torch.nan)
+            laid_out = distributed.from_rank0(sent, p, here)
+            assert laid_out.placements == p.placements
+            numels[name] = laid_out.to_local().numel()
+            returned[name] = distributed.whole(laid_out).numpy().copy()
+        return gathered, returned, numels
+
+
+def test_whole_tensors_are_the_models_and_rank_0s_go_back_to_where_they_came_from():
+    model = {name: p.detach().numpy() for name, p in make_model().named_parameters()}
+    ranks = on_ranks(2, take_apart_and_put_together)
+    for gathered, returned, _ in ranks:
+        for name, value in model.items():
+            assert np.array_equal(gathered[name], value), name
+            assert np.array_equal(returned[name], value / 2), name
+    for name, value in model.items():
+        assert sum(numels[name] for _, _, numels in ranks) == value.size
+        assert all(numels[name] < value.size for _, _, numels in ranks), name
+
+
+def disagree():
+    with join("ddp") as here:
+        distributed.check_agreement({"learning_rate": 0.1, "n_layer": 2}, here)
+        try:
+            distributed.check_agreement({"learning_rate": (0.1, 0.2)[here.rank], "n_layer": 2}, here)
+        except ValueError as error:
+            return str(error)
+
+
+def test_ranks_that_disagree_all_hear_of_what():
+    for message in on_ranks(2, disagree):
+        assert "learning_rate is 0.2 on rank 1 and 0.1 on rank 0" in message
+        assert "n_layer" not in message
+
+
+def evaluate(layout: str, folder: Path, num_seqs: list[int]) -> list[float]:
+    with join(layout) as here:
+        model = make_model()
+        distributed.wrap(model, here, MICRO_SEQS)
+        return [validation_loss(model, order, MICRO_SEQS, here) for order in orders(folder, num_seqs)]
+
+
+def orders(folder: Path, num_seqs: list[int]) -> list[EvalOrder]:
+    split = Split([folder / "val_000000.bin"], 50)
+    return [EvalOrder(split, BLOCK_SIZE, num) for num in num_seqs]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_validation_loss_does_not_depend_on_the_layout(tmp_path, layout):
+    write_shard(tmp_path / "val_000000.bin", np.random.default_rng(0).integers(0, 50, 16 * 9 + 5))
+    num_seqs = [1, 3, 5, 0]  # rank 0 without any, two batches against one, ...; 0 = all 10, the last of them short
+    alone = [validation_loss(make_model(), order, MICRO_SEQS, ALONE) for order in orders(tmp_path, num_seqs)]
+    assert len(set(alone)) == len(alone)
+    for losses in on_ranks(2, evaluate, layout, tmp_path, num_seqs):
+        assert losses == pytest.approx(alone, abs=1e-6)
+
+
+def test_float16_is_refused_with_fsdp(monkeypatch):
+    monkeypatch.setattr(distributed, "pick_dtype", lambda name, device: torch.float16)
+    with pytest.raises(ValueError, match="dtype=float16 does not go with parallel=fsdp"), join("fsdp"):
+        pass
+
+
+@pytest.mark.parametrize("number", distributed.STOP_SIGNALS)
+def test_signals_are_recorded_and_handlers_put_back(number):
+    before = [signal.getsignal(n) for n in distributed.STOP_SIGNALS]
+    with distributed.stop_requests() as asked:
+        assert asked == []
+        signal.raise_signal(number)
+        assert asked == [signal.Signals(number).name]
+    assert [signal.getsignal(n) for n in distributed.STOP_SIGNALS] == before
+
+
+def test_ctrl_c_twice_is_waited_for_and_after_a_second_it_is_not(monkeypatch):
+    now_s = 100.0
+    monkeypatch.setattr(distributed.time, "monotonic", lambda: now_s)
+    with distributed.stop_requests() as asked:
+        signal.raise_signal(signal.SIGINT)
+        now_s += 0.5  # torchrun hands on what the terminal has sent already
+        signal.raise_signal(signal.SIGINT)
+        assert asked == ["SIGINT", "SIGINT"]
+        now_s += 1.5
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)  # a scheduler repeats itself
+        now_s += 1.5
+        signal.raise_signal(signal.SIGTERM)
+        assert asked[2:] == ["SIGTERM", "SIGTERM"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes' ages are read in /proc")
+def test_minutes_since_launch_are_the_processs_and_under_torchrun_its_parents(monkeypatch):
+    loaded_s = time.monotonic() - distributed._LOADED
+    uptime_s = time.clock_gettime(time.CLOCK_MONOTONIC)
+    monkeypatch.delenv("RANK", raising=False)
+    own_s = 60 * distributed.minutes_since_launch()
+    assert loaded_s - 0.02 <= own_s <= uptime_s  # the kernel counts in hundredths
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(os, "getppid", os.getpid)
+    assert 60 * distributed.minutes_since_launch() == pytest.approx(own_s, abs=5)
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert 60 * distributed.minutes_since_launch() > own_s
