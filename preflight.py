@@ -76,9 +76,10 @@ def activation_bytes(model: GPT, micro_batch: int, here: Job) -> int:
     blocks = c.n_layer * block
     if model.activation_checkpointing:
         blocks = c.n_layer * rows * c.n_embd * 4 + block
+    last_norm = rows * c.n_embd * 2 * 4
     chunk = gpt.LOGITS_CHUNK_ELEMENTS_CUDA if here.device.type == "cuda" else gpt.LOGITS_CHUNK_ELEMENTS
     head = 4 * (model.wte.weight.numel() + 2 * min(chunk, rows * c.padded_vocab_size))  # gradient, logits, softmax
-    return blocks + head
+    return blocks + last_norm + head
 
 
 def checkpoints_kept(run: RunFolder, steps_between_saves: int, max_iters: int) -> int:

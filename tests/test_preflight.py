@@ -1,0 +1,109 @@
+"""preflight.py: the estimates against what is really kept and written, and the warnings."""
+
+import collections
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_RUN
+
+import preflight
+from checkpoint import RunConfig, RunFolder
+from data import BatchPlan
+from distributed import Job
+from model import GPT, GPTConfig
+
+HERE = Job(0, 1, torch.device("cpu"), torch.float32)
+PLAN = BatchPlan(seqs_per_step=8, micro_batch=4, accumulation_steps=2, world_size=1)
+
+
+def make_model(**options) -> GPT:
+    return GPT(GPTConfig(**{"block_size": 64, "vocab_size": 300, "n_layer": 3, "n_head": 2, "n_embd": 64} | options))
+
+
+def report(tmp_path, model=None, here=HERE, max_iters=100, **run_options) -> list[str]:
+    run = RunFolder(RunConfig(str(tmp_path / "run"), **run_options), here)
+    return list(preflight.report(model or make_model(), PLAN, "has 9 sequences", run, 10, max_iters, here))
+
+
+def warnings(lines: list[str]) -> list[str]:
+    return [line for line in lines if line.startswith("warning:")]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_about_what_autograd_keeps(checkpointing, dtype):
+    model, kept = make_model(n_embd=128, n_head=4), {}
+    model.activation_checkpointing = checkpointing
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    here = Job(0, 1, torch.device("cpu"), dtype)
+    tokens = torch.ones(16, 64, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), here.autocast():
+        x = model._hidden(tokens)
+    really = sum(num_bytes for num_bytes, _ in kept.values()) + x.nbytes
+    estimate = preflight.activation_bytes(model, 16, here)
+    head = 4 * (model.wte.weight.numel() + 2 * 16 * 64 * model.config.padded_vocab_size)
+    weights_cast = 0  # autocast's copies of the weights are no activations
+    if dtype != torch.float32 and not checkpointing:
+        weights_cast = 2 * sum(p.numel() for block in model.h for p in block.parameters())
+    again = 16 * 64 * 128 * (8 + 15 * dtype.itemsize) * checkpointing  # one block runs anew in the backward pass
+    assert estimate - head - again == pytest.approx(really - weights_cast, rel=0.2)
+
+
+def test_a_checkpoint_is_as_large_as_was_said(tmp_path):
+    model = make_model(n_embd=256)
+    with RunFolder(RunConfig(str(tmp_path / "run")), HERE) as run:
+        run.open({}, is_new=True)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        model(torch.ones(1, 8, dtype=torch.long), torch.ones(1, 8, dtype=torch.long))[1].backward()
+        optimizer.step()
+        run.save(model, optimizer, None, {"step": 1}, is_best=False)
+        run.finish()
+        really = sum(path.stat().st_size for path in run.steps()[0].rglob("*"))
+    said = next(line for line in report(tmp_path, model) if line.startswith("disk"))
+    assert int(said.split()[1]) == pytest.approx(really / 1e6, abs=1.5)
+
+
+@pytest.mark.parametrize(("options", "kept"), [
+    ({"keep_last": 3}, 5), ({"keep_last": 0}, 11), ({"keep_last": 3, "keep_every": 50}, 7), ({"keep_last": 30}, 11)])
+def test_the_checkpoints_kept_are_counted(tmp_path, options, kept):
+    assert any(f"at most {kept} of them" in line for line in report(tmp_path, **options))
+
+
+def test_what_will_fail_is_a_warning(tmp_path, monkeypatch):
+    assert warnings(report(tmp_path)) == []
+    usage = collections.namedtuple("usage", "total used free")
+    with monkeypatch.context() as full:
+        full.setattr("preflight.shutil.disk_usage", lambda path: usage(10**9, 10**9 - 10**6, 10**6))
+        assert "the disk will be full" in warnings(report(tmp_path))[0]
+    with monkeypatch.context() as small:
+        small.setattr("preflight.memory_bytes", lambda device: 10**6)
+        assert "will not fit: lower --batch_size" in warnings(report(tmp_path))[0]
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", raising=False)
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in warnings(report(tmp_path))[0]
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    assert warnings(report(tmp_path)) == []
+
+
+def test_the_parts_of_a_sharded_model_are_smaller():
+    model = make_model(n_layer=12, n_embd=128)
+    alone, shared = (preflight.state_bytes(model, Job(0, world_size, HERE.device, HERE.dtype, "fsdp"))
+                     for world_size in (1, 8))
+    assert alone == 16 * sum(p.numel() for p in model.parameters())
+    assert alone / 8 < shared < alone / 2
+
+
+def test_a_run_says_it_before_anything_is_written(cli, tiny_data, monkeypatch):
+    seen = []
+    monkeypatch.setattr("checkpoint.RunFolder.open", lambda *args, **kwargs: seen.append(Path("out").exists()) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli("train", *TINY_RUN)
+    assert seen == [False]
