@@ -113,6 +113,7 @@ class RunFolder:
         self._host: tuple[State, State] = {}, {}  # the copies of weights and optimiser, used again by each save
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="save", initializer=_step_back)
         self._writing: Future[Path] | None = None
+        self._saving = 0  # the step of that
         self._failures: list[str] = []  # of the latest saves in a row
 
     def __enter__(self) -> RunFolder:
@@ -345,7 +346,9 @@ def read_optimizer(folder: str | Path) -> State:
 
 
 def _copy_to_host(live: Mapping[str, torch.Tensor], host: State, here: Job) -> None:
-    """Overwrite `host` with whole copies of tensors that may be spread over the ranks; on rank 0 only."""
+    """Make `host` whole copies of tensors that may be spread over the ranks; on rank 0 only."""
+    for name in host.keys() - live.keys():  # of an optimiser whose state was given up
+        del host[name]
     for name, tensor in live.items():
         tensor = distributed.whole(tensor.detach())
         if here.rank == 0:

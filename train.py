@@ -250,8 +250,8 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
                               rollbacks=now.rollbacks + 1)
                 done_at = now.step
                 report.went_back(now.step, f"{config.optim.max_bad_steps} bad steps in a row")
+        distributed.on_rank0(run.finish, here)
 
-    distributed.on_rank0(run.finish, here)
     report.close()
     if stopped_by:
         report.say(f"stopped by {stopped_by} at step {now.step:,}, and saved: the same command goes on from there")

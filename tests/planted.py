@@ -2,8 +2,8 @@
 
     NAN_STEPS=30         the loss of that step of this process is NaN on the last rank; 30-39: of those; 30-: for good
     ERROR_STEP=30        the last rank raises an error there
-    HOLD_STEP=30         the last rank waits there until it is asked to stop, or killed; made known by the file `held`
-                         in the current directory, and done once: not where that file is
+    HOLD_STEP=30         the last rank waits there until it is asked to stop, or killed, or the file `go` is there; made
+                         known by the file `held` in the current directory, and done once: not where that file is
     SLOW=FILE            a step takes a tenth of a second more while that file is there
     FULL_AT=30           the disk is full for the checkpoint of step 30; 30-39, 30-: for those
     LAST_OPTION=--a=b    one more option on the last rank
@@ -67,7 +67,7 @@ def plant(env: Mapping[str, str], put: Callable[[Any, str, Any], None] = setattr
         if is_last and within(steps_done, env.get("HOLD_STEP")) and not Path("held").exists():
             Path("held").touch()
             deadline = time.monotonic() + 300
-            while not asked and time.monotonic() < deadline:
+            while not asked and not Path("go").exists() and time.monotonic() < deadline:
                 time.sleep(0.01)
         if "SLOW" in env and Path(env["SLOW"]).exists():
             time.sleep(0.1)

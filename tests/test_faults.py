@@ -24,6 +24,9 @@ import pytest
 from conftest import ROOT, TEXT, TINY_RUN, files_of, on_ranks, records_of, run_process
 from filelock import FileLock
 
+import checkpoint
+import distributed
+import files
 import metrics
 import prepare_data
 import settings
@@ -32,16 +35,18 @@ from checkpoint import read_trainer, verify
 
 OPTIONS = (*TINY_RUN, "--max_iters=100", "--lr_decay_iters=100", "--eval_interval=50", "--save_interval=20",
            "--dropout=0.1", "--keep_last=0")
+TINY = Path("out/tiny")
 
 
 def newest_step(run: Path) -> int:
     return max((int(p.name[5:]) for p in run.glob("checkpoints/step_*")), default=0)
 
 
-def kill_after(step: int, delay_s: float, *options: str, cwd: Path) -> None:
+def kill_after(step: int, delay_s: float, *options: str, cwd: Path, **faults: str) -> None:
     """Start a run and SIGKILL it once its checkpoint of `step` is there."""
     with open(cwd / "log", "w") as log:
-        process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *options], cwd=cwd, stdout=log, stderr=log)
+        process = subprocess.Popen([sys.executable, planted.__file__, *options], cwd=cwd, env={**os.environ, **faults},
+                                   stdout=log, stderr=log)
     deadline = time.monotonic() + 120
     while newest_step(cwd / "out" / "tiny") < step:
         assert process.poll() is None, (cwd / "log").read_text()
@@ -54,17 +59,10 @@ def kill_after(step: int, delay_s: float, *options: str, cwd: Path) -> None:
 
 def test_killed_after_step_60_and_started_again_the_run_ends_byte_identical(cli, tiny_data, tmp_path):
     assert cli("train", *OPTIONS, "--out_dir=out/whole").code == 0
-    # An evaluation of the whole split after every step gives the killer time to meet the run before its end.
-    command = (*OPTIONS, "--eval_interval=1", "--eval_iters=0")
-    kill_after(60, 0.0, *command, cwd=tmp_path)
-    killed_at = newest_step(tmp_path / "out" / "tiny")
-    assert 60 <= killed_at < 100
-    out = run_process(ROOT / "train.py", *command, cwd=tmp_path)
-    assert f"resuming out/tiny at step {killed_at}" in out
-    model = "checkpoints/step_00000100/model.safetensors"
-    assert Path("out/tiny", model).read_bytes() == Path("out/whole", model).read_bytes()
-    steps = [record["step"] for record in records_of("out/tiny") if "train/loss" in record]
-    assert steps == list(range(1, 101))
+    kill_after(60, 0.0, *OPTIONS, cwd=tmp_path, HOLD_STEP="65")
+    out = run_process(ROOT / "train.py", *OPTIONS, cwd=tmp_path)
+    assert resumed_at(out) == [60]
+    assert_same_end(TINY, Path("out/whole"), 100)
 
 
 def test_killed_at_any_moment_every_published_checkpoint_is_whole(cli, tiny_data, tmp_path):
@@ -128,11 +126,10 @@ def test_data_preparation_survives_a_kill_at_any_operation_on_the_disk(cli, tmp_
     assert len([name for name in expected if name.endswith(".bin")]) >= 4
 
 
-# The matrix: faults by layouts. `held` is a rank that waits after step 25, so that faults strike at a known place.
+# The matrix: faults by layouts. A rank that is held waits after step 25, so that faults strike at a known place.
 
 RUN = (*TINY_RUN, "--batch_size=2", "--gradient_accumulation_steps=4", "--max_iters=40", "--lr_decay_iters=40",
        "--eval_interval=20", "--save_interval=10", "--keep_last=0", "--dropout=0.1")
-TINY = Path("out/tiny")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
 
 
@@ -247,7 +244,7 @@ class Torchrun:
         self.process.kill()
         self.process.wait()
         for pid in ranks.values():
-            until(lambda pid=pid: not lives(pid), lambda: f"process {pid} has outlived torchrun")
+            until(lambda pid=pid: not lives(pid), lambda: "a rank has outlived torchrun")
 
 
 def until(condition: Callable[[], object], report: Callable[[], str], limit_s: float = 300) -> None:
@@ -404,3 +401,341 @@ def copy_until(step: int, run: Path) -> None:
     latest = TINY / "checkpoints" / "latest"
     latest.unlink()
     latest.symlink_to(f"step_{step:08d}")
+
+
+# Asked to stop, or told to go on elsewhere
+
+
+@pytest.mark.parametrize("number", distributed.STOP_SIGNALS)
+def test_a_signal_finishes_the_step_saves_and_exits_with_75(cli, data, undisturbed, monkeypatch, number):
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.Reporter, "count", raising_at(15, number, metrics.Reporter.count))
+        result = cli("train", *RUN)
+    assert result.code == 75
+    assert result.out.splitlines()[-1] == (f"stopped by {signal.Signals(number).name} at step 16, and saved: the same "
+                                           "command goes on from there")
+    assert steps_saved() == [10, 16]
+    result = cli("train", *RUN)
+    assert result.code == 0
+    assert resumed_at(result.out) == [16]
+    assert_same_end(TINY, undisturbed("ddp", 1))
+
+
+def raising_at(step: int, number: int, count: Callable) -> Callable:
+    steps = itertools.count(1)
+
+    def count_and_raise(*args):
+        count(*args)
+        if next(steps) == step:
+            signal.raise_signal(number)
+
+    return count_and_raise
+
+
+def test_max_minutes_stops_after_the_step_under_way(cli, data, undisturbed):
+    for step in (1, 2):
+        result = cli("train", *RUN, "--max_minutes=1e-4")
+        assert result.code == 75
+        assert result.out.splitlines()[-1].startswith(f"stopped by max_minutes=0.0001 at step {step}, and saved: ")
+    assert cli("train", *RUN).code == 0
+    assert_same_end(TINY, undisturbed("ddp", 1))
+
+
+@linux
+@pytest.mark.soak
+@pytest.mark.parametrize(("name", "to"), [("SIGINT", "torchrun"), ("SIGUSR1", "torchrun"), ("SIGUSR1", "one rank")])
+def test_the_signals_of_people_and_schedulers_reach_all_ranks(launch, undisturbed, name, to):
+    run = launch(agent=("--standalone", "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"), HOLD_STEP="25")
+    run.wait_until_held()
+    os.kill(run.process.pid if to == "torchrun" else run.ranks()[1], signal.Signals[name])
+    assert run.wait() != 0
+    assert f"stopped by {name} at step 26, and saved: the same command goes on from there" in run.log
+    assert start_ranks(2, Path.cwd(), *RUN)[0] == 0
+    assert_same_end(TINY, undisturbed("ddp"))
+
+
+@pytest.mark.soak
+def test_max_minutes_count_from_torchruns_start_and_so_stop_restarted_ranks_too(launch, undisturbed):
+    run = launch("--max_minutes=1e-4", agent=("--standalone", "--max-restarts=1"))
+    assert run.wait() != 0
+    assert "exitcode  : 75" in run.log
+    for step in (1, 2):
+        assert f"stopped by max_minutes=0.0001 at step {step}, and saved" in run.log
+    assert start_ranks(2, Path.cwd(), *RUN)[0] == 0
+    assert_same_end(TINY, undisturbed("ddp"))
+
+
+def assert_same_batches(run: Path, other: Path) -> None:
+    """Every step read the same windows as the same sequences, and the two runs got equally far."""
+    ours, theirs = ({r["step"]: r["batch_hash"] for r in records_of(folder) if "batch_hash" in r}
+                    for folder in (run, other))
+    assert ours == theirs
+    assert len(set(ours.values())) == 40
+    assert records_of(run)[-1]["val/loss"] == pytest.approx(records_of(other)[-1]["val/loss"], abs=1e-3)
+
+
+def test_a_run_goes_on_with_the_same_batches_on_half_the_ranks(data, undisturbed):
+    copy_until(20, undisturbed("ddp"))
+    code, log = start_ranks(1, data, *RUN)
+    assert code == 0, log
+    assert resumed_at(log) == [20]
+    assert_same_batches(TINY, undisturbed("ddp"))
+
+
+def test_a_run_goes_on_in_any_layout(data, undisturbed):
+    copy_until(10, undisturbed("ddp"))
+    for layout, nproc, end in (("fsdp", 2, 20), ("ddp", 1, 30), ("fsdp", 2, 40)):
+        code, log = start_ranks(nproc, data, *RUN, f"--parallel={layout}", f"--max_iters={end}")
+        assert code == 0, log
+        assert resumed_at(log)[-1] == end - 10
+    assert_same_batches(TINY, undisturbed("ddp"))
+
+
+@linux
+@pytest.mark.soak
+@cells()
+def test_a_run_of_four_ranks_ends_on_two_and_on_one(launch, undisturbed, layout):
+    run = launch(f"--parallel={layout}", nproc=4, HOLD_STEP="25")
+    run.wait_until_held()
+    run.process.terminate()
+    assert run.wait() != 0
+    for nproc, end in ((2, 33), (1, 40)):
+        code, log = start_ranks(nproc, Path.cwd(), *RUN, f"--parallel={layout}", f"--max_iters={end}")
+        assert code == 0, log
+    assert resumed_at(log) == [26, 33]
+    assert_same_batches(TINY, undisturbed(layout, 4))
+
+
+@linux
+@pytest.mark.soak
+@cells()
+def test_four_ranks_of_which_one_is_killed_end_byte_identical(launch, undisturbed, layout):
+    run = launch(f"--parallel={layout}", nproc=4, HOLD_STEP="25")
+    run.wait_until_held()
+    os.kill(run.ranks()[2], signal.SIGKILL)
+    assert run.wait() == 0, run.log
+    assert resumed_at(run.log) == [20]
+    assert_same_end(TINY, undisturbed(layout, 4))
+
+
+@linux
+@pytest.mark.soak
+def test_a_run_that_is_killed_20_times_ends_byte_identical(launch, undisturbed):
+    seed = random.randrange(10**6)
+    rng = random.Random(seed)
+    options = ("--max_iters=2000", "--save_interval=3", "--eval_interval=50", "--keep_last=3", "--log_interval=1")
+    agent = ("--standalone", "--max-restarts=100")
+    Path("slow").touch()  # so slow that it cannot end before the last kill
+    run, victims = launch(*options, agent=agent, SLOW="slow"), []
+    while len(victims) < 20:
+        saved = newest_step(TINY)
+        if rng.random() < 0.5:  # in the midst of training, or of a save; else mostly while it starts
+            run.wait_until(lambda saved=saved: newest_step(TINY) > saved)
+        time.sleep(rng.uniform(0, 1))
+        assert run.process.poll() is None, f"seed {seed}, {victims}: {run.log}"
+        ranks = run.ranks()
+        victim = rng.choice(["torchrun", *ranks])
+        victims.append(victim)
+        os.kill(run.process.pid if victim == "torchrun" else ranks[victim], signal.SIGKILL)
+        if victim == "torchrun":
+            run.stop()
+            run = launch(*options, agent=agent, SLOW="slow")
+        else:
+            run.wait_until(lambda victim=victim, pid=ranks[victim]: run.ranks().get(victim, pid) != pid)
+    assert newest_step(TINY) < 2000
+    Path("slow").unlink()
+    assert run.wait() == 0, f"seed {seed}, {victims}: {run.log}"
+    assert_same_end(TINY, undisturbed("ddp", 2, "--max_iters=2000"), 2000)
+
+
+# Two nodes
+
+
+@pytest.fixture
+def rendezvous():
+    """The options of torchrun for two agents that meet at a store in a process of its own, which no agent's end ends."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    host = (f"import time, torch.distributed as d; s = d.TCPStore('127.0.0.1', {port}, is_master=True, "
+            "wait_for_workers=False); time.sleep(1000)")
+    process = subprocess.Popen([sys.executable, "-c", host])
+    yield ("--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_conf=is_host=0",
+           "--max-restarts=3")
+    process.kill()
+    process.wait()
+
+
+def test_two_agents_train_together(launch, rendezvous, undisturbed):
+    agents = [launch(nproc=1, agent=rendezvous) for _ in range(2)]
+    for agent in agents:
+        assert agent.wait() == 0, agent.log
+    assert_same_end(TINY, undisturbed("ddp"))
+
+
+@linux
+@pytest.mark.soak
+@pytest.mark.parametrize("victim", [0, 1])
+def test_an_agent_that_is_killed_and_started_again_joins_the_other(launch, rendezvous, undisturbed, victim):
+    agents = [launch(nproc=1, agent=rendezvous, HOLD_STEP="25") for _ in range(2)]
+    agents[0].wait_until_held()
+    agents[victim].stop()
+    Path("go").touch()
+    agents[victim] = launch(nproc=1, agent=rendezvous)
+    for agent in agents:
+        assert agent.wait() == 0, agent.log
+    assert [step for agent in agents for step in resumed_at(agent.log)] == [20]
+    assert_same_end(TINY, undisturbed("ddp"))
+
+
+@linux
+@pytest.mark.soak
+def test_two_agents_without_a_shared_disk(launch, rendezvous, undisturbed, data):
+    agents = []
+    for name in ("one", "two"):
+        (data / name).mkdir()
+        (data / name / "data").symlink_to(data / "data")
+        agents.append(launch(nproc=1, agent=rendezvous, HOLD_STEP="25", cwd=data / name))
+    until(lambda: list(data.glob("*/held")) and list(data.glob("*/out/tiny/checkpoints/step_00000020")),
+          lambda: "".join(agent.log for agent in agents))
+    agents.sort(key=lambda agent: 1 in agent.ranks())  # the first agent gets rank 0, but that is not ours to know
+    agents[1].stop()
+    agents[1] = launch(nproc=1, agent=rendezvous, cwd=agents[1].cwd)
+    (agents[0].cwd / "go").touch()
+    for agent in agents:
+        assert agent.wait() == 0, agent.log
+    assert resumed_at(agents[0].log) == [20]
+    assert_same_end(agents[0].cwd / TINY, undisturbed("ddp"))
+    assert not (agents[1].cwd / "out").exists()
+
+
+def test_without_a_shared_disk_rank_0_must_hold_the_newest_checkpoint(data, undisturbed, monkeypatch):
+    (data / "other").mkdir()
+    (data / "other" / "data").symlink_to(data / "data")
+    copy_until(20, undisturbed("ddp"))
+    with monkeypatch.context() as patch:
+        patch.chdir("other")
+        copy_until(30, undisturbed("ddp"))
+    before = files_of(data / "out")
+    code, log = start_ranks(2, data, *RUN, LAST_FOLDER="other")
+    assert code == 2
+    assert "error: rank 1 has a newer checkpoint in out/tiny (step 30) than rank 0 (step 20)" in log
+    assert files_of(data / "out") == before
+    code, log = start_ranks(2, data / "other", *RUN, LAST_FOLDER=str(data))  # the other way round there is no harm
+    assert code == 0, log
+    assert resumed_at(log) == [30]
+
+
+# Not the same job
+
+
+def test_ranks_with_different_options_refuse_to_train(data):
+    code, log = start_ranks(2, data, *RUN, LAST_OPTION="--learning_rate=1e-3")
+    assert code == 2
+    assert ("error: the processes do not run the same job: learning_rate is 0.001 on rank 1 and 0.01 on rank 0. Start "
+            "every node with the same command, code and data") in log.splitlines()
+    assert not Path("out").exists()
+
+
+def test_ranks_with_different_data_refuse_to_train(data, shared):
+    other = data / "other" / "data" / "tiny"
+    shutil.copytree(shared / "data" / "tiny", other)
+    shard = other / "train_000000.bin"
+    content = bytearray(shard.read_bytes())
+    content[-2:] = content[-4:-2]
+    content[-4:-2] = b"\1\0" if content[-2:] != b"\1\0" else b"\2\0"
+    shard.write_bytes(content)
+    code, log = start_ranks(2, data, *RUN, LAST_FOLDER="other")
+    assert code == 2
+    [line] = [line for line in log.splitlines() if line.startswith("error: ")]
+    assert "the data is " in line
+    assert "learning_rate" not in line
+    assert not Path("out").exists()
+
+
+def test_what_a_rank_raises_is_the_last_thing_on_the_screen(launch):
+    run = launch(agent=("--standalone",), ERROR_STEP="12")
+    assert run.wait() == 1
+    summary = run.log.rpartition("Root Cause (first observed failure):")[2]
+    assert "rank      : 1 (local_rank: 1)" in summary
+    assert "RuntimeError: an error that the test has planted" in summary
+    assert len(summary.splitlines()) < 40
+
+
+# Divergence
+
+one_and_two = pytest.mark.parametrize(("layout", "nproc"), [("ddp", 1), ("ddp", 2), ("fsdp", 2)])
+
+
+@one_and_two
+def test_a_step_without_a_finite_loss_is_skipped_on_all_ranks_and_reported(data, layout, nproc):
+    code, log = start_ranks(nproc, data, *RUN, f"--parallel={layout}", NAN_STEPS="30")
+    assert code == 0, log
+    warnings = [line for line in log.splitlines() if line.startswith("warning: step")]
+    assert warnings == ["warning: step 30: the loss is nan; its update was skipped, as 1 so far"]
+    losses = {r["step"]: r["train/loss"] for r in records_of(TINY) if "train/loss" in r}
+    assert [step for step, loss in losses.items() if loss is None] == [30]
+    assert [r["skipped"] for r in records_of(TINY) if "skipped" in r] == [0] * 29 + [1] * 11
+    assert steps_saved() == [10, 20, 40]  # not amid bad steps
+    trainer = read_trainer(TINY / "checkpoints" / "latest")
+    assert [trainer[key] for key in ("step", "skipped", "bad_steps", "rollbacks")] == [40, 1, 0, 0]
+    assert records_of(TINY)[-1]["val/loss"] < losses[1]
+
+
+@one_and_two
+def test_bad_steps_in_a_row_take_the_run_back_and_on_behind_the_bad_data(data, undisturbed, layout, nproc):
+    whole = undisturbed(layout, nproc, "--max_iters=60")
+    options = (*RUN, f"--parallel={layout}", "--max_bad_steps=3")
+    code, log = start_ranks(nproc, data, *options, NAN_STEPS="30-32")
+    assert code == 0, log
+    assert "warning: 3 bad steps in a row; going back to the checkpoint of step 20, and on with the data that" in log
+    trainer = read_trainer(TINY / "checkpoints" / "latest")
+    assert [trainer[key] for key in ("step", "next_seq", "skipped", "bad_steps", "rollbacks")] == [40, 52 * 8, 3, 0, 1]
+    # Steps 21 to 32 of the data are left out, as if the run had gone from step 20 to what was step 33.
+    ours, theirs = ([r["batch_hash"] for r in records_of(run) if "batch_hash" in r] for run in (TINY, whole))
+    assert ours == theirs[:20] + theirs[32:52]
+    TINY.rename("out/back")
+    copy_until(20, whole)
+    folder = TINY / "checkpoints" / "step_00000020"
+    files.write_json(folder / "training" / "trainer.json", read_trainer(folder) | {"next_seq": 32 * 8})
+    checkpoint._write_sums(folder)
+    code, log = start_ranks(nproc, data, *options)
+    assert code == 0, log
+    assert_same_end(Path("out/back"), TINY)
+
+
+@one_and_two
+def test_a_run_that_keeps_diverging_stops_with_a_report_and_leaves_its_checkpoints(data, layout, nproc):
+    code, log = start_ranks(nproc, data, *RUN, f"--parallel={layout}", "--max_bad_steps=3", NAN_STEPS="30-")
+    assert code == 2
+    assert log.count("going back to the checkpoint of step 20") == 3
+    [line] = [line for line in log.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: the run diverges: 3 bad steps in a row up to step 23 (the last one: the loss is nan)")
+    assert "12 in all, and going back 3 times did not help" in line
+    assert steps_saved() == [10, 20]
+    for folder in TINY.glob("checkpoints/step_*"):
+        verify(folder)
+
+
+def test_divergence_before_the_first_checkpoint_is_reported_too(data):
+    code, log = start_ranks(1, data, *RUN, "--max_bad_steps=3", NAN_STEPS="5-")
+    assert code == 2
+    assert "and there is no checkpoint to go back to" in log.splitlines()[-1]
+    assert steps_saved() == []
+
+
+def test_three_failed_saves_in_a_row_end_the_run_and_with_more_disk_it_goes_on(data, undisturbed):
+    options = (*RUN, "--save_interval=5")
+    code, log = start_ranks(1, data, *options, FULL_AT="10-14", SLOW=".")  # one that fails, and then one that does not
+    assert code == 0, log
+    assert steps_saved() == [5, *range(15, 41, 5)]
+    assert_same_end(TINY, undisturbed("ddp", 1))
+    shutil.rmtree("out")
+    code, log = start_ranks(1, data, *options, FULL_AT="20-", SLOW=".")
+    assert code == 2
+    assert [line.split()[2] for line in log.splitlines() if "could not be saved" in line] == ["10", "20", "25", "30"]
+    assert "error: saving failed 3 times in a row: " in log.splitlines()[-1]
+    assert steps_saved() == [5, 10, 15]
+    code, log = start_ranks(1, data, *options)
+    assert code == 0, log
+    assert_same_end(TINY, undisturbed("ddp", 1))
