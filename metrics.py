@@ -182,7 +182,7 @@ class Reporter:
                      "tokens_per_sec": tokens_per_sec, "mfu": mfu, "memory_gb": peak_memory_gb(self._here.device),
                      "elapsed_s": self.elapsed_s(), "batch_hash": f"{batch_hash:016x}", "skipped": skipped})
         if fault:
-            self.say(f"warning: step {step}: {fault}; its update was skipped, as {skipped} so far")
+            self.say(f"warning: step {step}: {fault}; its update was skipped ({skipped} so far)")
         elif self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_sec:,.0f} tok/s")
         else:
