@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from data import EvalOrder, pin, prefetch
 from distributed import Job, reshard, sum_over_ranks
+from files import named_errors
 from model import GPT
 
 # Dense bfloat16 (float16 on V100 and T4) matrix peaks in flops/s, from the vendor's data sheets, by what the device's
@@ -255,7 +256,8 @@ def cut_metrics(path: Path, step: int) -> None:
         except (ValueError, KeyError, TypeError):
             continue
     fresh = path.with_name(".metrics.jsonl")
-    fresh.write_text("".join(kept if step else []), encoding="utf-8")
+    with named_errors(path):
+        fresh.write_text("".join(kept if step else []), encoding="utf-8")
     os.replace(fresh, path)
 
 
