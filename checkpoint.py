@@ -22,10 +22,13 @@ A checkpoint holds whole tensors, so it does not depend on the number of ranks o
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -41,6 +44,7 @@ from safetensors.torch import load_file
 import distributed
 import files
 import optim
+import process
 import weights
 from distributed import Job
 from model import GPT, GPTConfig
@@ -148,7 +152,7 @@ class RunFolder:
         run is locked before anything is read in it. Raises ValueError or OSError."""
         if lock and self.checkpoints.is_dir():
             self._take_lock()
-        if self.config.resume == "never":
+        if self.config.resume == "never" and not self._is_of_this_launch():
             if self.steps() and not self.config.overwrite:
                 raise ValueError(f"{self.path} holds a run, and resume=never: choose another --out_dir, or delete that "
                                  "run with --overwrite=True")
@@ -165,12 +169,22 @@ class RunFolder:
         write train_config.json. Raises OSError when another run writes here, or has done so since `find`."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._take_lock()
-        overwrite = is_new and self.config.overwrite
+        overwrite = is_new and self.config.overwrite and not self._is_of_this_launch()
         if is_new and self.steps() and not overwrite:
             raise OSError(f"another run has begun in {self.path} meanwhile: choose another --out_dir")
         for leftover in [*self.checkpoints.glob("*" if overwrite else ".*")]:
             _remove(leftover)
         files.write_json(self.path / "train_config.json", options)
+
+    def _is_of_this_launch(self) -> bool:
+        """Whether the run that lies here was begun by the torchrun, or the Slurm job, that has started us again: then
+        it is to go on, also where `resume=never` spoke of what lay here before."""
+        config = self.path / "train_config.json"
+        if not config.is_file():
+            return False
+        is_requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+        is_younger = time.time() - config.stat().st_mtime < process.seconds_since_launch()
+        return is_requeued or (process.UNDER_TORCHRUN and is_younger)
 
     def _take_lock(self) -> None:
         try:
@@ -180,7 +194,8 @@ class RunFolder:
 
     def steps(self) -> list[Path]:
         """Checkpoint folders, oldest first."""
-        return sorted(self.checkpoints.glob("step_*"))
+        return sorted((path for path in self.checkpoints.glob("step_*") if re.fullmatch(r"step_\d+", path.name)),
+                      key=step_of)
 
     def newest_valid(self, is_wanted: Callable[[Path], bool] = lambda folder: True) -> Path | None:
         """The newest wanted checkpoint whose checksums hold, None when there is no checkpoint at all.
@@ -208,7 +223,7 @@ class RunFolder:
         """Begin to save the checkpoint of trainer["step"], once the one before is written; `settle` says how it went.
 
         Every rank has to take part, since each may hold a part of the state; rank 0 writes."""
-        self.settle()
+        distributed.on_rank0(self.settle, self._here)
         for live, host in zip((model.state_dict(), optim.optimizer_state(optimizer, model)), self._host):
             _copy_to_host(live, host, self._here)
         if self._here.rank == 0:
@@ -284,6 +299,12 @@ class RunFolder:
         fresh.symlink_to(target)
         os.replace(fresh, self.checkpoints / name)
 
+    def retire_after(self, folder: Path) -> None:
+        """Delete the checkpoints newer than this one, which the run has gone back to: a start takes the newest."""
+        for newer in self.steps()[self.steps().index(folder) + 1:]:
+            self._retire(newer)
+        self._link("latest", folder.name)
+
     def _prune(self) -> None:
         """Delete all but the last `keep_last`, every `keep_every`-th step, and what latest and best point at."""
         linked = {(self.checkpoints / name).resolve() for name in ("latest", "best")}
@@ -309,13 +330,11 @@ def fresh_state() -> dict[str, Any]:
     return asdict(Progress()) | {"folder": None, "scaler": None, "judge": {}, "elapsed_s": 0.0}
 
 
-def load_weights(folder: str, model: GPT, here: Job) -> None:
+def load_weights(trainer: Mapping[str, Any], model: GPT, here: Job) -> None:
     """Overwrite a model, however it lies over the ranks, with a checkpoint's weights: rank 0 reads."""
-    state = GPT.from_pretrained(folder).state_dict() if here.rank == 0 else {}
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            value = state.get(name, torch.empty(p.shape)).to(here.device, copy=True)
-            p.copy_(distributed.from_rank0(value, p, here))
+    state = [GPT.from_pretrained(trainer["folder"]).state_dict()] if here.rank == 0 else [None]
+    distributed.on_rank0(lambda: None, here)  # reading may take longer than a rank waits for tensors
+    distributed.fill(model, state[0], here)
 
 
 def load_training_state(trainer: Mapping[str, Any], model: GPT, optimizer: torch.optim.Optimizer,
@@ -353,10 +372,17 @@ def _copy_to_host(live: Mapping[str, torch.Tensor], host: State, here: Job) -> N
         tensor = distributed.whole(tensor.detach())
         if here.rank == 0:
             if name not in host:
-                host[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                host[name] = _host_buffer(tensor)
             host[name].copy_(tensor, non_blocking=True)
     if here.device.type == "cuda":
         torch.cuda.synchronize(here.device)
+
+
+def _host_buffer(tensor: torch.Tensor) -> torch.Tensor:
+    """Host memory for a tensor's copy; pinned, for a GPU to write to directly, where there is enough of that."""
+    with contextlib.suppress(RuntimeError):
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return torch.empty(tensor.shape, dtype=tensor.dtype)
 
 
 def _step_back() -> None:
@@ -372,7 +398,8 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _write_sums(folder: Path) -> None:
     lines = [f"{files.sha256_file(path)}  {path.relative_to(folder).as_posix()}\n" for path in _files(folder)]
-    (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
+    with files.named_errors(folder / "SHA256SUMS"):
+        (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
 
 
 def _sync(folder: Path) -> None:

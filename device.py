@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -54,6 +55,15 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return torch.bfloat16
     return torch.float32
+
+
+def free_memory_bytes() -> int:
+    """Of the machine: what can be had without swapping (Linux knows it; elsewhere half of all)."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    return memory_bytes(torch.device("cpu")) // 2
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -1,25 +1,21 @@
-"""Several processes: torchrun's environment, DDP and FSDP, reductions, signals, clean-up.
+"""Several processes: torchrun's environment, DDP and FSDP, compiling on all of them, reductions, clean-up.
 
 Owns every call of torch.distributed. One process without torchrun is the job of world size 1, and all functions here
 work there without a process group, so that train.py has no second path.
 
 Invariants: rank 0 decides what depends on files (where to resume) and broadcasts it; what the ranks must agree on is
-compared at the start; a process that torchrun started does not outlive torchrun; tensors that leave this room for a
-checkpoint are whole, whatever layout they were trained in.
+compared at the start; tensors that leave this room for a checkpoint are whole, whatever layout they were trained in.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import datetime
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -30,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from device import DeviceConfig, pick_device, pick_dtype
 
 T = TypeVar("T")
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # what schedulers, people and clouds send
+FILE_TIMEOUT_S = 3600  # that the others wait while rank 0 reads, verifies or writes files
 
 
 @dataclass
@@ -51,6 +47,7 @@ class Job:
     device: torch.device
     dtype: torch.dtype
     parallel: str = "ddp"
+    talk: dist.ProcessGroup | None = None  # for plain Python between the ranks, with patience for slow disks
 
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.dtype == torch.float32:
@@ -82,87 +79,36 @@ def job(config: DeviceConfig, parallel: ParallelConfig | None = None) -> Iterato
     backend = parallel.backend if parallel.backend != "auto" else "nccl" if device.type == "cuda" else "gloo"
     if backend == "nccl" and device.type != "cuda":
         raise ValueError(f"backend=nccl works between CUDA devices, and this is {device}: use --backend=gloo")
-    end_with_parent()
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=parallel.timeout_s),
                             device_id=device if backend == "nccl" else None)
+    here.talk = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=FILE_TIMEOUT_S))
     yield here
     # Not after an error: the others may be waiting for us, closing the group would wait for them, our end wakes them.
     dist.destroy_process_group()
 
 
-def end_with_parent() -> None:
-    """Have the kernel kill this process when torchrun dies (Linux): left alone it would hold its GPU for ever."""
-    if sys.platform == "linux":
-        torchrun = os.getppid()
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
-        if os.getppid() != torchrun:  # it died just before that
-            os._exit(1)
-
-
-def minutes_since_launch() -> float:
-    """Since torchrun, or this process without it, was started: a restarted worker shares the job's time limit."""
-    pid = os.getppid() if "RANK" in os.environ else os.getpid()
-    try:
-        # Field 22 of /proc/PID/stat, counted behind the name, which may hold blanks: clock ticks since the boot.
-        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-        seconds = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, AttributeError):  # no Linux: what this process has used of it
-        seconds = time.monotonic() - _LOADED
-    return seconds / 60
-
-
-_LOADED = time.monotonic()
-
-
-@contextlib.contextmanager
-def stop_requests() -> Iterator[list[str]]:
-    """A list that gets the name of each signal that asks this process to stop, so that the step under way can be
-    finished and saved first. A second Ctrl-C, a second or more after the first, is not waited for."""
-    asked: list[str] = []
-    last_s = 0.0
-
-    def remember(number: int, _frame: Any) -> None:
-        nonlocal last_s
-        name, now_s = signal.Signals(number).name, time.monotonic()
-        if name == "SIGINT" and name in asked and now_s - last_s > 1:  # torchrun sends one Ctrl-C on as another
-            raise KeyboardInterrupt
-        asked.append(name)
-        last_s = now_s
-
-    before = {number: signal.signal(number, remember) for number in STOP_SIGNALS}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 # Layouts
 
 
-def wrap(model: nn.Module, here: Job, batch_size: int) -> nn.Module:
-    """The model whose backward pass averages gradients over the ranks: DDP around it, or itself, sharded in place."""
-    if here.world_size == 1:
-        return model
-    return _shard(model, here) if here.parallel == "fsdp" else _replicate(model, here, batch_size)
+def lay_out(model: nn.Module, state: Mapping[str, torch.Tensor] | None, here: Job) -> nn.Module:
+    """Give a model made on the meta device its memory and rank 0's weights (`state`; None elsewhere): whole on every
+    rank, or, with FSDP, each rank's part of it, so that no GPU ever holds it whole."""
+    if here.world_size > 1 and here.parallel == "fsdp":
+        _shard(model, here)
+    model.to_empty(device=here.device)
+    fill(model, state, here)
+    return model
 
 
-def _replicate(model: nn.Module, here: Job, batch_size: int) -> nn.Module:
-    device_ids = [here.device.index] if here.device.type == "cuda" else None
-    wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
-    # After its first backward pass DDP sorts its buckets anew, by the order in which gradients came; with them the
-    # order of summation over four and more ranks changes. Two passes over nothing get that over before the first
-    # step, so that a resumed run sums in the same order as one that was never interrupted.
-    nothing = torch.zeros(batch_size, model.config.block_size, dtype=torch.long, device=here.device)
-    for _ in range(2):
-        with here.autocast():
-            _, loss = wrapped(nothing, nothing)
-        loss.backward()
-        model.zero_grad(set_to_none=True)
-    return wrapped
+def fill(model: nn.Module, state: Mapping[str, torch.Tensor] | None, here: Job) -> None:
+    """Overwrite a model, however it lies over the ranks, with rank 0's weights (`state`; None elsewhere)."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            value = torch.empty(p.shape) if state is None else state[name]
+            p.copy_(from_rank0(value.to(here.device), p, here))
 
 
-def _shard(model: nn.Module, here: Job) -> nn.Module:
+def _shard(model: nn.Module, here: Job) -> None:
     """FSDP2: each rank holds 1/W of every parameter; a block's are gathered when it runs, and its gradients summed in
     float32. With 16-bit products the blocks' weights travel in 16 bits; the residual path stays float32, as in DDP."""
     # These take a second to import, which every start would pay.
@@ -175,7 +121,36 @@ def _shard(model: nn.Module, here: Job) -> nn.Module:
         policy = MixedPrecisionPolicy(here.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.h:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def wrap(model: nn.Module, here: Job, batch_size: int) -> nn.Module:
+    """The model whose backward pass averages gradients over the ranks: DDP around it, or itself if it is sharded."""
+    if here.world_size == 1 or here.parallel == "fsdp":
+        return model
+    device_ids = [here.device.index] if here.device.type == "cuda" else None
+    wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    # After its first backward pass DDP sorts its buckets anew, by the order in which gradients came; with them the
+    # order of summation over four and more ranks changes. Two passes over nothing get that over before the first
+    # step, so that a resumed run sums in the same order as one that was never interrupted.
+    for _ in range(2):
+        _try_pass(wrapped, model, here, batch_size)
+    return wrapped
+
+
+def _try_pass(wrapped: nn.Module, model: nn.Module, here: Job, batch_size: int) -> None:
+    """A forward and backward pass over zeros, whose gradients are forgotten."""
+    nothing = torch.zeros(batch_size, model.config.block_size, dtype=torch.long, device=here.device)
+    with here.autocast():
+        _, loss = wrapped(nothing, nothing)
+    loss.backward()
+    zero_grad(model, here)
+
+
+def zero_grad(model: nn.Module, here: Job) -> None:
+    """Forget the gradients. DDP's stay where they are, in its buckets: micro-batches then add up there, and the memory
+    of a second set is saved."""
+    model.zero_grad(set_to_none=here.world_size == 1 or here.parallel == "fsdp")
 
 
 def set_gradient_sync(wrapped: nn.Module, wanted: bool) -> None:
@@ -198,9 +173,12 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def from_rank0(tensor: torch.Tensor, p: torch.Tensor, here: Job) -> torch.Tensor:
-    """Rank 0's whole tensor, laid out over the ranks as parameter p is if it has p's shape: the inverse of `whole`.
-    The other ranks hand in one of the same shape, which is overwritten."""
-    broadcast_tensors([tensor], here)
+    """Rank 0's whole tensor, on the device, laid out over the ranks as parameter p is if it has p's shape: the inverse
+    of `whole`. The other ranks hand in one of the same shape, which is overwritten."""
+    box = tensor.to(p.device)  # NCCL moves GPU memory only; an optimiser's step count may be on the host
+    if here.world_size > 1:
+        dist.broadcast(box, src=0)
+    tensor = box.to(tensor.device)
     if not hasattr(p, "full_tensor") or tensor.shape != p.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -218,11 +196,7 @@ def compile_blocks(model: nn.Module, wanted: str, here: Job, batch_size: int) ->
     for block in model.h:
         block.compile()
     try:
-        x = torch.randn(batch_size, model.config.block_size, model.config.n_embd, device=here.device,
-                        requires_grad=True)
-        with here.autocast():
-            y = model.h[0](x)
-        torch.autograd.grad(y.sum(), [x, *model.h[0].parameters()])
+        _try_pass(model, model, here, batch_size)
     except Exception as error:  # whatever the compiler trips over: training without it is better than none
         failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
     failures = [f for f in gather(failure, here) if f]
@@ -270,12 +244,13 @@ def gather(value: Any, here: Job) -> list[Any]:
     if here.world_size == 1:
         return [value]
     values: list[Any] = [None] * here.world_size
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=here.talk)
     return values
 
 
 def on_rank0(do: Callable[[], T], here: Job) -> T:
-    """Run `do` on rank 0; every rank gets its value (plain Python). If it fails there, the others leave quietly."""
+    """Run `do` on rank 0, which may take long; every rank gets its value (plain Python). If it fails there, the others
+    leave quietly."""
     if here.world_size == 1:
         return do()
     box: list[Any] = [None, True]  # value, failed
@@ -283,17 +258,7 @@ def on_rank0(do: Callable[[], T], here: Job) -> T:
         if here.rank == 0:
             box = [do(), False]
     finally:
-        dist.broadcast_object_list(box)
+        dist.broadcast_object_list(box, group=here.talk)
     if box[1]:
         sys.exit(2)
     return box[0]
-
-
-def broadcast_tensors(tensors: Iterable[torch.Tensor], here: Job) -> None:
-    """Overwrite tensors, alike on all ranks in number and shape, with rank 0's."""
-    if here.world_size > 1:
-        for tensor in tensors:
-            box = tensor.to(here.device)  # NCCL moves GPU memory only; an optimiser's step count may be on the host
-            dist.broadcast(box, src=0)
-            if box is not tensor:
-                tensor.copy_(box)

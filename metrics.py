@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from data import EvalOrder, pin, prefetch
 from distributed import Job, reshard, sum_over_ranks
+from files import named_errors
 from model import GPT
 
 # Dense bfloat16 (float16 on V100 and T4) matrix peaks in flops/s, from the vendor's data sheets, by what the device's
@@ -117,6 +118,7 @@ class Reporter:
         """Nothing is written to `folder` before `start`."""
         self._path, self._config, self._max_iters, self._here = folder / "metrics.jsonl", config, max_iters, here
         self._speaks = here.rank == 0
+        self._is_missing_lines = False
         self._bar: tqdm | None = None
         self._wandb: Any = None
 
@@ -180,7 +182,8 @@ class Reporter:
             mfu = self._flops_per_token * tokens_per_sec / (self._peak_flops * self._here.world_size)
         self.record({"step": step, "tokens": tokens, "train/loss": loss, "lr": lr, "grad_norm": grad_norm,
                      "tokens_per_sec": tokens_per_sec, "mfu": mfu, "memory_gb": peak_memory_gb(self._here.device),
-                     "elapsed_s": self.elapsed_s(), "batch_hash": f"{batch_hash:016x}", "skipped": skipped})
+                     "elapsed_s": self.elapsed_s(), "batch_hash": f"{batch_hash:016x}", "skipped": skipped}
+                    | ({"fault": fault} if fault else {}))
         if fault:
             self.say(f"warning: step {step}: {fault}; its update was skipped ({skipped} so far)")
         elif self._bar is not None:
@@ -201,12 +204,15 @@ class Reporter:
             losses = losses | {"val/sampled_loss": sampled["val/loss"]}
         self.record({"step": step, "tokens": tokens, **losses, "elapsed_s": self.elapsed_s()})
 
-    def went_back(self, step: int, reason: str) -> None:
-        """The run goes on from `step`, an earlier one than before: forget what was reported since."""
-        self.say(f"warning: {reason}; going back to the checkpoint of step {step}, and on with the data that follows")
+    def went_back(self, step: int, rollbacks: int, skipped: int, next_seq: int) -> None:
+        """The run goes on from `step`, an earlier one than before: cut what was reported since, and record that."""
+        self.say(f"warning: too many bad steps in a row; going back to the checkpoint of step {step}, and on with the "
+                 "data that follows")
         self._step = step
         if self._speaks:
             cut_metrics(self._path, step)
+        self.record({"step": step, "rollbacks": rollbacks, "skipped": skipped, "next_seq": next_seq,
+                     "elapsed_s": self.elapsed_s()})
         if self._bar is not None:
             self._bar.n = step
         self._restart_clock()
@@ -218,8 +224,16 @@ class Reporter:
         # JSON has no NaN and no infinity: null.
         values = {key: None if isinstance(value, float) and not math.isfinite(value) else value
                   for key, value in values.items()}
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        size = self._path.stat().st_size if self._path.is_file() else 0
+        try:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:  # a full disk: the run is worth more than its log
+            with contextlib.suppress(OSError):
+                os.truncate(self._path, size)
+            if not self._is_missing_lines:
+                self.say(f"warning: {self._path} cannot be written ({error.strerror}); going on without")
+            self._is_missing_lines = True
         if self._wandb:
             self._wandb.log(values, step=values["step"])
 
@@ -242,7 +256,8 @@ def cut_metrics(path: Path, step: int) -> None:
         except (ValueError, KeyError, TypeError):
             continue
     fresh = path.with_name(".metrics.jsonl")
-    fresh.write_text("".join(kept if step else []), encoding="utf-8")
+    with named_errors(path):
+        fresh.write_text("".join(kept if step else []), encoding="utf-8")
     os.replace(fresh, path)
 
 

@@ -18,7 +18,7 @@ import distributed
 import model as gpt
 from checkpoint import RunFolder
 from data import BatchPlan
-from device import memory_bytes
+from device import free_memory_bytes, memory_bytes
 from distributed import Job
 from model import GPT
 
@@ -32,7 +32,7 @@ def report(model: GPT, plan: BatchPlan, epochs: str, run: RunFolder, steps_betwe
     yield (f"{plan.seqs_per_step * block_size:,} tokens a step = {plan.accumulation_steps} micro-batches x "
            f"{plan.micro_batch} sequences x {block_size} tokens x {here.world_size} ranks; an epoch {epochs}")
 
-    state, activations = state_bytes(model, here), activation_bytes(model, plan.micro_batch, here)
+    state, activations = state_bytes(model, plan, here), activation_bytes(model, plan.micro_batch, here)
     there = memory_bytes(here.device)
     if here.device.type == "cpu":
         there //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -44,7 +44,10 @@ def report(model: GPT, plan: BatchPlan, epochs: str, run: RunFolder, steps_betwe
 
     checkpoint, free = 12 * num_params, free_bytes(run.path)  # float32 weights and AdamW's two means
     kept = checkpoints_kept(run, steps_between_saves, max_iters)
-    yield (f"disk: {size(checkpoint)} a checkpoint, at most {kept} of them at a time, {size(free)} free for {run.path}")
+    yield (f"saving: {size(checkpoint)} a checkpoint, copied to host memory first; at most {kept} of them at a time, "
+           f"{size(free)} free for {run.path}")
+    if checkpoint > free_memory_bytes():
+        yield "warning: the host's memory will not hold the copy that is saved: use a machine with more"
     if checkpoint * (kept - len(run.steps())) > free:
         yield "warning: the disk will be full before the end: lower --keep_last, or choose another --out_dir"
 
@@ -57,13 +60,15 @@ def report(model: GPT, plan: BatchPlan, epochs: str, run: RunFolder, steps_betwe
                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment")
 
 
-def state_bytes(model: GPT, here: Job) -> int:
+def state_bytes(model: GPT, plan: BatchPlan, here: Job) -> int:
     """Of weights, gradients and AdamW's means, in float32, on one rank."""
-    total = 16 * sum(p.numel() for p in model.parameters())
-    if here.world_size > 1 and here.parallel == "fsdp":
-        largest = max(sum(p.numel() for p in block.parameters()) for block in model.h)
-        return total // here.world_size + 8 * (largest + model.wte.weight.numel())  # what is gathered at a time
-    return total
+    count = sum(p.numel() for p in model.parameters())
+    if here.world_size == 1 or here.parallel == "ddp":
+        return 16 * count
+    largest = max(sum(p.numel() for p in block.parameters()) for block in model.h)
+    gathered = 8 * (largest + model.wte.weight.numel())  # weights and gradients at a time
+    unsynced = 4 * count if plan.accumulation_steps > 1 else 0  # whole gradients, until the last micro-batch
+    return 16 * count // here.world_size + gathered + unsynced
 
 
 def activation_bytes(model: GPT, micro_batch: int, here: Job) -> int:

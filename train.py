@@ -9,7 +9,7 @@ Two nodes of eight, the same command on both, node0 being the name of one of the
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=node0:29500 train.py config/gpt2_124m.py
 
 The same command again goes on from the newest checkpoint in out_dir, also on another number of processes. SIGTERM,
-Ctrl-C and SIGUSR1 finish the step, save and exit with status 75; so does the end of --max_minutes. Keys, meanings and
+Ctrl-C and SIGUSR1 finish the step, save and exit with status 75, as does --max_minutes. Keys, meanings and
 defaults are nanoGPT's; where flatGPT differs (device, dtype and compile are `auto`), --help says so.
 """
 
@@ -23,6 +23,11 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+
+import process
+
+if __name__ == "__main__":
+    process.end_with_torchrun()  # before torch is imported, which takes seconds
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -99,6 +104,7 @@ def main(argv: list[str]) -> None:
         with RunFolder(config.run, here, report.say) as run:
             stopped_by = train(config, given, run, report, here)
     if stopped_by:
+        process.end_torchrun()
         sys.exit(UNFINISHED)
 
 
@@ -108,7 +114,8 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     data = open_mixture(config.data.dataset, config.model.vocab_size, config.data.tokenizer)
     train_splits, val_splits = data.splits("train"), data.splits("val")
     distributed.check_agreement(settings.flatten(config) | {
-        "the code": files.code_fingerprint(), "the data": data.fingerprint, "torch": torch.__version__}, here)
+        "the code": files.code_fingerprint(), "the data": data.fingerprint, "torch": torch.__version__,
+        "the kind of device": here.device.type, "the number type": str(here.dtype)}, here)
 
     # 2) Where the run stands: rank 0 looks into the run folder, and the others hear of it. An evaluation of other
     # weights does not look at it.
@@ -138,8 +145,13 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
                    f"{config.max_iters}); for another run, choose another --out_dir.")
         return ""
 
-    # 4) The model's outer shells, compiled blocks and the averaging of gradients over the ranks; then the optimiser.
+    # 4) What it will take, before it is taken. Then the model's outer shells, compiled blocks and the averaging of
+    # gradients over the ranks, and the optimiser.
     model.activation_checkpointing = config.activation_checkpointing
+    save_interval = config.run.save_interval or config.eval_interval
+    for line in preflight.report(model, plan, describe_epochs(data, train_order), run, save_interval, config.max_iters,
+                                 here):
+        report.say(line)
     if failure := distributed.compile_blocks(model, config.compile, here, plan.micro_batch):
         report.say(f"torch.compile failed, going on without it: {failure}")
     wrapped = distributed.wrap(model, here, plan.micro_batch)
@@ -147,10 +159,6 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     scaler = torch.amp.GradScaler(here.device.type, enabled=here.dtype == torch.float16)
     if trainer["folder"]:
         checkpoint.load_training_state(trainer, model, optimizer, scaler, judge, here)
-    save_interval = config.run.save_interval or config.eval_interval
-    for line in preflight.report(model, plan, describe_epochs(data, train_order), run, save_interval, config.max_iters,
-                                 here):
-        report.say(line)
     distributed.on_rank0(lambda: run.open(options, is_new=trainer["folder"] is None), here)
     report.start(model, trainer["step"], trainer["elapsed_s"], options)
 
@@ -160,7 +168,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
                        itertools.count(now.next_seq, plan.seqs_per_step))
     done_at = now.step if trainer["folder"] else None  # the step that was evaluated and saved before
     stopped_by = ""
-    with distributed.stop_requests() as asked:
+    with process.stop_requests() as asked:
         while True:
             is_last = now.step == config.max_iters
 
@@ -218,19 +226,24 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
             mean_loss, norm, num_stops = distributed.sum_over_ranks(torch.stack([
                 step_loss, distributed.whole(norm) / here.world_size, torch.full_like(step_loss, bool(reason))]),
                 here).tolist()
+            batch_hash = int(batch_hash)
             # A float16 gradient that overflows is the scaler's to skip: it tries again at a lower scale.
-            overflow = scaler.is_enabled() and not math.isfinite(norm) and scaler.get_scale() > 1
+            overflow = (scaler.is_enabled() and math.isfinite(mean_loss) and not math.isfinite(norm)
+                        and scaler.get_scale() > 1)
             fault = "" if overflow else judge.fault(mean_loss, norm, config.optim.spike_sigma)
 
             lr = optim.learning_rate(now.step, config.optim)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            if not fault:
+            if fault:
+                scaler.update(scaler.get_scale())  # as it was: this is no overflow
+                now.bad_steps, now.skipped = now.bad_steps + 1, now.skipped + 1
+            else:
                 scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+                scaler.update()
+                now.bad_steps = now.bad_steps if overflow else 0
+            distributed.zero_grad(model, here)
             now.step, now.next_seq = now.step + 1, now.next_seq + plan.seqs_per_step
-            now.bad_steps, now.skipped = (now.bad_steps + 1, now.skipped + 1) if fault else (0, now.skipped)
             report.count(tokens_per_step)
             run.settle(wait=False)
             if num_stops:
@@ -238,25 +251,19 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
 
             # Once in a while: report.
             if now.step % config.log.log_interval == 0 or now.step == 1 or fault:
-                report.train(now.step, now.step * tokens_per_step, mean_loss, norm, lr, int(batch_hash), now.skipped,
+                report.train(now.step, now.step * tokens_per_step, mean_loss, norm, lr, batch_hash, now.skipped,
                              fault)
 
             # Hardly ever: back to the last good checkpoint, and on with the data behind what was bad.
             if now.bad_steps == config.optim.max_bad_steps:
                 trainer = distributed.on_rank0(partial(go_back, run, now, fault), here)
-                checkpoint.load_weights(trainer["folder"], model, here)
+                checkpoint.load_weights(trainer, model, here)
                 checkpoint.load_training_state(trainer, model, optimizer, scaler, judge, here)
                 now = replace(Progress.of(trainer), next_seq=now.next_seq, skipped=now.skipped,
                               rollbacks=now.rollbacks + 1)
                 done_at = now.step
-                report.went_back(now.step, f"{config.optim.max_bad_steps} bad steps in a row")
-        distributed.on_rank0(run.finish, here)
-
-    report.close()
-    if stopped_by:
-        report.say(f"stopped by {stopped_by} at step {now.step:,}, and saved: the same command goes on from there")
-    else:
-        report.say(f"done. Read what it writes: python sample.py --out_dir={config.run.out_dir}")
+                report.went_back(now.step, now.rollbacks, now.skipped, now.next_seq)
+        distributed.on_rank0(partial(finish, run, report, now, stopped_by), here)
     return stopped_by
 
 
@@ -307,7 +314,7 @@ def check_same_run(config: TrainConfig, trainer: Mapping[str, Any], now: Mapping
 
 def build_model(config: TrainConfig, given: Mapping[str, str], data: Mixture, folder: str | None,
                 here: Job) -> GPT:
-    """The model on its device: rank 0 makes or reads it, the others get their weights from there."""
+    """The model on its device: rank 0 makes or reads it on the host, and every rank gets its part from there."""
     torch.manual_seed(config.seed)
     made: list[GPT] = []
 
@@ -322,9 +329,11 @@ def build_model(config: TrainConfig, given: Mapping[str, str], data: Mixture, fo
         return made[0].config
 
     model_config = distributed.on_rank0(make, here)
-    model = (made[0] if made else GPT(model_config)).to(here.device)
-    distributed.broadcast_tensors((p.data for p in model.parameters()), here)
-    return model
+    if here.world_size == 1:
+        return made[0].to(here.device)
+    with torch.device("meta"):
+        model = GPT(model_config)
+    return distributed.lay_out(model, made[0].state_dict() if made else None, here)
 
 
 def adopt_shape(config: TrainConfig, given: Mapping[str, str], model: GPT) -> None:
@@ -354,7 +363,7 @@ def why_stop(asked: list[str], config: TrainConfig, run: RunFolder, here: Job) -
         return asked[0]
     if run.gave_up:
         return SAVING_FAILS
-    if here.rank == 0 and config.max_minutes and distributed.minutes_since_launch() >= config.max_minutes:
+    if here.rank == 0 and config.max_minutes and process.seconds_since_launch() >= 60 * config.max_minutes:
         return f"max_minutes={config.max_minutes:g}"
     return ""
 
@@ -363,7 +372,7 @@ def go_back(run: RunFolder, now: Progress, fault: str) -> dict[str, Any]:
     """The state of the last checkpoint that was not saved amid bad steps. Raises ValueError, a report of how the run
     diverged, when there is none, or when going back has not helped."""
     run.settle()
-    folder = run.newest_valid(lambda folder: not checkpoint.read_trainer(folder)["bad_steps"])
+    folder = run.newest_valid(lambda folder: not run.state_in(folder)["bad_steps"])
     if folder is None or now.rollbacks == MAX_ROLLBACKS:
         helped = f"going back {now.rollbacks} times did not help" if folder else "there is no checkpoint to go back to"
         raise ValueError(
@@ -371,7 +380,18 @@ def go_back(run: RunFolder, now: Progress, fault: str) -> dict[str, Any]:
             f"{now.skipped} in all, and {helped}. What was saved is intact"
             + (f", {folder} is the newest of it" if folder else "")
             + ". Lower --learning_rate, lengthen --warmup_iters, try --dtype=bfloat16 or float32, or look at the data")
+    run.retire_after(folder)
     return run.state_in(folder)
+
+
+def finish(run: RunFolder, report: Reporter, now: Progress, stopped_by: str) -> None:
+    """Wait for the last save and say how the run has ended. Raises OSError when that save failed."""
+    run.finish()
+    report.close()
+    if stopped_by:
+        report.say(f"stopped by {stopped_by} at step {now.step:,}, and saved: the same command goes on from there")
+    else:
+        report.say(f"done. Read what it writes: python sample.py --out_dir={run.path}")
 
 
 def versions() -> dict[str, str]:

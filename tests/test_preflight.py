@@ -67,7 +67,7 @@ def test_a_checkpoint_is_as_large_as_was_said(tmp_path):
         run.save(model, optimizer, None, {"step": 1}, is_best=False)
         run.finish()
         really = sum(path.stat().st_size for path in run.steps()[0].rglob("*"))
-    said = next(line for line in report(tmp_path, model) if line.startswith("disk"))
+    said = next(line for line in report(tmp_path, model) if line.startswith("saving"))
     assert int(said.split()[1]) == pytest.approx(really / 1e6, abs=1.5)
 
 
@@ -95,10 +95,13 @@ def test_what_will_fail_is_a_warning(tmp_path, monkeypatch):
 
 def test_the_parts_of_a_sharded_model_are_smaller():
     model = make_model(n_layer=12, n_embd=128)
-    alone, shared = (preflight.state_bytes(model, Job(0, world_size, HERE.device, HERE.dtype, "fsdp"))
-                     for world_size in (1, 8))
-    assert alone == 16 * sum(p.numel() for p in model.parameters())
-    assert alone / 8 < shared < alone / 2
+    count = sum(p.numel() for p in model.parameters())
+    for accumulation_steps, whole_gradients in ((1, 0), (4, 4 * count)):  # FSDP adds up unsummed ones whole
+        plan = BatchPlan(8, 1, accumulation_steps, 8)
+        alone, shared = (preflight.state_bytes(model, plan, Job(0, world_size, HERE.device, HERE.dtype, "fsdp"))
+                         for world_size in (1, 8))
+        assert alone == 16 * count
+        assert alone / 8 < shared - whole_gradients < alone / 2
 
 
 def test_a_run_says_it_before_anything_is_written(cli, tiny_data, monkeypatch):
