@@ -83,7 +83,11 @@ def job(config: DeviceConfig, parallel: ParallelConfig | None = None) -> Iterato
                             device_id=device if backend == "nccl" else None)
     here.talk = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=FILE_TIMEOUT_S))
     yield here
-    # Not after an error: the others may be waiting for us, closing the group would wait for them, our end wakes them.
+    # Not after an error: the others may be waiting for us, closing the groups would wait for them, our end wakes them.
+    here.talk = None
+    # Gloo's threads may still hold Python objects of their last work, and need the interpreter's lock to drop them,
+    # which the closing of a group keeps while it waits for them.
+    time.sleep(0.1)
     dist.destroy_process_group()
 
 

@@ -25,9 +25,17 @@ def end_with_torchrun() -> None:
     if not UNDER_TORCHRUN or sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
-    # If it died before this line, the first process of the machine or container has inherited us.
-    if os.getppid() == 1 and not any(word in Path("/proc/1/cmdline").read_text() for word in ("python", "torch")):
+    if not _is_launcher(os.getppid()):  # it died before that line, and another process has inherited us
         sys.exit("torchrun is gone")
+
+
+def _is_launcher(pid: int) -> bool:
+    """Whether a process is torchrun, which is Python, or a wrapper that torchrun started between us and itself."""
+    try:
+        return ("python" in os.readlink(f"/proc/{pid}/exe")
+                or b"TORCHELASTIC_RUN_ID=" in Path(f"/proc/{pid}/environ").read_bytes())
+    except OSError:  # another user's: ours would be readable
+        return False
 
 
 def end_torchrun() -> None:

@@ -200,5 +200,6 @@ def run(main: Callable[[list[str]], None]) -> None:
 def _complain(message: str) -> int:
     rank = os.environ.get("RANK", "0")
     label = "error" if rank == "0" else f"[rank {rank}] error"
-    print(f"{label}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"{label}: {' '.join(message.split())}\n")  # in one piece: other ranks may write there too
+    sys.stderr.flush()
     return 2

@@ -4,6 +4,7 @@
     ERROR_STEP=30        the last rank raises an error there
     HOLD_STEP=30         the last rank waits there until it is asked to stop, or killed, or the file `go` is there; made
                          known by the file `held` in the current directory, and done once: not where that file is
+    STOP_STEP=30         the last rank gets SIGTERM there
     SLOW=FILE            a step takes a tenth of a second more while that file is there
     FULL_AT=30           the disk is full for the checkpoint of step 30; 30-39, 30-: for those
     LAST_OPTION=--a=b    one more option on the last rank
@@ -16,6 +17,7 @@ import contextlib
 import math
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -24,9 +26,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import process
+
+if __name__ == "__main__":
+    process.end_with_torchrun()
+
 from torch.distributed.elastic.multiprocessing.errors import record
 
-import distributed
 import settings
 import train
 from checkpoint import RunFolder
@@ -47,7 +53,7 @@ def within(number: int, wanted: str | None) -> bool:
 def plant(env: Mapping[str, str], put: Callable[[Any, str, Any], None] = setattr) -> None:
     """Plant what `env` names; `put` is setattr, or a test's monkeypatch.setattr, which undoes it."""
     is_last = int(env.get("RANK", "0")) == int(env.get("WORLD_SIZE", "1")) - 1
-    forward, count, write, stop_requests = GPT.forward, Reporter.count, RunFolder._write, distributed.stop_requests
+    forward, count, write, stop_requests = GPT.forward, Reporter.count, RunFolder._write, process.stop_requests
     steps_done = 0
     asked: list[str] = []  # the loop's own list of signals
 
@@ -69,6 +75,8 @@ def plant(env: Mapping[str, str], put: Callable[[Any, str, Any], None] = setattr
             deadline = time.monotonic() + 300
             while not asked and not Path("go").exists() and time.monotonic() < deadline:
                 time.sleep(0.01)
+        if is_last and within(steps_done, env.get("STOP_STEP")):
+            signal.raise_signal(signal.SIGTERM)
         if "SLOW" in env and Path(env["SLOW"]).exists():
             time.sleep(0.1)
 
@@ -90,7 +98,7 @@ def plant(env: Mapping[str, str], put: Callable[[Any, str, Any], None] = setattr
     put(GPT, "forward", planted_forward)
     put(Reporter, "count", planted_count)
     put(RunFolder, "_write", planted_write)
-    put(distributed, "stop_requests", planted_stop_requests)
+    put(process, "stop_requests", planted_stop_requests)
     if is_last and "LAST_FOLDER" in env:
         os.chdir(env["LAST_FOLDER"])
     if is_last and "LAST_OPTION" in env:

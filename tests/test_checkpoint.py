@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import threading
 
@@ -252,6 +253,13 @@ def test_a_deletion_that_is_killed_leaves_no_half_checkpoint(run, parts, monkeyp
     assert len(removed) == 1
     for folder in run.steps():
         verify(folder)
+
+
+def test_copies_beside_the_checkpoints_are_none_of_ours(run, parts):
+    folder = save(run, parts, 20)
+    shutil.copytree(folder, run.checkpoints / "step_00000030.bak")
+    assert run.steps() == [folder]
+    assert run.newest_valid() == folder
 
 
 def test_looking_for_a_run_makes_nothing(tmp_path):

@@ -1,9 +1,5 @@
 """distributed.py: whatever the layout, the gradients are one process's; what the ranks must agree on, they compare."""
 
-import os
-import signal
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +30,13 @@ def make_model() -> GPT:
     return GPT(GPTConfig(block_size=BLOCK_SIZE, vocab_size=50, n_layer=2, n_head=2, n_embd=32, bias=True))
 
 
+def lay_out(here: Job) -> GPT:
+    """That model on all ranks, as the layout has it."""
+    with torch.device("meta"):
+        model = GPT(make_model().config)
+    return distributed.lay_out(model, make_model().state_dict() if here.rank == 0 else None, here)
+
+
 def make_batch() -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets (8, 16): rank 1 has far fewer targets than rank 0, its first micro-batch has none at all."""
     generator = torch.Generator().manual_seed(1)
@@ -48,22 +51,26 @@ def accumulate(layout: str, dtype: str = "float32", activation_checkpointing: bo
     """The gradients of the batch, summed over micro-batches and ranks as train.py does it, before and after the clip,
     and their norm, on every rank."""
     with join(layout, dtype) as here:
-        model = make_model()
-        model.activation_checkpointing = activation_checkpointing
-        wrapped = distributed.wrap(model, here, MICRO_SEQS)
-        x, y = make_batch()
-        num_targets = (y >= 0).sum()
-        mine = slice(*(BATCH_SEQS * r // here.world_size for r in (here.rank, here.rank + 1)))
-        x, y = x[mine], y[mine]
-        for start in range(0, len(x), MICRO_SEQS):
-            rows = slice(start, start + MICRO_SEQS)
-            distributed.set_gradient_sync(wrapped, rows.stop >= len(x))
-            with here.autocast():
-                _, loss = wrapped(x[rows], y[rows], num_targets)
-            (loss * here.world_size).backward()
-        before = gradients(model)
-        norm = distributed.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)).item()
-        return before, norm, gradients(model)
+        return accumulate_on(here, activation_checkpointing)
+
+
+def accumulate_on(here: Job, activation_checkpointing: bool):
+    model = lay_out(here)
+    model.activation_checkpointing = activation_checkpointing
+    wrapped = distributed.wrap(model, here, MICRO_SEQS)
+    x, y = make_batch()
+    num_targets = (y >= 0).sum()
+    mine = slice(*(BATCH_SEQS * r // here.world_size for r in (here.rank, here.rank + 1)))
+    x, y = x[mine], y[mine]
+    for start in range(0, len(x), MICRO_SEQS):
+        rows = slice(start, start + MICRO_SEQS)
+        distributed.set_gradient_sync(wrapped, rows.stop >= len(x))
+        with here.autocast():
+            _, loss = wrapped(x[rows], y[rows], num_targets)
+        (loss * here.world_size).backward()
+    before = gradients(model)
+    norm = distributed.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)).item()
+    return before, norm, gradients(model)
 
 
 def gradients(model: GPT) -> dict[str, np.ndarray]:
@@ -108,8 +115,7 @@ def test_16_bit_gradients_of_both_layouts_are_close():
 def take_apart_and_put_together():
     """Shard a model over the ranks; what `whole` gives, and rank 0's halves sent out by `from_rank0`."""
     with join("fsdp") as here:
-        model = make_model()
-        distributed.wrap(model, here, MICRO_SEQS)
+        model = lay_out(here)
         gathered, returned, numels = {}, {}, {}
         for name, p in model.named_parameters():
             gathered[name] = distributed.whole(p.detach()).numpy().copy()
@@ -150,8 +156,7 @@ def test_ranks_that_disagree_all_hear_of_what():
 
 def evaluate(layout: str, folder: Path, num_seqs: list[int]) -> list[float]:
     with join(layout) as here:
-        model = make_model()
-        distributed.wrap(model, here, MICRO_SEQS)
+        model = lay_out(here)
         return [validation_loss(model, order, MICRO_SEQS, here) for order in orders(folder, num_seqs)]
 
 
@@ -174,44 +179,3 @@ def test_float16_is_refused_with_fsdp(monkeypatch):
     monkeypatch.setattr(distributed, "pick_dtype", lambda name, device: torch.float16)
     with pytest.raises(ValueError, match="dtype=float16 does not go with parallel=fsdp"), join("fsdp"):
         pass
-
-
-@pytest.mark.parametrize("number", distributed.STOP_SIGNALS)
-def test_signals_are_recorded_and_handlers_put_back(number):
-    before = [signal.getsignal(n) for n in distributed.STOP_SIGNALS]
-    with distributed.stop_requests() as asked:
-        assert asked == []
-        signal.raise_signal(number)
-        assert asked == [signal.Signals(number).name]
-    assert [signal.getsignal(n) for n in distributed.STOP_SIGNALS] == before
-
-
-def test_ctrl_c_twice_is_waited_for_and_after_a_second_it_is_not(monkeypatch):
-    now_s = 100.0
-    monkeypatch.setattr(distributed.time, "monotonic", lambda: now_s)
-    with distributed.stop_requests() as asked:
-        signal.raise_signal(signal.SIGINT)
-        now_s += 0.5  # torchrun hands on what the terminal has sent already
-        signal.raise_signal(signal.SIGINT)
-        assert asked == ["SIGINT", "SIGINT"]
-        now_s += 1.5
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGTERM)  # a scheduler repeats itself
-        now_s += 1.5
-        signal.raise_signal(signal.SIGTERM)
-        assert asked[2:] == ["SIGTERM", "SIGTERM"]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="processes' ages are read in /proc")
-def test_minutes_since_launch_are_the_processs_and_under_torchrun_its_parents(monkeypatch):
-    loaded_s = time.monotonic() - distributed._LOADED
-    uptime_s = time.clock_gettime(time.CLOCK_MONOTONIC)
-    monkeypatch.delenv("RANK", raising=False)
-    own_s = 60 * distributed.minutes_since_launch()
-    assert loaded_s - 0.02 <= own_s <= uptime_s  # the kernel counts in hundredths
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(os, "getppid", os.getpid)
-    assert 60 * distributed.minutes_since_launch() == pytest.approx(own_s, abs=5)
-    monkeypatch.setattr(os, "getppid", lambda: 1)
-    assert 60 * distributed.minutes_since_launch() > own_s

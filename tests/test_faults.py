@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -21,17 +22,19 @@ from pathlib import Path
 
 import planted
 import pytest
+import torch
 from conftest import ROOT, TEXT, TINY_RUN, files_of, on_ranks, records_of, run_process
 from filelock import FileLock
 
 import checkpoint
-import distributed
 import files
 import metrics
 import prepare_data
+import process
 import settings
 import train
 from checkpoint import read_trainer, verify
+from distributed import Job
 
 OPTIONS = (*TINY_RUN, "--max_iters=100", "--lr_decay_iters=100", "--eval_interval=50", "--save_interval=20",
            "--dropout=0.1", "--keep_last=0")
@@ -279,8 +282,8 @@ def launch(data):
         return started[-1]
 
     yield start
-    for process in started:
-        process.kill()
+    for run in started:
+        run.kill()
 
 
 def resumed_at(log: str) -> list[int]:
@@ -324,9 +327,11 @@ def test_after_torchrun_was_killed_its_ranks_are_gone_and_the_same_command_goes_
 
 
 @linux
-def test_ranks_that_had_only_begun_to_start_are_gone_too(launch):
+@pytest.mark.parametrize("delay_s", [0.0, pytest.param(1.0, marks=pytest.mark.soak)])
+def test_ranks_that_had_only_begun_to_start_are_gone_too(launch, delay_s):
     run = launch("--max_iters=100000", "--eval_interval=100000", "--save_interval=100000")
     run.wait_until(lambda: len(run.ranks()) == 2)
+    time.sleep(delay_s)
     run.kill()
 
 
@@ -417,7 +422,7 @@ def copy_until(step: int, run: Path) -> None:
 # Asked to stop, or told to go on elsewhere
 
 
-@pytest.mark.parametrize("number", distributed.STOP_SIGNALS)
+@pytest.mark.parametrize("number", process.STOP_SIGNALS)
 def test_a_signal_finishes_the_step_saves_and_exits_with_75(cli, data, undisturbed, monkeypatch, number):
     with monkeypatch.context() as patch:
         patch.setattr(metrics.Reporter, "count", raising_at(15, number, metrics.Reporter.count))
@@ -465,15 +470,23 @@ def test_the_signals_of_people_and_schedulers_reach_all_ranks(launch, undisturbe
     assert_same_end(TINY, undisturbed("ddp"))
 
 
-@pytest.mark.soak
-def test_max_minutes_count_from_torchruns_start_and_so_stop_restarted_ranks_too(launch, undisturbed):
-    run = launch("--max_minutes=1e-4", agent=("--standalone", "--max-restarts=1"))
+def test_a_run_that_was_told_to_stop_is_not_started_again_by_torchrun(launch):
+    run = launch("--max_minutes=1e-4", agent=("--standalone", "--max-restarts=3"))
     assert run.wait() != 0
-    assert "exitcode  : 75" in run.log
-    for step in (1, 2):
-        assert f"stopped by max_minutes=0.0001 at step {step}, and saved" in run.log
-    assert start_ranks(2, Path.cwd(), *RUN)[0] == 0
-    assert_same_end(TINY, undisturbed("ddp"))
+    assert run.log.count("stopped by max_minutes=0.0001 at step 1, and saved") == 1
+    assert "resuming" not in run.log
+    assert steps_saved() == [1]
+
+
+@linux
+def test_never_and_overwrite_speak_of_what_was_there_before_the_launch(cli, launch):
+    assert cli("train", *RUN, "--max_iters=30").code == 0
+    run = launch("--resume=never", "--overwrite=True", HOLD_STEP="25")
+    run.wait_until(lambda: Path("held").exists() and steps_saved() == [10, 20])  # the old run is gone
+    os.kill(run.ranks()[1], signal.SIGKILL)
+    assert run.wait() == 0, run.log
+    assert resumed_at(run.log) == [20]
+    assert steps_saved() == [10, 20, 30, 40]
 
 
 def assert_same_batches(run: Path, other: Path) -> None:
@@ -699,7 +712,9 @@ def test_bad_steps_in_a_row_take_the_run_back_and_on_behind_the_bad_data(data, u
     options = (*RUN, f"--parallel={layout}", "--max_bad_steps=3")
     code, log = start_ranks(nproc, data, *options, NAN_STEPS="30-32")
     assert code == 0, log
-    assert "warning: 3 bad steps in a row; going back to the checkpoint of step 20, and on with the data that" in log
+    assert "warning: too many bad steps in a row; going back to the checkpoint of step 20, and on with" in log
+    [event] = [r for r in records_of(TINY) if "rollbacks" in r]
+    assert [event[key] for key in ("step", "rollbacks", "skipped", "next_seq")] == [20, 1, 3, 32 * 8]
     trainer = read_trainer(TINY / "checkpoints" / "latest")
     assert [trainer[key] for key in ("step", "next_seq", "skipped", "bad_steps", "rollbacks")] == [40, 52 * 8, 3, 0, 1]
     # Steps 21 to 32 of the data are left out, as if the run had gone from step 20 to what was step 33.
@@ -750,3 +765,31 @@ def test_three_failed_saves_in_a_row_end_the_run_and_with_more_disk_it_goes_on(d
     assert resumed_at(log)[-1] == 15
     assert steps_saved() == [5, 10, 15, 30, 35, 40]
     assert_same_end(TINY, undisturbed("ddp", 1))
+
+
+def test_a_stop_amid_bad_steps_is_saved_and_gone_when_the_run_has_gone_back(data):
+    options = (*RUN, "--max_bad_steps=4")
+    code, log = start_ranks(1, data, *options, NAN_STEPS="13-", STOP_STEP="14")
+    assert code == 75, log
+    assert steps_saved() == [10, 15]
+    assert read_trainer(TINY / "checkpoints" / "latest")["bad_steps"] == 3
+    code, log = start_ranks(1, data, *options, NAN_STEPS="1")  # the fourth
+    assert code == 0, log
+    assert resumed_at(log)[-1] == 15
+    assert "going back to the checkpoint of step 10" in log
+    assert steps_saved() == [10, 20, 30, 40]
+
+
+def test_a_log_that_cannot_be_written_is_said_and_does_not_end_the_run(data, capsys):
+    reporter = metrics.Reporter(data, metrics.LogConfig(), 10, Job(0, 1, torch.device("cpu"), torch.float32))
+    reporter.record({"step": 1, "loss": 2.0})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40, before[1]))
+    try:
+        for step in (2, 3):
+            reporter.record({"step": step, "loss": 2.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    reporter.record({"step": 4, "loss": 2.0})
+    assert [r["step"] for r in records_of(data)] == [1, 4]  # no torn line
+    assert capsys.readouterr().out.count("metrics.jsonl cannot be written (File too large)") == 1
