@@ -65,7 +65,7 @@ class RunConfig:
     save_interval: int = 0  # steps between checkpoints; 0 = at each evaluation
     always_save_checkpoint: bool = True  # False: of the evaluations, only those with the best val loss save
     keep_last: int = 3  # checkpoints kept besides the best; 0 = all
-    keep_every: int = 0  # of those of every so many steps none is deleted; 0 = they go like the others
+    keep_every: int = 0  # keep those of every so many steps as well; 0 = no more than keep_last says
 
 
 def load_model(source: str, **overrides: Any) -> GPT:
