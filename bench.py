@@ -172,24 +172,23 @@ def bench_checkpoint(bench: BenchConfig) -> None:
         [train_step() for _ in range(3)]
         stalls, costs = [], []
         for turn in range(1, bench.rounds + 1):
-            for wait in (True, False):
-                usual = statistics.median(train_step() for _ in range(8))
-                began = time.perf_counter()
-                run.save(model, optimizer, None, asdict(Progress(step=2 * turn - wait)), False)
-                copied = time.perf_counter() - began
-                if wait:
-                    run.settle()
-                    synchronous = time.perf_counter() - began - copied  # the copy is what the other way adds
-            steps = 0
+            run.save(model, optimizer, None, asdict(Progress(step=2 * turn - 1)), False)
+            began = time.perf_counter()
+            run.settle()
+            synchronous = time.perf_counter() - began  # writing alone: the copy is what the other way adds
+            before = [train_step() for _ in range(10)]
+            began = time.perf_counter()
+            run.save(model, optimizer, None, asdict(Progress(step=2 * turn)), False)
+            copied, beside = time.perf_counter() - began, []
             while run.is_saving:
-                train_step()
+                beside.append(train_step())
                 run.settle(wait=False)
-                steps += 1
-            slower = time.perf_counter() - began - copied - steps * usual
+            usual = statistics.mean(before + [train_step() for _ in range(10)])
+            slower = sum(beside) - len(beside) * usual
             stalls.append(copied / synchronous)
             costs.append((copied + slower) / synchronous)
             print(f"round {turn}: synchronous {synchronous:.2f} s; asynchronous: the loop waits {copied:.2f} s, and "
-                  f"{steps} steps of {usual:.2f} s take {slower:.2f} s longer in all", flush=True)
+                  f"{len(beside)} steps of {usual:.2f} s take {slower:.2f} s longer in all", flush=True)
     print(f"waiting / synchronous: {spread(stalls)}; waiting and slower steps / synchronous: {spread(costs)}; "
           f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads")
 
