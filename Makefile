@@ -1,6 +1,6 @@
 # make demo      prepare a small corpus, train a small model on it, read what it writes (a few minutes on a laptop)
 # make test      lint, tests, and the README's commands
-# make soak      every way to kill, hang and starve a run that the tests know (half an hour on two cores)
+# make soak      every way to kill, hang and starve a run that the tests know (eight minutes on two cores)
 # make install   .venv with all that the program and the tests need
 # Each makes .venv first where it is missing. PYTHON=python3.12 picks another interpreter, 3.10 or newer.
 
