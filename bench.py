@@ -1,13 +1,22 @@
-"""Measure the real scripts against the plain way of doing the same, in one run, because machines are noisy.
+"""Measure the real scripts, and what people would use instead, in turn, because machines are noisy.
 
-    python bench.py train --config=config/shakespeare_char_cpu.py     train.py and the plain loop, in turn, whole runs
-    python bench.py train --config=... --steps=500 --rounds=5         shorter and more
-    python bench.py data                                              prepare_data.py and two plain ways, in turn
-    python bench.py checkpoint                                        what a save costs the loop, and what it would
+    python bench.py train --config=config/shakespeare_char_cpu.py --baseline      whole runs, and the plain loop
+    python bench.py train --config=config/gpt2_124m.py --steps=4 --options="--batch_size=4 --total_batch_size=4096"
+    python bench.py sample --baseline                                             sample.py on GPT-2 small
+    python bench.py data                                                          prepare_data.py and two plain ways
+    python bench.py checkpoint                                                    what a save costs the loop
+    python bench.py startup                                                       --help, and the time to a first step
 
-`train` prints milliseconds a step, evaluations and saves included, for both, and the ratio of each round. The plain
-loop is what one would write first, and what nanoGPT does: float32, eager, whole logits, unfused AdamW, random windows,
-a read of the loss at every step, evaluations of both splits on random batches, each followed by a torch.save.
+Each prints a line a round, then medians and spreads; `--json` prints all numbers as one JSON object in the end.
+
+`train` runs train.py for `--steps`: tokens a second and milliseconds a step without evaluations and saves, the whole
+run's seconds, peak memory, MFU. Where the configuration's data set is not there random tokens take its place. With
+`--baseline` the plain loop runs in turn with it: what one would write first, and what nanoGPT does: float32, eager,
+whole logits, unfused AdamW, random windows, a read of the loss at every step, evaluations of both splits on random
+batches, each followed by a torch.save. `--profile=FILE` writes a torch profiler trace of a few steps instead.
+
+`sample` has sample.py write 128 tokens behind a prompt of 16, with random weights of GPT-2 small; the baselines are
+the same model without a cache (nanoGPT's way) and transformers' `generate` with its cache, both in float32.
 
 `data` prints megabytes of text a second on every .py file of this Python with GPT-2's tokenizer: for prepare_data.py,
 from start to exit, for a bare multiprocessing.Pool that encodes with tiktoken and throws the result away,
@@ -17,20 +26,27 @@ whole process tree on that corpus and on twice of it, and the tokens a second th
 `checkpoint` trains GPT-2 small and prints the seconds that writing its checkpoint takes while the loop waits (a
 synchronous save), those that the loop waits for the copy of the state (an asynchronous one), and by how much the steps
 beside the writing thread are slower in all.
+
+`startup` compares train.py's time to its first step with that of importing torch and building the model.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import multiprocessing
 import os
+import shlex
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -41,51 +57,46 @@ import torch.nn.functional as F
 import settings
 import sources
 from checkpoint import Progress, RunConfig, RunFolder
-from data import MixedOrder, TrainOrder
+from data import MixedOrder, TrainOrder, plan_batches
 from device import pick_device, pick_dtype
-from distributed import Job
+from distributed import Job, compile_blocks
+from metrics import peak_memory_gb
 from model import GPT, GPTConfig
 from optim import OptimConfig, build_optimizer
 from shards import Split, open_dataset
 from sources import SourceConfig, text_of
+from tokenizer import GPT2Tokenizer
 from train import TrainConfig
 
 
 @dataclass
 class BenchConfig:
-    what: Literal["train", "data", "checkpoint", "plain", "pool", "map"] = "train"  # the last three: a plain way alone
+    what: Literal["train", "sample", "data", "checkpoint", "startup", "plain", "uncached", "transformers", "pool",
+                  "map", "build"] = "train"  # the last six: one baseline alone
     config: str = "config/shakespeare_char_cpu.py"  # configuration of the run
+    options: str = ""  # more options for train.py, as on its command line
     steps: int = 0  # steps of a run; 0 = the configuration's max_iters
     rounds: int = 3  # times that all ways are run
-    dtype: Literal["auto", "float32", "bfloat16"] = "float32"  # of train.py; the plain loop is float32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of train.py and sample.py; the baselines are float32
+    baseline: bool = False  # run what people would use instead as well
+    json: bool = False  # print the numbers as JSON
+    profile: str = ""  # write a trace of a few training steps to this file
 
 
 def main(argv: list[str]) -> None:
-    """Run the ways in turn and print the ratios; or, as the child of that, one plain way alone, in this folder."""
+    """Run the ways in turn and print the ratios; or, as the child of that, one baseline alone, in this folder."""
     bench, _ = settings.parse(BenchConfig, argv, usage=__doc__, bare_word="what")
-    ways = {"train": bench_train, "data": bench_data, "checkpoint": bench_checkpoint,
-            "plain": train_plainly, "pool": encode_in_pool, "map": prepare_plainly}
-    measured = ways[bench.what](bench)
-    if measured is not None:
+    ways = {"train": bench_train, "sample": bench_sample, "data": bench_data, "checkpoint": bench_checkpoint,
+            "startup": bench_startup, "plain": train_plainly, "uncached": sample_uncached,
+            "transformers": sample_with_transformers, "pool": encode_in_pool, "map": prepare_plainly,
+            "build": build_model}
+    measured = profile_training(bench) if bench.profile else ways[bench.what](bench)
+    if bench.json:
         print(json.dumps(measured))
 
 
-def bench_train(bench: BenchConfig) -> None:
-    config, _ = settings.parse(TrainConfig, [bench.config])
-    steps = bench.steps or config.max_iters
-    ratios = []
-    for turn in range(1, bench.rounds + 1):
-        plain = json.loads(run("bench.py", "plain", f"--config={bench.config}", f"--steps={steps}").splitlines()[-1])
-        ours = run_train(bench, steps)
-        ratios.append(ours["ms_per_step"] / plain["ms_per_step"])
-        print(f"round {turn}: plain {plain['ms_per_step']:.1f} ms a step, ours {ours['ms_per_step']:.1f} ms "
-              f"(val loss {ours['val_loss']:.4f}), ratio {ratios[-1]:.2f}", flush=True)
-    print(f"ours / plain: {spread(ratios)}; {steps} steps, {bench.dtype}, torch {torch.__version__}, "
-          f"{torch.get_num_threads()} threads")
-
-
-def spread(ratios: list[float]) -> str:
-    return f"median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}"
+def train_config(bench: BenchConfig) -> TrainConfig:
+    return settings.parse(TrainConfig, [bench.config, *shlex.split(bench.options)])[0]
 
 
 def command(script: str, *args: str) -> list[str]:
@@ -101,33 +112,103 @@ def run(script: str, *args: str, cwd: str | None = None) -> str:
     return done.stdout
 
 
-def run_train(bench: BenchConfig, steps: int) -> dict[str, float]:
-    """Whole run of train.py, read from its metrics.jsonl."""
-    with tempfile.TemporaryDirectory() as out_dir:
-        run("train.py", bench.config, f"--max_iters={steps}", f"--dtype={bench.dtype}", f"--out_dir={out_dir}/run")
-        last = json.loads(Path(out_dir, "run", "metrics.jsonl").read_text().splitlines()[-1])
-    return {"ms_per_step": 1000 * last["elapsed_s"] / steps, "val_loss": last["val/loss"]}
+def run_baseline(way: str, bench: BenchConfig, *args: str, cwd: str | None = None) -> dict[str, float]:
+    out = run("bench.py", way, f"--config={Path(bench.config).resolve()}", f"--options={bench.options}", "--json=True",
+              *args, cwd=cwd)
+    return json.loads(out.splitlines()[-1])
+
+
+def rounds(bench: BenchConfig, ways: dict[str, Callable[[], dict[str, float]]], figures: tuple[str, ...]) -> dict:
+    """Call all ways in turn, `bench.rounds` times, a line each; then for each figure the median of every way and the
+    spread of its ratio, ours (the first way) to each other."""
+    seen: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+    for turn in range(1, bench.rounds + 1):
+        for way, measure in ways.items():
+            seen[way].append(measure())
+            numbers = ", ".join(f"{key} {show(seen[way][-1].get(key))}" for key in figures)
+            print(f"round {turn}: {way}: {numbers}", flush=True)
+    ours = next(iter(ways))
+    for key in figures:
+        for way, runs in seen.items():
+            if all(each.get(key) for each in (*runs, *seen[ours])):
+                ratios = [mine[key] / theirs[key] for mine, theirs in zip(seen[ours], runs)]
+                print(f"{way}: {key} median {show(statistics.median(each[key] for each in runs))}"
+                      + (f"; {ours} / {way}: {spread(ratios)}" if way != ours else ""))
+    return seen
+
+
+def show(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def spread(ratios: list[float]) -> str:
+    return f"median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}"
+
+
+# Training
+
+
+def bench_train(bench: BenchConfig) -> dict:
+    config = train_config(bench)
+    steps = bench.steps or config.max_iters
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = bench_dataset(config, folder)
+        ways = {"train.py": partial(run_train, bench, steps, dataset, folder)}
+        if bench.baseline:
+            again = dataclasses.replace(bench, options=f"{bench.options} --dataset={dataset}")
+            ways["the plain loop"] = partial(run_baseline, "plain", again, f"--steps={steps}")
+        seen = rounds(bench, ways, ("tokens_per_sec", "ms_per_step", "run_s", "memory_gb", "mfu", "val_loss"))
+    print(f"{steps} steps, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    return seen
+
+
+def bench_dataset(config: TrainConfig, folder: str) -> str:
+    """The configuration's data set as a path, or a new one of random tokens in `folder` where it is not there."""
+    with contextlib.suppress(OSError, ValueError):
+        return str(open_dataset(config.data.dataset).folder.resolve())
+    print(f"no data set {config.data.dataset} here: random tokens take its place")
+    for split, count in (("train", 4_000_000), ("val", 4 * config.model.block_size + 1)):
+        tokens = np.random.default_rng(0).integers(0, 50257, count).astype(np.uint16)
+        Path(folder, f"{split}.bin").write_bytes(tokens.tobytes())  # nanoGPT's format
+    return folder
+
+
+def run_train(bench: BenchConfig, steps: int, dataset: str, folder: str) -> dict[str, float]:
+    """A whole run of train.py, read from its metrics.jsonl. The first step, which warms up, counts for the run only."""
+    out_dir = tempfile.mkdtemp(dir=folder)
+    run("train.py", bench.config, *shlex.split(bench.options), f"--max_iters={steps}", f"--dtype={bench.dtype}",
+        f"--dataset={dataset}", f"--out_dir={out_dir}/run", "--log_interval=1")
+    records = [json.loads(line) for line in Path(out_dir, "run", "metrics.jsonl").read_text().splitlines()]
+    shutil.rmtree(out_dir)
+    trained, last = [r for r in records if "train/loss" in r], records[-1]
+    tokens_per_sec = statistics.median(r["tokens_per_sec"] for r in trained[1:] or trained)
+    return {"tokens_per_sec": tokens_per_sec, "ms_per_step": 1000 * trained[0]["tokens"] / tokens_per_sec,
+            "run_s": last["elapsed_s"], "memory_gb": trained[-1]["memory_gb"], "mfu": trained[-1]["mfu"],
+            "val_loss": last["val/loss"]}
 
 
 def train_plainly(bench: BenchConfig) -> dict[str, float]:
     """The reference: the same model and number of tokens a step."""
-    config, _ = settings.parse(TrainConfig, [bench.config])
+    config = train_config(bench)
     steps, folder = bench.steps or config.max_iters, tempfile.mkdtemp()
     dataset = open_dataset(config.data.dataset)
     torch.manual_seed(config.seed)
-    model = GPT(GPTConfig(**asdict(config.model) | {"vocab_size": dataset.vocab_size}))
+    device = pick_device(config.where.device)
+    vocab_size = dataset.vocab_size or 50304
+    model = GPT(GPTConfig(**asdict(config.model) | {"vocab_size": vocab_size})).to(device)
+    plan = plan_batches(config.data, {}, config.model.block_size, 1)
     decay = [{"params": [p for p in model.parameters() if (p.dim() > 1) == is_matrix], "weight_decay": weight_decay}
              for is_matrix, weight_decay in ((True, config.optim.weight_decay), (False, 0.0))]
     optimizer = torch.optim.AdamW(decay, config.optim.learning_rate, (config.optim.beta1, config.optim.beta2))
 
     def loss_on(split: Split) -> torch.Tensor:
         size, tokens = config.model.block_size, split.shards[0]
-        starts = torch.randint(len(tokens) - size, (config.data.batch_size,))
-        rows = torch.stack([torch.from_numpy(tokens[i:i + size + 1].astype(np.int64)) for i in starts])
-        logits = F.linear(model._hidden(rows[:, :-1]), model.wte.weight[:dataset.vocab_size])
+        starts = torch.randint(len(tokens) - size, (plan.micro_batch,))
+        rows = torch.stack([torch.from_numpy(tokens[i:i + size + 1].astype(np.int64)) for i in starts]).to(device)
+        logits = F.linear(model._hidden(rows[:, :-1]), model.wte.weight)
         return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
 
-    began = time.perf_counter()
+    began, step_seconds = time.perf_counter(), []
     for step in range(steps + 1):
         if step % config.eval_interval == 0 or step == steps:
             with torch.no_grad():
@@ -136,49 +217,177 @@ def train_plainly(bench: BenchConfig) -> dict[str, float]:
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, Path(folder, "ckpt.pt"))
         if step == steps:
             break
-        for _ in range(config.data.gradient_accumulation_steps):
-            loss = loss_on(dataset.splits["train"]) / config.data.gradient_accumulation_steps
+        step_began = time.perf_counter()
+        for _ in range(plan.accumulation_steps):
+            loss = loss_on(dataset.splits["train"]) / plan.accumulation_steps
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
         loss.item()
-    return {"ms_per_step": 1000 * (time.perf_counter() - began) / steps}
+        step_seconds.append(time.perf_counter() - step_began)
+    shutil.rmtree(folder)
+    step_s = statistics.median(step_seconds[1:] or step_seconds)
+    return {"tokens_per_sec": plan.seqs_per_step * config.model.block_size / step_s, "ms_per_step": 1000 * step_s,
+            "run_s": time.perf_counter() - began, "memory_gb": peak_memory_gb(device)}
 
 
-# Checkpoints
+def profile_training(bench: BenchConfig) -> None:
+    """A trace of three steps of the configuration's model on random tokens, for chrome://tracing or Perfetto."""
+    config = train_config(bench)
+    device = pick_device(config.where.device)
+    here = Job(0, 1, device, pick_dtype(bench.dtype, device))
+    model = GPT(GPTConfig(**asdict(config.model) | {"vocab_size": config.model.vocab_size or 50257})).to(device)
+    if failure := compile_blocks(model, config.compile, here, config.data.batch_size):
+        print(f"torch.compile failed: {failure}")
+    train_step = make_train_step(model, here, config.data.batch_size, config.model.block_size)
+    [train_step() for _ in range(3)]
+    with torch.profiler.profile() as profile:
+        [train_step() for _ in range(3)]
+    profile.export_chrome_trace(bench.profile)
+    print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=50))
 
 
-def bench_checkpoint(bench: BenchConfig) -> None:
-    """Rounds of: a save that is waited for; some steps; a save, and steps beside it until it is written."""
-    device = pick_device("auto")
-    here = Job(0, 1, device, pick_dtype("auto", device))
-    model = GPT(GPTConfig()).to(device)
+def make_train_step(model: GPT, here: Job, batch_size: int, block_size: int) -> Callable[[], float]:
+    """A function that makes a step on random tokens and gives the seconds it took."""
     optimizer = build_optimizer(model, OptimConfig())
-    tokens = torch.randint(model.config.vocab_size, (1, 257), device=device)
+    tokens = torch.randint(model.config.vocab_size, (batch_size, block_size + 1), device=here.device)
 
     def train_step() -> float:
         began = time.perf_counter()
         with here.autocast():
             loss = model(tokens[:, :-1], tokens[:, 1:])[1]
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         loss.item()
         return time.perf_counter() - began
 
+    train_step.optimizer = optimizer
+    return train_step
+
+
+# Sampling
+
+PROMPT_IDS = list(range(100, 116))
+NEW_TOKENS = 128
+
+
+def bench_sample(bench: BenchConfig) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        GPT(GPTConfig(bias=True, mlp="gelu_tanh")).save_pretrained(folder)
+        tokenizer = GPT2Tokenizer()
+        tokenizer.save(Path(folder), model_max_length=1024)
+        ways = {"sample.py": partial(run_sample, bench, folder, tokenizer.decode(PROMPT_IDS))}
+        if bench.baseline:
+            ways |= {"without a cache": partial(run_baseline, "uncached", bench, cwd=folder),
+                     "transformers": partial(run_baseline, "transformers", bench, cwd=folder)}
+        seen = rounds(bench, ways, ("tokens_per_sec",))
+    print(f"{NEW_TOKENS} tokens, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    return seen
+
+
+def run_sample(bench: BenchConfig, folder: str, prompt: str) -> dict[str, float]:
+    out = run("sample.py", f"--init_from={folder}", f"--prompt={prompt}", "--num_samples=1",
+              f"--max_new_tokens={NEW_TOKENS}", f"--dtype={bench.dtype}")
+    return {"tokens_per_sec": float(out.splitlines()[-1].split()[0])}
+
+
+def sample_uncached(bench: BenchConfig) -> dict[str, float]:
+    """nanoGPT's way: every position again for every token, the logits' top 200, multinomial."""
+    model = GPT.from_pretrained(".").eval()
+    idx = torch.tensor([PROMPT_IDS])
+    with torch.no_grad():
+        began = time.perf_counter()
+        for _ in range(NEW_TOKENS):
+            logits = model(idx)[0][:, -1] / 0.8
+            logits[logits < logits.topk(200).values[:, -1:]] = -float("inf")
+            idx = torch.cat([idx, torch.multinomial(logits.softmax(-1), 1)], dim=1)
+    return {"tokens_per_sec": NEW_TOKENS / (time.perf_counter() - began)}
+
+
+def sample_with_transformers(bench: BenchConfig) -> dict[str, float]:
+    import transformers
+
+    model = transformers.GPT2LMHeadModel.from_pretrained(".", dtype=torch.float32).eval()
+    idx = torch.tensor([PROMPT_IDS])
+    began = time.perf_counter()
+    model.generate(idx, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=True, temperature=0.8,
+                   top_k=200, pad_token_id=0)
+    return {"tokens_per_sec": NEW_TOKENS / (time.perf_counter() - began)}
+
+
+# Start-up
+
+
+def bench_startup(bench: BenchConfig) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        config = train_config(bench)
+        dataset = bench_dataset(config, folder)
+        return rounds(bench, {"train.py": partial(time_to_first_step, bench, dataset, folder),
+                              "import torch and build": partial(time_of, "bench.py", "build", bench),
+                              "train.py --help": partial(time_of, "train.py", "--help", None)}, ("seconds",))
+
+
+def time_of(script: str, word: str, bench: BenchConfig | None) -> dict[str, float]:
+    args = [f"--config={bench.config}", f"--options={bench.options}", "--json=True"] if bench else []
+    began = time.perf_counter()
+    out = run(script, word, *args)
+    if bench:
+        return json.loads(out.splitlines()[-1])
+    return {"seconds": time.perf_counter() - began}
+
+
+def time_to_first_step(bench: BenchConfig, dataset: str, folder: str) -> dict[str, float]:
+    """Until train.py has said what the run will take, its last words before it builds the optimiser and begins."""
+    out_dir = tempfile.mkdtemp(dir=folder)
+    args = command("train.py", bench.config, *shlex.split(bench.options), f"--dataset={dataset}",
+                   f"--out_dir={out_dir}/run")
+    began = time.perf_counter()
+    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    for line in process.stdout:
+        if line.startswith("saving: "):
+            break
+    seconds = time.perf_counter() - began
+    process.kill()
+    process.wait()
+    return {"seconds": seconds}
+
+
+def build_model(bench: BenchConfig) -> dict[str, float]:
+    """In a process of its own: the time of importing torch and of building the model, and of nothing else here."""
+    config = asdict(train_config(bench).model)
+    code = (f"import time; began = time.perf_counter(); import torch; from model import GPT, GPTConfig; "
+            f"GPT(GPTConfig(**{config | {'vocab_size': config['vocab_size'] or 50257}})); "
+            "print(time.perf_counter() - began)")
+    out = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, text=True, check=True,
+                         stdout=subprocess.PIPE).stdout
+    return {"seconds": float(out)}
+
+
+# Checkpoints
+
+
+def bench_checkpoint(bench: BenchConfig) -> dict:
+    """Rounds of: a save that is waited for; some steps; a save, and steps beside it until it is written."""
+    device = pick_device("auto")
+    here = Job(0, 1, device, pick_dtype("auto", device))
+    model = GPT(GPTConfig()).to(device)
+    train_step = make_train_step(model, here, batch_size=1, block_size=256)
     with tempfile.TemporaryDirectory() as folder, RunFolder(RunConfig(folder, keep_last=1), here, print) as run:
         run.open({}, is_new=True)
         [train_step() for _ in range(3)]
         stalls, costs = [], []
         for turn in range(1, bench.rounds + 1):
-            run.save(model, optimizer, None, asdict(Progress(step=2 * turn - 1)), False)
+            run.save(model, train_step.optimizer, None, asdict(Progress(step=2 * turn - 1)), False)
             began = time.perf_counter()
             run.settle()
             synchronous = time.perf_counter() - began  # writing alone: the copy is what the other way adds
             before = [train_step() for _ in range(10)]
             began = time.perf_counter()
-            run.save(model, optimizer, None, asdict(Progress(step=2 * turn)), False)
+            run.save(model, train_step.optimizer, None, asdict(Progress(step=2 * turn)), False)
             copied, beside = time.perf_counter() - began, []
             while run.is_saving:
                 beside.append(train_step())
@@ -191,12 +400,13 @@ def bench_checkpoint(bench: BenchConfig) -> None:
                   f"{len(beside)} steps of {usual:.2f} s take {slower:.2f} s longer in all", flush=True)
     print(f"waiting / synchronous: {spread(stalls)}; waiting and slower steps / synchronous: {spread(costs)}; "
           f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    return {"waiting": stalls, "waiting_and_slower_steps": costs}
 
 
 # Data
 
 
-def bench_data(bench: BenchConfig) -> None:
+def bench_data(bench: BenchConfig) -> dict:
     """Speeds in turn, then memory, then reading, all in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         ratios: dict[str, list[float]] = {"pool": [], "map": []}
@@ -205,7 +415,7 @@ def bench_data(bench: BenchConfig) -> None:
             run("prepare_data.py", "python_source", f"--name=round{turn}", cwd=folder)
             seconds = {"ours": time.perf_counter() - began}
             for way in ratios:  # these say themselves how long they took, the imports of this file left out
-                seconds[way] = json.loads(run("bench.py", way, cwd=folder).splitlines()[-1])["seconds"]
+                seconds[way] = run_baseline(way, bench, cwd=folder)["seconds"]
             made = open_dataset(f"{folder}/data/round{turn}")
             megabytes = made.manifest["bytes"] / 1e6
             for way in ratios:
@@ -215,10 +425,12 @@ def bench_data(bench: BenchConfig) -> None:
         for way, name in (("pool", "a bare pool"), ("map", "datasets.map and memmap")):
             print(f"ours / {name}: {spread(ratios[way])}")
         for copies in (1, 2):
-            peak = peak_memory_gb(command("prepare_data.py", f"--input={write_corpus(folder, copies)}"), folder)
+            peak = tree_memory_gb(command("prepare_data.py", f"--input={write_corpus(folder, copies)}"), folder)
             print(f"peak memory of the process tree, corpus x {copies}: {peak:.2f} GB", flush=True)
-        print(f"reading batches of 12 x 1024: {reading_speed(made.splits['train']) / 1e6:.0f} million tokens/s a core, "
-              f"{os.cpu_count()} cores in this machine")
+        speed = reading_speed(made.splits["train"])
+        print(f"reading batches of 12 x 1024: {speed / 1e6:.0f} million tokens/s a core, {os.cpu_count()} cores in "
+              "this machine")
+    return {"ours_to": ratios, "reading_tokens_per_sec": speed}
 
 
 def corpus() -> Iterator[str]:
@@ -286,7 +498,7 @@ def prepare_plainly(bench: BenchConfig) -> dict[str, float]:
     return {"seconds": time.perf_counter() - began}
 
 
-def peak_memory_gb(args: list[str], cwd: str) -> float:
+def tree_memory_gb(args: list[str], cwd: str) -> float:
     """The most memory that a command and all its children held at a time, looked up every 50 ms (Linux)."""
     peak, unit = 0, os.sysconf("SC_PAGE_SIZE")
     process = subprocess.Popen(args, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

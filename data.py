@@ -47,7 +47,7 @@ class DataConfig:
     dataset: str = "openwebtext"  # folder in data/, or path of one with shards; a mixture by weight: a:0.7,b:0.3
     tokenizer: Literal["auto", "gpt2"] = "auto"  # gpt2: what shards without dataset.json were made with
     gradient_accumulation_steps: int = 40  # micro-batches a step, summed over the ranks
-    batch_size: int = 12  # sequences a micro-batch; the largest number that a device takes at a time
+    batch_size: int = 12  # sequences a micro-batch, the most that a device takes at a time; 0 = as many as fit it
     total_batch_size: int = 0  # tokens a step over all ranks; 0 = gradient_accumulation_steps * batch_size * block_size
 
 
@@ -70,12 +70,18 @@ class BatchPlan:
         return next_seq + rank * self.seqs_per_rank
 
 
-def plan_batches(config: DataConfig, given: Mapping[str, str], block_size: int, world_size: int) -> BatchPlan:
-    """S from the options, cut for W ranks. `given` holds the keys that the user set. Raises ValueError."""
-    for key, value in (("batch_size", config.batch_size), ("block_size", block_size),
-                       ("gradient_accumulation_steps", config.gradient_accumulation_steps)):
-        if value < 1:
-            raise ValueError(f"{key}={value} must be positive")
+def plan_batches(config: DataConfig, given: Mapping[str, str], block_size: int, world_size: int,
+                 fit: Callable[[int], int] = lambda seqs_per_rank: seqs_per_rank) -> BatchPlan:
+    """S from the options, cut for W ranks. `given` holds the keys that the user set. Raises ValueError.
+
+    A batch_size of 0 becomes what `fit(seqs_per_rank)` says: the most sequences that the device takes at a time."""
+    for key, value, least in (("batch_size", config.batch_size, 0), ("block_size", block_size, 1),
+                              ("gradient_accumulation_steps", config.gradient_accumulation_steps, 1)):
+        if value < least:
+            raise ValueError(f"{key}={value} must be {'positive' if least else '0 or more'}")
+    if config.batch_size == 0 and (not config.total_batch_size or "gradient_accumulation_steps" in given):
+        raise ValueError("batch_size=0 fits the micro-batch to the device, so the batch of a step has to be said as "
+                         "total_batch_size (tokens), and not by gradient_accumulation_steps")
     seqs = config.gradient_accumulation_steps * config.batch_size
     if config.total_batch_size:
         if config.total_batch_size < 0 or config.total_batch_size % block_size:
@@ -91,6 +97,7 @@ def plan_batches(config: DataConfig, given: Mapping[str, str], block_size: int, 
         raise ValueError(f"{seqs} sequences a step do not divide over {world_size} processes; the nearest that do: "
                          + " and ".join(f"{n} (--total_batch_size={n * block_size})" for n in (below, above) if n))
     per_rank = seqs // world_size
+    config.batch_size = config.batch_size or fit(per_rank)
     micro_batch = max(n for n in range(1, min(per_rank, config.batch_size) + 1) if per_rank % n == 0)
     return BatchPlan(seqs, micro_batch, per_rank // micro_batch, world_size)
 

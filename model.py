@@ -23,7 +23,6 @@ from typing import Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 VOCAB_MULTIPLE = 128
@@ -62,7 +61,9 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of the positions read so far, (n_layer, B, H, block_size, D) each; `length` are filled."""
+    """Keys and values of the positions read so far, (n_layer, B, H, block_size, D) each; `length` are filled.
+
+    A prompt is read into it once, and continued any number of times: `prompt_logits` (B, V) are those behind it."""
 
     def __init__(self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype):
         head_dim = config.n_embd // config.n_head
@@ -70,6 +71,7 @@ class KVCache:
         self.k = torch.empty(shape, device=device, dtype=dtype)
         self.v = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
+        self.prompt_logits: torch.Tensor | None = None
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store new keys and values (B, H, T, D) behind the old ones; returns old and new, (B, H, length + T, D)."""
@@ -109,8 +111,9 @@ class CausalSelfAttention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         else:
             # The T queries are the last of the keys' positions; a single one sees all of them and needs no mask.
-            # (is_causal would align the mask to the first position instead.)
-            mask = causal_lower_right(T, k.size(2)) if T > 1 else None
+            # (is_causal would align the mask to the first position, and torch's causal_lower_right takes a second to
+            # import.)
+            mask = x.new_ones(T, k.size(2), dtype=torch.bool).tril(k.size(2) - T) if T > 1 else None
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, D) -> (B, T, C)
         return self.resid_dropout(self.c_proj(y))
@@ -206,8 +209,14 @@ def sampling_probs(logits: torch.Tensor, temperature: float = 1.0, top_k: int | 
         return torch.zeros_like(logits, dtype=torch.float32).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
     logits = logits.float()
     largest = logits.max(dim=1, keepdim=True).values  # taken off, so that a tiny temperature cannot overflow
-    if top_k is None and top_p is None:
-        return ((logits - largest) / temperature).softmax(dim=1)
+    if top_p is None:
+        probs = ((logits - largest) / temperature).exp()
+        if top_k is not None and top_k < logits.size(1):
+            kth = logits.topk(top_k, dim=1).values[:, -1:]  # before any rounding could make new ties
+            above, equal = logits > kth, logits == kth
+            wanted = top_k - above.sum(dim=1, keepdim=True)  # so many of the equal ones, counted from the lowest id
+            probs = probs.masked_fill(~(above | (equal & (equal.cumsum(dim=1) <= wanted))), 0.0)
+        return probs / probs.sum(dim=1, keepdim=True)
     ordered, token = logits.sort(dim=1, descending=True, stable=True)  # before any rounding could make new ties
     probs = ((ordered[:, :top_k] - largest) / temperature).softmax(dim=1)  # (B, k), likeliest first
     if top_p is not None:
@@ -215,6 +224,14 @@ def sampling_probs(logits: torch.Tensor, temperature: float = 1.0, top_k: int | 
         probs = probs.masked_fill(before >= top_p, 0.0)
         probs = probs / probs.sum(dim=1, keepdim=True)
     return torch.zeros_like(logits).scatter_(1, token[:, :top_k], probs)
+
+
+def draw(probs: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """One token a row, (B, 1), from probabilities (B, V), each with one random number (torch.multinomial needs V)."""
+    wide = probs.dtype if probs.device.type == "mps" else torch.float64  # MPS has no float64
+    below = probs.to(wide).cumsum(dim=1)
+    at = torch.rand(probs.size(0), 1, dtype=wide, device=probs.device, generator=generator) * below[:, -1:]
+    return torch.searchsorted(below, at, right=True).clamp(max=probs.size(1) - 1)  # never one of probability 0
 
 
 class GPT(nn.Module):
@@ -302,37 +319,49 @@ class GPT(nn.Module):
         tokens = self.stream(idx, max_new_tokens, temperature, top_k, top_p, generator, use_cache)
         return torch.cat([idx, *(token.unsqueeze(1) for token in tokens)], dim=1)
 
+    def make_cache(self, batch_size: int) -> KVCache:
+        """An empty cache on the model's device, in the type that its keys and values will have."""
+        device = self.wte.weight.device
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else self.wte.weight.dtype
+        return KVCache(self.config, batch_size, device, dtype)
+
     @torch.no_grad()
     def stream(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-               top_p: float | None = None, generator: torch.Generator | None = None,
-               use_cache: bool = True) -> Iterator[torch.Tensor]:
+               top_p: float | None = None, generator: torch.Generator | None = None, use_cache: bool = True,
+               cache: KVCache | None = None) -> Iterator[torch.Tensor]:
         """Yield the next tokens of each row, (B,) at a time; `sampling_probs` says what the options do.
 
         The window starts as the last block_size tokens of the prompt. When it is full, its last block_size // 2
         tokens are read again as a fresh window, which keeps the cost of a token bounded; `use_cache=False` recomputes
-        every position for every token, and gives the same tokens.
+        every position for every token, and gives the same tokens. A `cache` that an earlier call with the same prompt
+        has used spares reading the prompt again.
         """
         if idx.size(1) == 0:
             raise ValueError("the prompt is empty: generation needs at least one token to start from")
-        limit, device = self.config.block_size, self.wte.weight.device
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else self.wte.weight.dtype
-        cache = KVCache(self.config, idx.size(0), device, dtype) if use_cache else None
+        limit = self.config.block_size
+        if use_cache and cache is None:
+            cache = self.make_cache(idx.size(0))
         training = self.training
         self.eval()
         try:
             window = unread = idx[:, -limit:]
-            for _ in range(max_new_tokens):
-                logits = self._logits(self._hidden(unread, cache)[:, -1])
-                probs = sampling_probs(logits, temperature, top_k, top_p)
-                token = torch.multinomial(probs, num_samples=1, generator=generator)  # (B, 1)
+            logits = None
+            if use_cache:
+                logits, cache.length = cache.prompt_logits, 0 if cache.prompt_logits is None else window.size(1)
+            for step in range(max_new_tokens):
+                if step or logits is None:
+                    logits = self._logits(self._hidden(unread, cache)[:, -1])
+                if use_cache and step == 0:
+                    cache.prompt_logits = logits
+                token = draw(sampling_probs(logits, temperature, top_k, top_p), generator)  # (B, 1)
                 yield token.squeeze(1)
                 window = torch.cat([window, token], dim=1)
                 unread = token if use_cache else window
                 if window.size(1) > limit:
                     window = unread = window[:, -max(1, limit // 2):]
                     if use_cache:
-                        cache.length = 0
+                        cache.length, cache.prompt_logits = 0, None  # the prompt is written over
         finally:
             self.train(training)
 

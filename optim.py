@@ -71,13 +71,21 @@ class StepJudge:
         return ""
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's, without the wrappers that tell torch.compile to keep out of it: they import the compiler, a second of
+    every start, and nothing here compiles an optimiser."""
+
+    add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__
+    step = torch.no_grad()(torch.optim.AdamW.step.__wrapped__)
+
+
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW in one fused kernel a group; matrices and tables decay, norms and biases do not."""
     params = list(model.parameters())
     groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
               {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
     fused = params[0].device.type in ("cuda", "cpu")
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused)
+    return AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:

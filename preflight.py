@@ -7,9 +7,11 @@ enough to see on the first screen that a run cannot end well.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -58,6 +60,59 @@ def report(model: GPT, plan: BatchPlan, epochs: str, run: RunFolder, steps_betwe
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
         yield ("warning: torchrun's restarts can hang on stale addresses: start it with "
                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment")
+
+
+def fit_batch_size(model: GPT, seqs_per_rank: int, here: Job) -> int:
+    """The largest micro-batch that every rank's device takes: a divisor of `seqs_per_rank`. Raises ValueError.
+
+    On a GPU it is tried, with the gradients and room for AdamW's means in place; elsewhere, where a trial that fails is
+    the end of the process, one sequence is measured and the rest reckoned."""
+    sizes = [n for n in range(1, seqs_per_rank + 1) if seqs_per_rank % n == 0]
+    if here.device.type == "cuda":
+        share = here.world_size if here.parallel == "fsdp" else 1
+        means = torch.empty(2 * sum(p.numel() for p in model.parameters()) // share, device=here.device)
+        fitting = list(itertools.takewhile(partial(_fits_gpu, model, here), sizes))
+        del means
+        torch.cuda.empty_cache()
+    else:
+        most = BatchPlan(seqs_per_rank * here.world_size, 1, seqs_per_rank, here.world_size)
+        room = 0.8 * free_memory_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - state_bytes(model, most, here)
+        one = _kept_bytes(model, here)
+        fitting = [n for n in sizes if n * one + activation_bytes(model, 0, here) < room]
+    fits = min(distributed.gather(max(fitting, default=0), here))
+    if not fits:
+        raise ValueError(f"not even one sequence of {model.config.block_size} tokens fits the memory of {here.device}: "
+                         "lower --block_size, or try --activation_checkpointing=True or --parallel=fsdp")
+    return fits
+
+
+def _fits_gpu(model: GPT, here: Job, micro_batch: int) -> bool:
+    tokens = torch.zeros(micro_batch, model.config.block_size, dtype=torch.long, device=here.device)
+    try:
+        for _ in range(2):  # the second time beside gradients
+            with here.autocast():
+                _, loss = model(tokens, tokens)
+            loss.backward()
+        return torch.cuda.max_memory_reserved(here.device) < 0.95 * memory_bytes(here.device)
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+
+
+def _kept_bytes(model: GPT, here: Job) -> int:
+    """Of what the forward pass of one sequence keeps for the backward pass."""
+    kept: dict[int, torch.Tensor] = {}
+    params = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    tokens = torch.zeros(1, model.config.block_size, dtype=torch.long, device=here.device)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), here.autocast():
+        model(tokens, tokens)
+    return sum(t.untyped_storage().nbytes() for storage, t in kept.items() if storage not in params)
 
 
 def state_bytes(model: GPT, plan: BatchPlan, here: Job) -> int:

@@ -14,16 +14,20 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import settings
+
+if __name__ == "__main__":
+    settings.help_early(__file__, "SampleConfig")  # before torch is imported, which takes seconds
+
 import numpy as np
 import torch
 
 import checkpoint
 import distributed
-import settings
 import weights
 from device import DeviceConfig
 from distributed import Job
-from model import GPT
+from model import GPT, KVCache
 from shards import DATA_DIR, folder_tokenizer
 from tokenizer import GPT2_VOCAB_SIZE, GPT2Tokenizer, Tokenizer, load_tokenizer
 
@@ -56,15 +60,15 @@ def sample(config: SampleConfig, here: Job) -> None:
     source = config.out_dir if config.init_from == "resume" else config.init_from
     prompt = read_prompt(config.prompt)
     path = weights.resolve(source)
-    model = checkpoint.load_model(str(path)).to(here.device)
+    model = checkpoint.load_model(str(path)).to(here.device, here.dtype)  # what costs time is reading the weights
     tokenizer = find_tokenizer(path, model)
     ids = encode_prompt(tokenizer, prompt)
     print(f"{source}: {model.num_params(non_embedding=False):,} parameters on {here.device}, {here.dtype}", flush=True)
     torch.manual_seed(config.seed)
     began = time.perf_counter()
-    with here.autocast():
-        for _ in range(config.num_samples):
-            write_sample(model, tokenizer, prompt, ids, config)
+    cache = model.make_cache(batch_size=1)
+    for _ in range(config.num_samples):
+        write_sample(model, tokenizer, prompt, ids, cache, config)
     seconds = time.perf_counter() - began
     print(f"{config.num_samples * config.max_new_tokens / seconds:.1f} tokens/s")
 
@@ -128,10 +132,11 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> torch.Tensor:
     return torch.from_numpy(ids.astype(np.int64))[None, :]
 
 
-def write_sample(model: GPT, tokenizer: Tokenizer, prompt: str, ids: torch.Tensor, config: SampleConfig) -> None:
+def write_sample(model: GPT, tokenizer: Tokenizer, prompt: str, ids: torch.Tensor, cache: KVCache,
+                 config: SampleConfig) -> None:
     """Print the prompt and, token by token, what the model writes behind it."""
     tokens = model.stream(ids.to(model.wte.weight.device), config.max_new_tokens, config.temperature,
-                          top_k=config.top_k or None, top_p=config.top_p if config.top_p < 1 else None)
+                          top_k=config.top_k or None, top_p=config.top_p if config.top_p < 1 else None, cache=cache)
     print(prompt, end="", flush=True)
     for text in tokenizer.decode_stream(int(token) for token in tokens):
         print(text, end="", flush=True)

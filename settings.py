@@ -67,6 +67,34 @@ def parse(options: type[T], argv: list[str], usage: str = "", aliases: dict[str,
     return _tyro(options, [f"--{key}={value}" for key, value in given.items()], usage), given
 
 
+def help_early(script: str, options: str) -> None:
+    """If --help is asked for, print it and exit, before `script` imports its rooms: they import torch, which takes
+    longer than most readers wait. `options` names the script's dataclass, which is read from the source alone."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        usage = ast.get_docstring(ast.parse(Path(script).read_bytes()), clean=False)
+        _tyro(getattr(_dataclasses_of(Path(script)), options), ["--help"], usage)
+
+
+def _dataclasses_of(path: Path) -> types.ModuleType:
+    """A module of only the dataclasses in a source file, and those of our rooms that it takes from them."""
+    tree = ast.parse(path.read_bytes())
+    light = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module in (
+        "__future__", "dataclasses", "typing")]
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and any(
+        isinstance(decorator, ast.Name) and decorator.id == "dataclass" for decorator in node.decorator_list)]
+    module = types.ModuleType(f"options_of_{path.stem}")
+    module.__file__ = str(path)  # tyro reads the comments beside the fields there
+    sys.modules[module.__name__] = module
+    for node in tree.body:
+        room = ROOMS / f"{node.module}.py" if isinstance(node, ast.ImportFrom) else None
+        wanted = [alias.name for alias in node.names if alias.name.endswith("Config")] if room else []
+        if wanted and room.is_file():
+            theirs = _dataclasses_of(room)
+            vars(module).update({name: getattr(theirs, name) for name in wanted})
+    exec(compile(ast.Module([*light, *classes], type_ignores=[]), str(path), "exec"), vars(module))
+    return module
+
+
 def closest(word: str, known: Iterable[str]) -> str:
     """A question that offers the known word most like this one, or "" when none is like it."""
     close = difflib.get_close_matches(word, known, n=1)

@@ -25,9 +25,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import process
+import settings
 
-if __name__ == "__main__":
-    process.end_with_torchrun()  # before torch is imported, which takes seconds
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    process.end_with_torchrun()
+    settings.help_early(__file__, "TrainConfig")
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -37,7 +39,6 @@ import distributed
 import files
 import optim
 import preflight
-import settings
 from checkpoint import Progress, RunConfig, RunFolder
 from data import (
     DataConfig,
@@ -102,7 +103,13 @@ def main(argv: list[str]) -> None:
     with distributed.job(config.where, config.parallel) as here:
         report = Reporter(Path(config.run.out_dir), config.log, config.max_iters, here)
         with RunFolder(config.run, here, report.say) as run:
-            stopped_by = train(config, given, run, report, here)
+            try:
+                stopped_by = train(config, given, run, report, here)
+            except torch.OutOfMemoryError as error:
+                raise ValueError(f"the memory of {here.device} is full: lower --batch_size (now "
+                                 f"{config.data.batch_size}; the batch of a step stays what it is), or try "
+                                 "--activation_checkpointing=True, or --parallel=fsdp on several GPUs; what was saved "
+                                 f"is intact ({str(error).splitlines()[0]})") from None
     if stopped_by:
         process.end_torchrun()
         sys.exit(UNFINISHED)
@@ -126,8 +133,11 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     model = build_model(config, given, data, trainer["folder"], here)
     if config.init_from != "scratch":
         adopt_shape(config, given, model)
-    block_size, options = model.config.block_size, settings.flatten(config)
-    plan = plan_batches(config.data, given, block_size, here.world_size)
+    block_size = model.config.block_size
+    model.activation_checkpointing = config.activation_checkpointing
+    plan = plan_batches(config.data, given, block_size, here.world_size, lambda seqs: (
+        trainer["options"]["batch_size"] if trainer["folder"] else preflight.fit_batch_size(model, seqs, here)))
+    options = settings.flatten(config)
     identity = {"data_fingerprint": data.fingerprint, "data_vocab_size": data.vocab_size,
                 "seqs_per_step": plan.seqs_per_step}
     if trainer["folder"]:
@@ -147,7 +157,6 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
 
     # 4) What it will take, before it is taken. Then the model's outer shells, compiled blocks and the averaging of
     # gradients over the ranks, and the optimiser.
-    model.activation_checkpointing = config.activation_checkpointing
     save_interval = config.run.save_interval or config.eval_interval
     for line in preflight.report(model, plan, describe_epochs(data, train_order), run, save_interval, config.max_iters,
                                  here):

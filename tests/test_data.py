@@ -187,12 +187,24 @@ def test_a_batch_that_does_not_divide_names_the_nearest_that_do(seqs, world_size
         assert plan_batches(DataConfig(total_batch_size=tokens), {}, 32, world_size).seqs_per_step == tokens // 32
 
 
-@pytest.mark.parametrize("options", [{"batch_size": 0}, {"gradient_accumulation_steps": -1}, {"total_batch_size": -32},
+@pytest.mark.parametrize("options", [{"gradient_accumulation_steps": -1}, {"total_batch_size": -32},
                                      {"total_batch_size": 33}])
 def test_a_batch_that_is_none_is_refused(options):
     key, value = next(iter(options.items()))
     with pytest.raises(ValueError, match=f"{key}={value} .*positive"):
         plan_batches(DataConfig(**options), {}, 32, 1)
+
+
+def test_batch_size_0_asks_what_fits():
+    config, asked = DataConfig(batch_size=0, total_batch_size=48 * 32), []
+    plan = plan_batches(config, {}, 32, 2, lambda seqs_per_rank: asked.append(seqs_per_rank) or 6)
+    assert asked == [24]
+    assert (config.batch_size, plan.micro_batch, plan.accumulation_steps) == (6, 6, 4)
+    for options, set_by_user in (({}, {}), ({"total_batch_size": 480 * 32}, {"gradient_accumulation_steps": "40"})):
+        with pytest.raises(ValueError, match=r"batch_size=0 .* total_batch_size"):
+            plan_batches(DataConfig(batch_size=0, **options), set_by_user, 32, 1)
+    with pytest.raises(ValueError, match="batch_size=-1 must be 0 or more"):
+        plan_batches(DataConfig(batch_size=-1), {}, 32, 1)
 
 
 def test_windows_of_no_tokens_are_refused():

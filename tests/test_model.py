@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from model import GPT, GPTConfig, LinearCrossEntropy, sampling_probs
+from model import GPT, GPTConfig, LinearCrossEntropy, draw, sampling_probs
 
 SHAPE = {"block_size": 16, "vocab_size": 37, "n_layer": 2, "n_head": 2, "n_embd": 8}
 
@@ -192,6 +192,43 @@ def test_cached_and_uncached_sampling_draw_the_same_tokens(seed, prompt_tokens, 
     with_cache, without = (model.generate(idx, 30, 0.9, top_k, top_p, torch.Generator().manual_seed(seed), use_cache)
                            for use_cache in (True, False))
     assert torch.equal(with_cache, without)
+
+
+def test_a_prompt_is_read_once_however_often_it_is_continued(monkeypatch):
+    model, read = make_model(), []
+    hidden = model._hidden
+    monkeypatch.setattr(model, "_hidden", lambda idx, cache=None: read.append(idx.size(1)) or hidden(idx, cache))
+    idx = torch.randint(0, 11, (2, 5), generator=torch.Generator().manual_seed(0))
+    cache = model.make_cache(2)
+    for new_tokens, reads in ((6, [5, 1, 1, 1, 1, 1]), (6, [1, 1, 1, 1, 1])):  # then as much as was said before
+        expected = torch.stack(list(model.stream(idx, new_tokens, generator=torch.Generator().manual_seed(1))), dim=1)
+        read.clear()
+        tokens = model.stream(idx, new_tokens, generator=torch.Generator().manual_seed(1), cache=cache)
+        assert torch.equal(torch.stack(list(tokens), dim=1), expected)
+        assert read == reads
+    far = 3 * model.config.block_size  # past the window the prompt's place is taken, and it has to be read again
+    for _ in range(2):
+        expected = torch.stack(list(model.stream(idx, far, generator=torch.Generator().manual_seed(1))), dim=1)
+        tokens = model.stream(idx, far, generator=torch.Generator().manual_seed(1), cache=cache)
+        assert torch.equal(torch.stack(list(tokens), dim=1), expected)
+
+
+def test_drawn_tokens_follow_the_probabilities_and_never_one_of_probability_0():
+    probs = torch.tensor([[0.0, 0.2, 0.0, 0.5, 0.3, 0.0]])
+    drawn = draw(probs.expand(100_000, 6), torch.Generator().manual_seed(0))
+    assert drawn.shape == (100_000, 1)
+    shares = torch.bincount(drawn.flatten(), minlength=6) / 100_000
+    assert torch.equal(shares == 0, probs[0] == 0)
+    torch.testing.assert_close(shares, probs[0], atol=0.01, rtol=0)
+    certain = torch.zeros(1, 6).index_fill(1, torch.tensor([5]), 1.0)
+    assert draw(certain, torch.Generator()).item() == 5
+
+
+@pytest.mark.parametrize("largest", [0.0, 1 - 2**-53])
+def test_the_ends_of_the_random_numbers_draw_what_has_probability(monkeypatch, largest):
+    monkeypatch.setattr("torch.rand", lambda *shape, dtype, **options: torch.full(shape, largest, dtype=dtype))
+    probs = torch.tensor([[0.0, 0.1, 0.7, 0.2, 0.0]])
+    assert draw(probs).item() == (1 if largest == 0 else 3)
 
 
 def test_stream_yields_what_generate_returns_and_leaves_the_mode_alone():

@@ -110,3 +110,40 @@ def test_a_run_says_it_before_anything_is_written(cli, tiny_data, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         cli("train", *TINY_RUN)
     assert seen == [False]
+
+
+def test_the_micro_batch_is_the_largest_that_memory_holds(monkeypatch):
+    model = make_model(n_embd=128)
+    one = preflight._kept_bytes(model, HERE)
+    assert one == pytest.approx(preflight.activation_bytes(model, 1, HERE), rel=0.3)  # measured against reckoned
+    state = preflight.state_bytes(model, BatchPlan(24, 1, 24, 1), HERE) + preflight.activation_bytes(model, 0, HERE)
+    for sequences, fitting in ((1.5, 1), (5.5, 4), (7, 6), (1000, 24)):  # divisors of 24
+        monkeypatch.setattr("preflight.free_memory_bytes", lambda n=sequences: (state + n * one) / 0.8)
+        assert preflight.fit_batch_size(model, 24, HERE) == fitting
+    monkeypatch.setattr("preflight.free_memory_bytes", lambda: state)
+    with pytest.raises(ValueError, match="not even one sequence of 64 tokens fits"):
+        preflight.fit_batch_size(model, 24, HERE)
+
+
+def test_batch_size_0_is_reported_and_kept_by_a_resume(cli, tiny_data, monkeypatch):
+    options = [option for option in TINY_RUN if not option.startswith(("--batch_size", "--gradient"))]
+    options += ["--batch_size=0", "--total_batch_size=128"]
+    with monkeypatch.context() as small:
+        small.setattr("preflight.fit_batch_size", lambda model, seqs_per_rank, here: seqs_per_rank // 4)
+        result = cli("train", *options, "--max_iters=3")
+        assert result.code == 0, result.err
+        assert "128 tokens a step = 4 micro-batches x 2 sequences" in result.out
+    result = cli("train", *options)
+    assert "4 micro-batches x 2 sequences" in result.out
+    assert "changed: max_iters was 3, is 6\n" in result.out
+
+
+def test_a_full_gpu_names_the_keys_to_turn(refused, tiny_data, monkeypatch):
+    def overflow(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore of it.")
+
+    monkeypatch.setattr("model.LinearCrossEntropy.apply", overflow)
+    line = refused("train", *TINY_RUN)
+    assert "the memory of cpu is full: lower --batch_size (now 4; " in line
+    assert "--activation_checkpointing=True" in line
+    assert "Tried to allocate 20.00 GiB." in line

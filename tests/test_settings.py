@@ -317,3 +317,18 @@ backend = 'gloo'
     assert shown == settings.flatten(TrainConfig()) | {
         "wandb_log": True, "max_iters": 300000, "lr_decay_iters": 300000, "device": "cpu", "dtype": "float32",
         "compile": "False", "backend": "gloo"}
+
+
+@pytest.mark.parametrize("script", ["train", "sample"])
+def test_help_is_the_same_without_the_rooms_and_imports_no_torch(script):
+    as_script = f"runpy.run_path('{script}.py', run_name='__main__')"
+    through_rooms = f"import {script}; {script}.main(['--help'])"
+    shown = []
+    for way, has_torch in ((as_script, "False"), (through_rooms, "True")):
+        code = (f"import runpy, sys; sys.argv = ['{script}.py', '--help']\ntry:\n    {way}\n"
+                "finally: print('torch' in sys.modules, file=sys.stderr)")
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True)
+        assert done.stderr.strip() == has_torch
+        shown.append(done.stdout)
+    assert shown[0] == shown[1]
+    assert "--dtype" in shown[0]

@@ -1,0 +1,55 @@
+"""bench.py: each way runs, and says what it measured."""
+
+import json
+
+import pytest
+from conftest import TINY_RUN
+
+OPTIONS = " ".join(option for option in TINY_RUN if not option.startswith(("--dataset", "--out_dir", "--max_iters")))
+
+
+def numbers_of(out: str) -> dict:
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.fixture
+def config(tiny_data):
+    path = tiny_data.parent.parent / "tiny_run.py"
+    path.write_text(f'dataset = "{tiny_data}"\n')
+    return path
+
+
+def test_training_is_measured_against_the_plain_loop(cli, config):
+    result = cli("bench", "train", f"--config={config}", f"--options={OPTIONS}", "--steps=6", "--rounds=1",
+                 "--baseline=True", "--json=True")
+    assert result.code == 0, result.err
+    assert "train.py / the plain loop: median" in result.out
+    [ours], [plain] = (numbers_of(result.out)[way] for way in ("train.py", "the plain loop"))
+    for way in (ours, plain):
+        assert way["tokens_per_sec"] == pytest.approx(128_000 / way["ms_per_step"])
+        assert way["run_s"] > 5 * way["ms_per_step"] / 1000
+        assert 0.1 < way["memory_gb"] < 10
+    assert ours["mfu"] is None
+    assert "mfu unknown" in result.out  # of a CPU
+
+
+def test_without_the_data_set_random_tokens_are_trained_on(cli, config):
+    config.write_text('dataset = "nowhere"\n')
+    result = cli("bench", "train", f"--config={config}", f"--options={OPTIONS}", "--steps=2", "--rounds=1",
+                 "--json=True")
+    assert result.code == 0, result.err
+    assert "no data set nowhere here: random tokens take its place" in result.out
+    assert numbers_of(result.out)["train.py"][0]["val_loss"] == pytest.approx(10.82, abs=0.2)  # ln 50257
+
+
+def test_a_profile_is_a_trace(cli, config, tmp_path):
+    result = cli("bench", "train", f"--config={config}", f"--options={OPTIONS}", f"--profile={tmp_path / 'trace.json'}")
+    assert result.code == 0, result.err
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert "aten::" in result.out
+
+
+def test_the_start_is_measured(cli, config):
+    result = cli("bench", "startup", f"--config={config}", f"--options={OPTIONS}", "--rounds=1", "--json=True")
+    assert result.code == 0, result.err
+    assert all(way[0]["seconds"] > 0.1 for way in numbers_of(result.out).values())
