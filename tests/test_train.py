@@ -394,7 +394,7 @@ def test_damaged_shards(refused, tiny_data, how, message):
     (["--dataset=tiny:0.7,shakespear:0.3"], "python prepare_data.py shakespear"),
     (["--n_head=3"], "n_embd=16 is not divisible by n_head=3"),
     (["--block_size=100000"], "lower block_size"),
-    (["--batch_size=0"], "batch_size=0 must be positive"),
+    (["--batch_size=0"], "batch_size=0 fits the micro-batch to the device"),
     (["--total_batch_size=100"], "not a positive multiple of block_size=16"),
     (["--total_batch_size=1600"], "leave gradient_accumulation_steps out"),
     (["--max_iters=-1", "--eval_interval=0"], "max_iters=-1 must be 0 or more; eval_interval=0 must be positive"),
