@@ -79,15 +79,15 @@ def plan_batches(config: DataConfig, given: Mapping[str, str], block_size: int, 
                               ("gradient_accumulation_steps", config.gradient_accumulation_steps, 1)):
         if value < least:
             raise ValueError(f"{key}={value} must be {'positive' if least else '0 or more'}")
-    if config.batch_size == 0 and (not config.total_batch_size or "gradient_accumulation_steps" in given):
-        raise ValueError("batch_size=0 fits the micro-batch to the device, so the batch of a step has to be said as "
-                         "total_batch_size (tokens), and not by gradient_accumulation_steps")
+    if config.batch_size == 0 and not config.total_batch_size:
+        raise ValueError("batch_size=0 fits the micro-batch to the device, so the batch of a step has to be said in "
+                         "tokens: add --total_batch_size=N")
     seqs = config.gradient_accumulation_steps * config.batch_size
     if config.total_batch_size:
         if config.total_batch_size < 0 or config.total_batch_size % block_size:
             raise ValueError(f"total_batch_size={config.total_batch_size} tokens is not a positive multiple of "
                              f"block_size={block_size}")
-        if "gradient_accumulation_steps" in given and seqs * block_size != config.total_batch_size:
+        if "gradient_accumulation_steps" in given and seqs and seqs * block_size != config.total_batch_size:
             raise ValueError(f"total_batch_size={config.total_batch_size} tokens, but gradient_accumulation_steps="
                              f"{config.gradient_accumulation_steps} x batch_size={config.batch_size} x block_size="
                              f"{block_size} is {seqs * block_size}; leave gradient_accumulation_steps out")
