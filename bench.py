@@ -59,7 +59,7 @@ import sources
 from checkpoint import Progress, RunConfig, RunFolder
 from data import MixedOrder, TrainOrder, plan_batches
 from device import pick_device, pick_dtype
-from distributed import Job, compile_blocks
+from distributed import Job, compile_parts
 from metrics import peak_memory_gb
 from model import GPT, GPTConfig
 from optim import OptimConfig, build_optimizer
@@ -238,7 +238,7 @@ def profile_training(bench: BenchConfig) -> None:
     device = pick_device(config.where.device)
     here = Job(0, 1, device, pick_dtype(bench.dtype, device))
     model = GPT(GPTConfig(**asdict(config.model) | {"vocab_size": config.model.vocab_size or 50257})).to(device)
-    if failure := compile_blocks(model, config.compile, here, config.data.batch_size):
+    if failure := compile_parts(model, config.compile, here, config.data.batch_size):
         print(f"torch.compile failed: {failure}")
     train_step = make_train_step(model, here, config.data.batch_size, config.model.block_size)
     [train_step() for _ in range(3)]

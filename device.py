@@ -1,4 +1,5 @@
-"""Which device, and which number type for its matrix products: what `auto` means, and what a device has.
+"""Which device, which number type for its matrix products, and which attention kernel: what `auto` means, and what a
+device has.
 
 Owns the options that name a device. Nothing here knows about several processes, except that each has a GPU of its own.
 """
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -55,6 +57,47 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return torch.bfloat16
     return torch.float32
+
+
+def pick_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """`sdpa`, `math` or `flash3`; auto takes flash3 on a Hopper GPU where FlashAttention-3 is installed and gives what
+    SDPA gives. Raises ValueError when flash3 was asked for and does not."""
+    if name not in ("auto", "flash3"):
+        return name
+    fault = _flash3_fault(device, dtype)
+    if fault and name == "flash3":
+        raise ValueError(f"attention=flash3: {fault}; use --attention=auto")
+    return "sdpa" if fault else "flash3"
+
+
+def _flash3_fault(device: torch.device, dtype: torch.dtype) -> str:
+    """Why FlashAttention-3 cannot be used here, or ""; a launch, forward and backward, is tried."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return f"FlashAttention-3 is for Hopper GPUs, and this is {device}"
+    if dtype == torch.float32:
+        return "FlashAttention-3 is for dtype=bfloat16 and float16"
+    try:
+        from flash_attn_interface import flash_attn_func
+    except ImportError as error:
+        return f"flash_attn_interface is not installed ({error})"
+    try:
+        x = torch.randn(1, 2, 128, 64, device=device, dtype=dtype)  # (B, H, T, D)
+        ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+        y = flash_attn_func(*[ours.transpose(1, 2)] * 3, causal=True)
+        y = (y[0] if isinstance(y, tuple) else y).transpose(1, 2)
+        wanted = F.scaled_dot_product_attention(theirs, theirs, theirs, is_causal=True)
+        (y * x).sum().backward()
+        (wanted * x).sum().backward()
+        torch.testing.assert_close(y, wanted, atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-1, rtol=5e-2)
+    except Exception as error:  # a wrong build can fail in any way
+        return f"a trial of it failed ({one_line(error)})"
+    return ""
+
+
+def one_line(error: Exception) -> str:
+    """What a compiler or a driver throws, as far as a person reads it."""
+    return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
 
 
 def free_memory_bytes() -> int:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
-from device import DeviceConfig, pick_device, pick_dtype
+from device import DeviceConfig, one_line, pick_device, pick_dtype
 
 T = TypeVar("T")
 FILE_TIMEOUT_S = 3600  # that the others wait while rank 0 reads, verifies or writes files
@@ -190,23 +190,23 @@ def from_rank0(tensor: torch.Tensor, p: torch.Tensor, here: Job) -> torch.Tensor
     return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)
 
 
-def compile_blocks(model: nn.Module, wanted: str, here: Job, batch_size: int) -> str | None:
-    """Compile the blocks in place if `wanted` (auto, True, False), after a trial on every rank.
+def compile_parts(model: nn.Module, wanted: str, here: Job, batch_size: int) -> str | None:
+    """Compile the model's parts in place if `wanted` (auto, True, False), after a trial on every rank.
 
     Returns why it runs without after all, or None."""
     if wanted == "False" or (wanted == "auto" and here.device.type != "cuda"):
         return None
     failure = None
-    for block in model.h:
-        block.compile()
+    for part in model.compiled_parts():
+        part.compile()
     try:
         _try_pass(model, model, here, batch_size)
     except Exception as error:  # whatever the compiler trips over: training without it is better than none
-        failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        failure = one_line(error)
     failures = [f for f in gather(failure, here) if f]
     if failures:
-        for block in model.h:
-            block._compiled_call_impl = None
+        for part in model.compiled_parts():
+            part._compiled_call_impl = None
     return failures[0] if failures else None
 
 

@@ -16,9 +16,10 @@ Invariants:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -28,6 +29,8 @@ from torch.utils.checkpoint import checkpoint
 VOCAB_MULTIPLE = 128
 LOGITS_CHUNK_ELEMENTS = 2**24  # 64 MB of float32 logits at a time
 LOGITS_CHUNK_ELEMENTS_CUDA = 2**27  # a GPU wants larger products; each chunk costs a pass over the head's gradient
+
+Attention = Literal["sdpa", "math", "flash3"]  # torch's fused kernels; the formula; FlashAttention-3 (Hopper)
 
 
 @dataclass
@@ -60,6 +63,15 @@ class GPTConfig:
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
+class Past(NamedTuple):
+    """One layer's part of a KVCache, for T new positions."""
+
+    k: torch.Tensor  # (B, H, S, D): the keys of S positions, those of the T new ones to be written
+    v: torch.Tensor
+    at: torch.Tensor  # (T,): where they are to be written
+    mask: torch.Tensor | None  # (T, S), true where a query sees a key; None: see `attend`
+
+
 class KVCache:
     """Keys and values of the positions read so far, (n_layer, B, H, block_size, D) each; `length` are filled.
 
@@ -68,17 +80,37 @@ class KVCache:
     def __init__(self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype):
         head_dim = config.n_embd // config.n_head
         shape = (config.n_layer, batch_size, config.n_head, config.block_size, head_dim)
-        self.k = torch.empty(shape, device=device, dtype=dtype)
-        self.v = torch.empty(shape, device=device, dtype=dtype)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)  # no NaN where a mask says that nobody looks
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0
         self.prompt_logits: torch.Tensor | None = None
+        self.decoder: Decoder | None = None  # of the model that reads with this cache, if it has one
 
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store new keys and values (B, H, T, D) behind the old ones; returns old and new, (B, H, length + T, D)."""
-        end = self.length + k.size(2)
-        self.k[layer, :, :, self.length:end] = k
-        self.v[layer, :, :, self.length:end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+    def layers(self, at: torch.Tensor, end: int, mask: torch.Tensor | None) -> list[Past]:
+        """The first `end` positions, for new ones at `at`."""
+        return [Past(k[:, :, :end], v[:, :, :end], at, mask) for k, v in zip(self.k, self.v)]
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, dropout: float,
+           how: Attention) -> torch.Tensor:
+    """softmax(q k^T / sqrt(D)) v, for queries (B, H, T, D), keys and values (B, H, S, D) -> (B, H, T, D).
+
+    A query sees the keys for which `mask` (T, S) is true. Without a mask the T queries are the last T of the S
+    positions and see all up to their own, for which T has to be S or 1."""
+    is_causal = mask is None and q.size(2) > 1
+    if how == "flash3" and is_causal and not dropout and q.dtype != torch.float32:
+        from flash_attn_interface import flash_attn_func
+
+        y = flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), causal=True)  # it wants (B, T, H, D)
+        return (y[0] if isinstance(y, tuple) else y).transpose(1, 2)
+    if how != "math":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
+    scores = q @ k.transpose(2, 3) / math.sqrt(q.size(3))  # (B, H, T, S)
+    if is_causal:
+        mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return F.dropout(scores.float().softmax(dim=-1).to(v.dtype), dropout) @ v
 
 
 class LayerNorm(nn.LayerNorm):
@@ -97,26 +129,44 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k and v in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.how: Attention = "sdpa"
 
-    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, past: Past | None = None) -> torch.Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, T, 3, H, D) -> 3 x (B, H, T, D)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        if k.size(2) == T:
-            # From scratch, the usual causal mask.
-            dropout = self.dropout if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        else:
-            # The T queries are the last of the keys' positions; a single one sees all of them and needs no mask.
-            # (is_causal would align the mask to the first position, and torch's causal_lower_right takes a second to
-            # import.)
-            mask = x.new_ones(T, k.size(2), dtype=torch.bool).tril(k.size(2) - T) if T > 1 else None
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        mask = None
+        if past is not None:
+            k, v, mask = past.k.index_copy_(2, past.at, k), past.v.index_copy_(2, past.at, v), past.mask
+        y = attend(q, k, v, mask, self.dropout if self.training else 0.0, self.how)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, D) -> (B, T, C)
         return self.resid_dropout(self.c_proj(y))
+
+
+class ActivatedLinear(torch.autograd.Function):
+    """F.linear(act(h), weight, bias) that keeps h alone for its backward pass and makes act(h) again there: a quarter
+    of what a block would keep, for hardly any time."""
+
+    @staticmethod
+    def forward(ctx, h, weight, bias, act):
+        """h (B, T, F), weight (C, F), bias (C,) or None, act elementwise -> (B, T, C)"""
+        ctx.save_for_backward(h, weight)
+        ctx.act, ctx.has_bias = act, bias is not None
+        return F.linear(act(h), weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        h, weight = ctx.saved_tensors
+        with torch.enable_grad():
+            h = h.detach().requires_grad_()
+            a = ctx.act(h)
+        dy = dy.to(a.dtype)
+        rows = dy.flatten(0, -2)
+        dw = rows.t() @ a.detach().flatten(0, -2)
+        dh, = torch.autograd.grad(a, h, dy @ weight.to(a.dtype))
+        return dh, dw.to(weight.dtype), rows.sum(0).to(weight.dtype) if ctx.has_bias else None, None
 
 
 class MLP(nn.Module):
@@ -128,7 +178,10 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.dropout(self.c_proj(self.act(self.c_fc(x))))
+        h = self.c_fc(x)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiler knows to make act(h) again
+            return self.dropout(self.c_proj(self.act(h)))
+        return self.dropout(ActivatedLinear.apply(h, self.c_proj.weight, self.c_proj.bias, self.act))
 
 
 class Block(nn.Module):
@@ -141,9 +194,29 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x: torch.Tensor, past: Past | None = None) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), past)
         return x + self.mlp(self.ln_2(x))
+
+
+class ChunkLoss(nn.Module):
+    """Cross-entropy of a chunk of logits, and its gradient: many passes over the largest tensors of a step, which is
+    why train.py compiles this as it does the blocks."""
+
+    def forward(self, logits: torch.Tensor, targets: torch.Tensor, vocab_size: int,
+                want_grad: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """logits (n, rows >= V), which may be overwritten, targets (n, 1) with -1 for "ignore" -> the summed loss,
+        float32, and d loss / d logits (n, rows) in the logits' type."""
+        dtype, logits = logits.dtype, logits.float()
+        logits[:, vocab_size:] = -math.inf
+        log_z = logits.logsumexp(dim=1, keepdim=True)
+        valid, targets = targets >= 0, targets.clamp(min=0)
+        loss = ((log_z - logits.gather(1, targets)) * valid).sum()
+        if not want_grad:
+            return loss, None
+        # The softmax, minus one at the target; zero where the target is ignored.
+        d = logits.sub_(log_z.masked_fill(~valid, math.inf)).exp_().scatter_add_(1, targets, -valid.float())
+        return loss, d.to(dtype)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -156,30 +229,23 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, dtype, want_grad):
+    def forward(ctx, x, weight, targets, vocab_size, dtype, want_grad, chunk_loss):
         """x (N, C), weight (rows >= V, C), targets (N,) with -1 for "ignore" -> float32 scalar."""
-        w = weight.to(dtype)
+        w, x_all = weight.to(dtype), x.to(dtype)
         loss = x.new_zeros((), dtype=torch.float32)
         dx = torch.empty_like(x) if want_grad else None
         dw = torch.zeros_like(weight, dtype=torch.float32) if want_grad else None
-        rows = max(1, (LOGITS_CHUNK_ELEMENTS_CUDA if x.is_cuda else LOGITS_CHUNK_ELEMENTS) // weight.size(0))
-        for x_c, t_c, start in zip(x.split(rows), targets.split(rows), range(0, x.size(0), rows)):
-            x_c = x_c.to(dtype)
-            logits = (x_c @ w.t()).float()  # (n, rows of w)
-            logits[:, vocab_size:] = -math.inf
-            log_z = logits.logsumexp(dim=1, keepdim=True)
-            valid = (t_c >= 0).unsqueeze(1)
-            t_c = t_c.clamp(min=0).unsqueeze(1)
-            loss += ((log_z - logits.gather(1, t_c)) * valid).sum()
+        rows = (LOGITS_CHUNK_ELEMENTS_CUDA if x.is_cuda else LOGITS_CHUNK_ELEMENTS) // weight.size(0)
+        rows = 2 ** (max(1, rows).bit_length() - 1)  # as block_size is mostly: chunks of one shape, compiled once
+        for x_c, t_c, start in zip(x_all.split(rows), targets.split(rows), range(0, x.size(0), rows)):
+            chunk, d = chunk_loss(x_c @ w.t(), t_c.unsqueeze(1), vocab_size, want_grad)
+            loss += chunk
             if want_grad:
-                p = logits.sub_(log_z).exp_()  # softmax; minus one at the target it is d loss / d logits
-                p.scatter_add_(1, t_c, p.new_full((), -1.0).expand_as(t_c))
-                p = p.to(dtype)
-                dx[start:start + rows] = (p @ w) * valid
+                dx[start:start + rows] = d @ w
                 if dtype == torch.float32:
-                    dw.addmm_(p.t(), x_c * valid)
+                    dw.addmm_(d.t(), x_c)
                 else:
-                    dw += p.t() @ (x_c * valid)
+                    dw += d.t() @ x_c
         ctx.grads = dx, dw
         return loss
 
@@ -188,7 +254,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         dx, dw = ctx.grads
         ctx.grads = None  # scaled in place below, so they are good for one backward pass
-        return dx.mul_(grad), dw.mul_(grad), None, None, None, None
+        return dx.mul_(grad), dw.mul_(grad), None, None, None, None, None
 
 
 def sampling_probs(logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = None,
@@ -242,11 +308,13 @@ class GPT(nn.Module):
         config.validate()
         self.config = config
         self.activation_checkpointing = False  # keep only the blocks' inputs, and run them again in the backward pass
+        self.compile_decoding = False  # compile the step that generates a token
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)  # tokens; also the output head
         self.wpe = nn.Embedding(config.block_size, config.n_embd)  # positions
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         self.ln_f = LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+        self.chunk_loss = ChunkLoss()
         self.init_weights()
 
     @torch.no_grad()
@@ -283,7 +351,7 @@ class GPT(nn.Module):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         loss = LinearCrossEntropy.apply(x.flatten(0, 1), self.wte.weight, targets.flatten(), self.config.vocab_size,
-                                        dtype, torch.is_grad_enabled())
+                                        dtype, torch.is_grad_enabled(), self.chunk_loss)
         return None, loss / num_targets
 
     def _hidden(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
@@ -292,18 +360,34 @@ class GPT(nn.Module):
         end = start + idx.size(1)
         if end > self.config.block_size:
             raise ValueError(f"{end} positions, but the model has learned only block_size={self.config.block_size}")
-        x = self.drop(self.wte(idx) + self.wpe.weight[start:end])
-        for block in self.h:
+        at = torch.arange(start, end, device=idx.device)
+        if cache is None:
+            return self._run_blocks(idx, at, [None] * len(self.h))
+        mask = torch.arange(end, device=idx.device) <= at[:, None] if start and len(at) > 1 else None
+        cache.length = end
+        return self._run_blocks(idx, at, cache.layers(at, end, mask))
+
+    def _run_blocks(self, idx: torch.Tensor, at: torch.Tensor, pasts: list[Past] | list[None],
+                    run: Callable = Block.__call__) -> torch.Tensor:
+        """Tokens (B, T) at positions `at` (T,) -> (B, T, C)."""
+        x = self.drop(self.wte(idx) + self.wpe(at))
+        for block, past in zip(self.h, pasts):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
             else:
-                x = block(x, cache)
-        if cache is not None:
-            cache.length = end
+                x = run(block, x, past)
         return self.ln_f(x)
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.wte.weight)[..., :self.config.vocab_size]
+
+    def set_attention(self, how: Attention) -> None:
+        for block in self.h:
+            block.attn.how = how
+
+    def compiled_parts(self) -> list[nn.Module]:
+        """What is worth compiling, part by part: the blocks are alike, so that one of them is compiled for all."""
+        return [*self.h, self.chunk_loss]
 
     def crop_block_size(self, block_size: int) -> None:
         """Shorten the context in place, e.g. to fine-tune a model of 1,024 positions on windows of 256."""
@@ -351,7 +435,7 @@ class GPT(nn.Module):
                 logits, cache.length = cache.prompt_logits, 0 if cache.prompt_logits is None else window.size(1)
             for step in range(max_new_tokens):
                 if step or logits is None:
-                    logits = self._logits(self._hidden(unread, cache)[:, -1])
+                    logits = self._next_logits(unread, cache)
                 if use_cache and step == 0:
                     cache.prompt_logits = logits
                 token = draw(sampling_probs(logits, temperature, top_k, top_p), generator)  # (B, 1)
@@ -364,6 +448,14 @@ class GPT(nn.Module):
                         cache.length, cache.prompt_logits = 0, None  # the prompt is written over
         finally:
             self.train(training)
+
+    def _next_logits(self, idx: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
+        """Of the token behind idx (B, T), which stand behind those in the cache: (B, V)."""
+        if cache is None or idx.size(1) > 1 or not (self.compile_decoding or idx.is_cuda):
+            return self._logits(self._hidden(idx, cache)[:, -1])
+        if cache.decoder is None:
+            cache.decoder = Decoder(self, cache)
+        return cache.decoder.step(idx)
 
     @classmethod
     def from_pretrained(cls, source: str, **overrides) -> GPT:
@@ -385,3 +477,58 @@ class GPT(nn.Module):
         from weights import save_pretrained
 
         save_pretrained(self.config, self.state_dict(), folder, eot_id)
+
+
+class Decoder:
+    """The step that reads one token a row and gives the logits of the next, with shapes and addresses that never
+    change: so it can be compiled once and, on CUDA, recorded as a graph that a single launch replays.
+
+    Attention goes over all positions of the cache, and a mask leaves out those that are not filled."""
+
+    def __init__(self, model: GPT, cache: KVCache):
+        self.model, self.cache = model, cache
+        device = cache.k.device
+        self.token = torch.zeros(cache.k.size(1), 1, dtype=torch.long, device=device)
+        self.at = torch.full((1,), cache.length, dtype=torch.long, device=device)
+        self.positions = torch.arange(cache.k.size(3), device=device)
+        self.run = Block.forward
+        if model.compile_decoding:
+            compiled = torch.compile(Block.forward)
+            try:
+                self.run = compiled
+                self._logits()
+            except Exception as error:  # whatever the compiler trips over
+                warnings.warn(f"torch.compile failed, going on without it: {error}", stacklevel=2)
+                self.run = Block.forward
+        self.graph = None
+        if device.type == "cuda" and not torch.is_autocast_enabled("cuda"):
+            self._record()
+
+    def _logits(self) -> torch.Tensor:
+        pasts = self.cache.layers(self.at, len(self.positions), self.positions <= self.at[:, None])
+        return self.model._logits(self.model._run_blocks(self.token, self.at, pasts, self.run)[:, -1])
+
+    def _record(self) -> None:
+        """See torch's notes on CUDA graphs: a few runs on a side stream, then the recording. What they write into the
+        cache, at the position of the token that is about to be read, that token's step writes over."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self._logits()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self._logits()
+
+    def step(self, token: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, 1), which stand behind those in the cache, -> logits (B, V) of the next."""
+        if self.cache.length == len(self.positions):
+            raise ValueError(f"the cache is full: {self.cache.length} positions")
+        self.token.copy_(token)
+        self.at.fill_(self.cache.length)
+        self.cache.length += 1
+        if self.graph is None:
+            return self._logits()
+        self.graph.replay()
+        return self.logits.clone()  # the next replay writes over it

@@ -4,7 +4,7 @@
     python sample.py --init_from=gpt2 --prompt="The meaning of life" a hub id, a model folder, a checkpoint, a ckpt.pt
     python sample.py --init_from=gpt2-xl --prompt=FILE:prompt.txt    the prompt from a file
 
-Text appears as it is written. Keys and defaults are nanoGPT's (but --compile, which there is no use for);
+Text appears as it is written. Keys and defaults are nanoGPT's (but device, dtype and compile, which are `auto`);
 --start is another name of --prompt.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import settings
 
@@ -45,6 +46,7 @@ class SampleConfig:
     top_k: int = 200  # draw among this many likeliest tokens; 0 = all
     top_p: float = 1.0  # draw among the likeliest tokens that hold this much probability; 1 = all
     seed: int = 1337  # the same seed writes the same text
+    compile: Literal["auto", "True", "False"] = "auto"  # torch.compile the step of a token; auto = on CUDA only
     where: DeviceConfig = field(default_factory=DeviceConfig)
 
 
@@ -61,6 +63,7 @@ def sample(config: SampleConfig, here: Job) -> None:
     prompt = read_prompt(config.prompt)
     path = weights.resolve(source)
     model = checkpoint.load_model(str(path)).to(here.device, here.dtype)  # what costs time is reading the weights
+    model.compile_decoding = config.compile == "True" or (config.compile == "auto" and here.device.type == "cuda")
     tokenizer = find_tokenizer(path, model)
     ids = encode_prompt(tokenizer, prompt)
     print(f"{source}: {model.num_params(non_embedding=False):,} parameters on {here.device}, {here.dtype}", flush=True)

@@ -53,7 +53,7 @@ from data import (
     prefetch,
     read_step,
 )
-from device import DeviceConfig
+from device import DeviceConfig, pick_attention
 from distributed import Job, ParallelConfig
 from metrics import LogConfig, Reporter, describe_losses, validation_losses
 from model import GPT, GPTConfig
@@ -84,6 +84,7 @@ class TrainConfig:
     eval_only: bool = False  # evaluate on the whole validation split and exit
     seed: int = 1337  # of the initial weights, the data order and dropout
     compile: Literal["auto", "True", "False"] = "auto"  # torch.compile the blocks; auto = on CUDA only
+    attention: Literal["auto", "sdpa", "math", "flash3"] = "auto"  # kernel; auto = FlashAttention-3 if it runs, or sdpa
     activation_checkpointing: bool = False  # run the blocks again in the backward pass: less memory, more time
     max_minutes: float = 0.0  # save and stop so many minutes after the launch, ahead of a time limit; 0 = never
     run: RunConfig = field(default_factory=RunConfig)
@@ -120,9 +121,10 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     # 1) The data. What is wrong with it, the options or the run folder is said before anything is written.
     data = open_mixture(config.data.dataset, config.model.vocab_size, config.data.tokenizer)
     train_splits, val_splits = data.splits("train"), data.splits("val")
+    attention = pick_attention(config.attention, here.device, here.dtype)
     distributed.check_agreement(settings.flatten(config) | {
         "the code": files.code_fingerprint(), "the data": data.fingerprint, "torch": torch.__version__,
-        "the kind of device": here.device.type, "the number type": str(here.dtype)}, here)
+        "the kind of device": here.device.type, "the number type": str(here.dtype), "attention": attention}, here)
 
     # 2) Where the run stands: rank 0 looks into the run folder, and the others hear of it. An evaluation of other
     # weights does not look at it.
@@ -135,6 +137,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
         adopt_shape(config, given, model)
     block_size = model.config.block_size
     model.activation_checkpointing = config.activation_checkpointing
+    model.set_attention(attention)
     plan = plan_batches(config.data, given, block_size, here.world_size, lambda seqs: (
         trainer["options"]["batch_size"] if trainer["folder"] else preflight.fit_batch_size(model, seqs, here)))
     options = settings.flatten(config)
@@ -161,7 +164,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     for line in preflight.report(model, plan, describe_epochs(data, train_order), run, save_interval, config.max_iters,
                                  here):
         report.say(line)
-    if failure := distributed.compile_blocks(model, config.compile, here, plan.micro_batch):
+    if failure := distributed.compile_parts(model, config.compile, here, plan.micro_batch):
         report.say(f"torch.compile failed, going on without it: {failure}")
     wrapped = distributed.wrap(model, here, plan.micro_batch)
     optimizer, judge = optim.build_optimizer(model, config.optim), StepJudge()

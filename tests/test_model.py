@@ -1,6 +1,8 @@
 """model.py against naive oracles: attention, causality, loss and its gradients, generation, sampling filters."""
 
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +10,18 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from model import GPT, GPTConfig, LinearCrossEntropy, draw, sampling_probs
+from model import (
+    GPT,
+    ActivatedLinear,
+    Block,
+    ChunkLoss,
+    Decoder,
+    GPTConfig,
+    LinearCrossEntropy,
+    attend,
+    draw,
+    sampling_probs,
+)
 
 SHAPE = {"block_size": 16, "vocab_size": 37, "n_layer": 2, "n_head": 2, "n_embd": 8}
 
@@ -62,6 +75,83 @@ def test_a_later_token_changes_no_earlier_logits():
     before, after = model(idx)[0], model(changed)[0]
     assert torch.equal(before[:, :9], after[:, :9])
     assert not torch.allclose(before[:, 9:], after[:, 9:])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_attention_by_the_formula_equals_torchs_kernels(dropout):
+    model = make_model(dropout=dropout)
+    model.train(dropout == 0)  # with dropout, in its absence
+    idx = torch.randint(37, (3, 16))
+    fused, fused_text = model(idx)[0], model.generate(idx[:, :4], 30, temperature=0)
+    model.set_attention("math")
+    torch.testing.assert_close(model(idx)[0], fused, atol=1e-5, rtol=1e-5)
+    assert torch.equal(model.generate(idx[:, :4], 30, temperature=0), fused_text)
+
+
+def test_attention_dropout_by_the_formula_drops_and_keeps_the_mean():
+    q, k, v = (torch.randn(1, 1, 8, 4) for _ in range(3))
+    torch.manual_seed(0)
+    mean = torch.stack([attend(q, k, v, None, 0.3, "math") for _ in range(20_000)]).mean(0)
+    torch.testing.assert_close(mean, attend(q, k, v, None, 0.0, "math"), atol=0.05, rtol=0)
+
+
+def test_flash3_gets_what_it_takes_and_sdpa_the_rest(monkeypatch):
+    calls = []
+
+    def flash_attn_func(q, k, v, causal):  # the real one's layout: (B, T, H, D)
+        calls.append((q.shape, causal))
+        return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=causal).transpose(1, 2)
+
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_func=flash_attn_func))
+    q = torch.randn(2, 3, 8, 16, dtype=torch.bfloat16)
+    torch.testing.assert_close(attend(q, q, q, None, 0.0, "flash3"), attend(q, q, q, None, 0.0, "sdpa"))
+    assert calls == [((2, 8, 3, 16), True)]
+    mask = torch.ones(8, 8, dtype=torch.bool)
+    for args in ((q.float(), q.float(), q.float(), None, 0.0), (q, q, q, None, 0.1), (q, q, q, mask, 0.0),
+                 (q[:, :, -1:], q, q, None, 0.0)):  # float32, dropout, a mask, a single query
+        attend(*args, "flash3")
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_activation_that_is_made_again_has_the_gradients_of_one_that_is_kept(bias):
+    torch.manual_seed(0)
+    act, linear, h = torch.nn.GELU(), torch.nn.Linear(8, 3, bias=bias), torch.randn(2, 5, 8, requires_grad=True)
+    weights = torch.randn(2, 5, 3)
+    inputs = [h, *linear.parameters()]
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            kept, again = linear(act(h)), ActivatedLinear.apply(h, linear.weight, linear.bias, act)
+        assert torch.equal(kept, again)
+        for a, b in zip(*(torch.autograd.grad((y * weights).sum(), inputs) for y in (kept, again))):
+            assert a.dtype == b.dtype == torch.float32
+            torch.testing.assert_close(a, b, atol=2e-2 if autocast else 1e-6, rtol=1e-2 if autocast else 1e-6)
+
+
+def test_the_mlp_keeps_its_hidden_layer_once():
+    kept = {}
+    mlp, x = make_model(bias=True).h[0].mlp, torch.randn(2, 16, 8, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        mlp(x)
+    assert sum(t.numel() for t in kept.values() if t.shape == (2, 16, 32)) == 2 * 16 * 32
+
+
+def test_all_blocks_share_one_compilation():
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = make_model(n_layer=4)
+    idx, targets = torch.randint(37, (2, 16)), torch.randint(37, (2, 16))
+    eager = model(idx, targets)[1]
+    for part in model.compiled_parts():
+        part.compile(backend=count)
+    torch.testing.assert_close(model(idx, targets)[1], eager)
+    assert len(graphs) == 2  # a block, the loss
+    torch._dynamo.reset()
 
 
 def test_first_loss_is_near_ln_vocab_size():
@@ -250,6 +340,42 @@ def test_a_prompt_read_in_parts_through_the_cache_gives_the_same_output():
         torch.testing.assert_close(torch.cat(parts, 1), model._hidden(idx), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("prompt_tokens", [1, 12, 40])
+def test_decoding_with_fixed_shapes_gives_the_same_tokens_past_block_size_too(monkeypatch, prompt_tokens):
+    compiled = []
+    monkeypatch.setattr("torch.compile", lambda function: compiled.append(function) or function)
+    model = make_model()
+    idx = torch.randint(37, (2, prompt_tokens))
+    expected = model.generate(idx, 40, temperature=0)
+    assert not compiled
+    model.compile_decoding = True
+    assert torch.equal(model.generate(idx, 40, temperature=0), expected)
+    assert compiled == [Block.forward]
+
+
+def test_decoding_goes_on_without_a_compiler(monkeypatch):
+    def fail(*args):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr("torch.compile", lambda function: fail)
+    model, idx = make_model(), torch.randint(37, (1, 3))
+    expected = model.generate(idx, 5, temperature=0)
+    model.compile_decoding = True
+    with pytest.warns(UserWarning, match="no compiler here"):
+        assert torch.equal(model.generate(idx, 5, temperature=0), expected)
+
+
+def test_a_full_cache_takes_no_more():
+    model = make_model().eval()
+    cache = model.make_cache(1)
+    with torch.no_grad():
+        model._hidden(torch.zeros(1, 15, dtype=torch.long), cache)
+        decoder = Decoder(model, cache)
+        decoder.step(torch.zeros(1, 1, dtype=torch.long))
+        with pytest.raises(ValueError, match="the cache is full: 16 positions"):
+            decoder.step(torch.zeros(1, 1, dtype=torch.long))
+
+
 def test_generating_from_nothing_is_refused():
     with pytest.raises(ValueError, match="prompt is empty"):
         make_model().generate(torch.empty(1, 0, dtype=torch.long), 1)
@@ -299,5 +425,5 @@ def test_filters_refuse_values_without_a_meaning(bad):
 
 def test_loss_without_gradients_keeps_none():
     x, w = torch.randn(5, 8, requires_grad=True), torch.randn(128, 8)
-    loss = LinearCrossEntropy.apply(x, w, torch.arange(5), 37, torch.float32, False)
+    loss = LinearCrossEntropy.apply(x, w, torch.arange(5), 37, torch.float32, False, ChunkLoss())
     torch.testing.assert_close(loss, F.cross_entropy(x @ w[:37].T, torch.arange(5), reduction="sum"))
