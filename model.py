@@ -27,8 +27,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 VOCAB_MULTIPLE = 128
-LOGITS_CHUNK_ELEMENTS = 2**24  # 64 MB of float32 logits at a time
-LOGITS_CHUNK_ELEMENTS_CUDA = 2**27  # a GPU wants larger products; each chunk costs a pass over the head's gradient
+LOGITS_CHUNK_BYTES = 2**27  # of logits at a time; each chunk costs a pass over the head's gradient
+LOGITS_CHUNK_BYTES_CUDA = 2**29  # a GPU wants larger products
+SOFTMAX_ELEMENTS = 2**22  # of these at a time on a CPU: what its last cache holds in float32
 
 Attention = Literal["sdpa", "math", "flash3"]  # torch's fused kernels; the formula; FlashAttention-3 (Hopper)
 
@@ -200,23 +201,24 @@ class Block(nn.Module):
 
 
 class ChunkLoss(nn.Module):
-    """Cross-entropy of a chunk of logits, and its gradient: many passes over the largest tensors of a step, which is
-    why train.py compiles this as it does the blocks."""
+    """Summed cross-entropy of a chunk of logits, which it turns into their gradient: many passes over the largest
+    tensor of a step, which is why train.py compiles this as it does the blocks."""
 
-    def forward(self, logits: torch.Tensor, targets: torch.Tensor, vocab_size: int,
-                want_grad: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """logits (n, rows >= V), which may be overwritten, targets (n, 1) with -1 for "ignore" -> the summed loss,
-        float32, and d loss / d logits (n, rows) in the logits' type."""
-        dtype, logits = logits.dtype, logits.float()
-        logits[:, vocab_size:] = -math.inf
-        log_z = logits.logsumexp(dim=1, keepdim=True)
+    def forward(self, logits: torch.Tensor, targets: torch.Tensor, vocab_size: int, want_grad: bool) -> torch.Tensor:
+        """logits (n, rows >= V), written over, targets (n, 1) with -1 for "ignore" -> float32 scalar."""
+        z = logits.float()  # float32 logits themselves, or else a copy
+        z[:, vocab_size:] = -math.inf
         valid, targets = targets >= 0, targets.clamp(min=0)
-        loss = ((log_z - logits.gather(1, targets)) * valid).sum()
-        if not want_grad:
-            return loss, None
-        # The softmax, minus one at the target; zero where the target is ignored.
-        d = logits.sub_(log_z.masked_fill(~valid, math.inf)).exp_().scatter_add_(1, targets, -valid.float())
-        return loss, d.to(dtype)
+        largest, of_target = z.amax(dim=1, keepdim=True), z.gather(1, targets)
+        total = z.sub_(largest).exp_().sum(dim=1, keepdim=True)
+        if want_grad:  # the softmax, minus one at the target; zero where the target is ignored
+            logits.copy_(z.mul_(valid / total).scatter_add_(1, targets, -valid.float()))
+        return ((largest + total.log() - of_target) * valid).sum()
+
+
+def _power_of_two(n: int) -> int:
+    """The largest that is not above n, and 1. As block_size is one mostly, all chunks have one shape."""
+    return 2 ** (max(1, n).bit_length() - 1)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -231,21 +233,23 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size, dtype, want_grad, chunk_loss):
         """x (N, C), weight (rows >= V, C), targets (N,) with -1 for "ignore" -> float32 scalar."""
-        w, x_all = weight.to(dtype), x.to(dtype)
+        x_all, w = x.to(dtype), weight.to(dtype)
         loss = x.new_zeros((), dtype=torch.float32)
         dx = torch.empty_like(x) if want_grad else None
         dw = torch.zeros_like(weight, dtype=torch.float32) if want_grad else None
-        rows = (LOGITS_CHUNK_ELEMENTS_CUDA if x.is_cuda else LOGITS_CHUNK_ELEMENTS) // weight.size(0)
-        rows = 2 ** (max(1, rows).bit_length() - 1)  # as block_size is mostly: chunks of one shape, compiled once
-        for x_c, t_c, start in zip(x_all.split(rows), targets.split(rows), range(0, x.size(0), rows)):
-            chunk, d = chunk_loss(x_c @ w.t(), t_c.unsqueeze(1), vocab_size, want_grad)
-            loss += chunk
-            if want_grad:
-                dx[start:start + rows] = d @ w
+        width, chunk_bytes = weight.size(0), LOGITS_CHUNK_BYTES_CUDA if x.is_cuda else LOGITS_CHUNK_BYTES
+        rows = _power_of_two(chunk_bytes // (w.element_size() * width))
+        part = rows if x.is_cuda else _power_of_two(SOFTMAX_ELEMENTS // width)
+        for x_c, t_c, start in zip(x_all.split(rows), targets.unsqueeze(1).split(rows), range(0, x.size(0), rows)):
+            logits = x_c @ w.t()  # (n, rows of w)
+            for z, t in zip(logits.split(part), t_c.split(part)):
+                loss += chunk_loss(z, t, vocab_size, want_grad)
+            if want_grad:  # the logits have become their gradient
+                dx[start:start + rows] = logits @ w
                 if dtype == torch.float32:
-                    dw.addmm_(d.t(), x_c)
+                    dw.addmm_(logits.t(), x_c)
                 else:
-                    dw += d.t() @ x_c
+                    dw += logits.t() @ x_c
         ctx.grads = dx, dw
         return loss
 

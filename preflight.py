@@ -130,15 +130,16 @@ def activation_bytes(model: GPT, micro_batch: int, here: Job) -> int:
     """Of what a micro-batch keeps for its backward pass, and of the largest chunk of logits."""
     c = model.config
     rows = micro_batch * c.block_size
-    # A block keeps the inputs of both norms (float32), and 15 C values a position in the type of the products: both
-    # norms' outputs, q, k and v, attention's output twice, the MLP's hidden layer before and after its activation.
-    block = rows * c.n_embd * (2 * 4 + 15 * (4 if here.dtype == torch.float32 else 2))
+    # A block keeps the inputs of both norms (float32), and 11 C values a position in the type of the products: both
+    # norms' outputs, q, k and v, attention's output twice, the MLP's hidden layer before its activation.
+    block = rows * c.n_embd * (2 * 4 + 11 * (4 if here.dtype == torch.float32 else 2))
     blocks = c.n_layer * block
     if model.activation_checkpointing:
         blocks = c.n_layer * rows * c.n_embd * 4 + block
     last_norm = rows * c.n_embd * 2 * 4
-    chunk = gpt.LOGITS_CHUNK_ELEMENTS_CUDA if here.device.type == "cuda" else gpt.LOGITS_CHUNK_ELEMENTS
-    head = 4 * (model.wte.weight.numel() + 2 * min(chunk, rows * c.padded_vocab_size))  # gradient, logits, softmax
+    chunk = gpt.LOGITS_CHUNK_BYTES_CUDA if here.device.type == "cuda" else gpt.LOGITS_CHUNK_BYTES
+    softmax = 3 * chunk if here.device.type == "cuda" else 4 * gpt.SOFTMAX_ELEMENTS
+    head = 4 * model.wte.weight.numel() + min(chunk + softmax, 8 * rows * c.padded_vocab_size)  # its gradient, logits
     return blocks + last_norm + head
 
 

@@ -162,9 +162,10 @@ def test_first_loss_is_near_ln_vocab_size():
     assert loss.item() == pytest.approx(math.log(37), abs=0.02)
 
 
-@pytest.mark.parametrize("chunk_elements", [1, 300, 2**24])
-def test_loss_and_gradients_equal_cross_entropy_of_whole_logits(monkeypatch, chunk_elements):
-    monkeypatch.setattr("model.LOGITS_CHUNK_ELEMENTS", chunk_elements)
+@pytest.mark.parametrize(("chunk_bytes", "softmax_elements"), [(1, 1), (20_000, 300), (20_000, 2**22), (2**27, 2**22)])
+def test_loss_and_gradients_equal_cross_entropy_of_whole_logits(monkeypatch, chunk_bytes, softmax_elements):
+    monkeypatch.setattr("model.LOGITS_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr("model.SOFTMAX_ELEMENTS", softmax_elements)
     model = make_model()
     idx, targets = torch.randint(37, (3, 16)), torch.randint(-1, 37, (3, 16))
     _, loss = model(idx, targets)

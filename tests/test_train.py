@@ -62,7 +62,7 @@ def test_the_loop_makes_the_updates_that_its_parts_define(cli, tiny_data):
         optimizer.zero_grad()
     for (name, a), b in zip(model.named_parameters(), trained.parameters()):
         # An update is about learning_rate, 1e-2; Adam makes rounding in the smallest gradients visible.
-        torch.testing.assert_close(a, b, atol=5e-5, rtol=1e-4, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(a, b, atol=5e-5, rtol=1e-4, msg=f"{name}: {a} {b}")
     last = [record for record in records_of("out/tiny") if "train/loss" in record][-1]
     assert last["train/loss"] == pytest.approx(loss.item(), abs=1e-4)
 
