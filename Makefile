@@ -1,6 +1,7 @@
 # make demo      prepare a small corpus, train a small model on it, read what it writes (a few minutes on a laptop)
 # make test      lint, tests, and the README's commands
 # make soak      every way to kill, hang and starve a run that the tests know (eight minutes on two cores)
+# make test-gpu  the main job on a machine with an NVIDIA GPU; make bench-gpu measures it there
 # make install   .venv with all that the program and the tests need
 # Each makes .venv first where it is missing. PYTHON=python3.12 picks another interpreter, 3.10 or newer.
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 PY = .venv/bin/python
 ARGS =
 
-.PHONY: demo test soak install lint
+.PHONY: demo test soak test-gpu bench-gpu install lint
 
 demo: .venv/.run
 	$(PY) prepare_data.py python_stdlib
@@ -20,6 +21,12 @@ test: lint
 
 soak: .venv/.dev
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal -m "soak or not soak" tests/test_faults.py tests/test_distributed.py
+
+test-gpu: .venv/.dev
+	$(PY) -m pytest -m gpu tests/test_gpu.py
+
+bench-gpu: .venv/.dev
+	$(PY) bench.py gpu --config=config/gpt2_124m.py
 
 lint: .venv/.dev
 	$(PY) -m ruff check .

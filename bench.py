@@ -6,17 +6,20 @@
     python bench.py data                                                          prepare_data.py and two plain ways
     python bench.py checkpoint                                                    what a save costs the loop
     python bench.py startup                                                       --help, and the time to a first step
+    python bench.py gpu --config=config/gpt2_124m.py                              the rows of BENCHMARKS.md's GPU table
 
 Each prints a line a round, then medians and spreads; `--json` prints all numbers as one JSON object in the end.
 
 `train` runs train.py for `--steps`: tokens a second and milliseconds a step without evaluations and saves, the whole
 run's seconds, peak memory, MFU. Where the configuration's data set is not there random tokens take its place. With
-`--baseline` the plain loop runs in turn with it: what one would write first, and what nanoGPT does: float32, eager,
-whole logits, unfused AdamW, random windows, a read of the loss at every step, evaluations of both splits on random
-batches, each followed by a torch.save. `--profile=FILE` writes a torch profiler trace of a few steps instead.
+`--baseline` the plain loop runs in turn with it: what one would write first, and what nanoGPT does: whole logits,
+random windows, a read of the loss at every step, evaluations of both splits on random batches, each followed by a
+torch.save; on a CPU float32, eager and unfused AdamW, on CUDA bfloat16, compiled as a whole and fused AdamW, as nanoGPT
+does there. `--profile=FILE` writes a torch profiler trace of a few steps instead.
 
 `sample` has sample.py write 128 tokens behind a prompt of 16, with random weights of GPT-2 small; the baselines are
-the same model without a cache (nanoGPT's way) and transformers' `generate` with its cache, both in float32.
+the same model without a cache (nanoGPT's way) and transformers' `generate` with its cache, both in float32. Then what a
+token past block_size takes, in comparison with those before it.
 
 `data` prints megabytes of text a second on every .py file of this Python with GPT-2's tokenizer: for prepare_data.py,
 from start to exit, for a bare multiprocessing.Pool that encodes with tiktoken and throws the result away,
@@ -28,6 +31,10 @@ synchronous save), those that the loop waits for the copy of the state (an async
 beside the writing thread are slower in all.
 
 `startup` compares train.py's time to its first step with that of importing torch and building the model.
+
+`gpu` prints a Markdown table: training at the configuration's micro-batch beside the plain loop, and at the largest
+that fits; the time to the first step with a cold and a warm compiler cache; sampling 1 and 64 sequences at a time
+beside nanoGPT's way.
 """
 
 from __future__ import annotations
@@ -58,7 +65,7 @@ import settings
 import sources
 from checkpoint import Progress, RunConfig, RunFolder
 from data import MixedOrder, TrainOrder, plan_batches
-from device import pick_device, pick_dtype
+from device import pick_attention, pick_device, pick_dtype
 from distributed import Job, compile_parts
 from metrics import peak_memory_gb
 from model import GPT, GPTConfig
@@ -71,11 +78,12 @@ from train import TrainConfig
 
 @dataclass
 class BenchConfig:
-    what: Literal["train", "sample", "data", "checkpoint", "startup", "plain", "uncached", "transformers", "pool",
-                  "map", "build"] = "train"  # the last six: one baseline alone
+    what: Literal["train", "sample", "data", "checkpoint", "startup", "gpu", "plain", "generate", "uncached",
+                  "transformers", "past", "pool", "map", "build"] = "train"  # from plain on: one way alone, a child's
     config: str = "config/shakespeare_char_cpu.py"  # configuration of the run
     options: str = ""  # more options for train.py, as on its command line
-    steps: int = 0  # steps of a run; 0 = the configuration's max_iters
+    steps: int = 0  # steps of a run; 0 = the configuration's max_iters, for gpu 20
+    rows: int = 1  # sequences that generate and uncached sample side by side
     rounds: int = 3  # times that all ways are run
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of train.py and sample.py; the baselines are float32
     baseline: bool = False  # run what people would use instead as well
@@ -87,9 +95,9 @@ def main(argv: list[str]) -> None:
     """Run the ways in turn and print the ratios; or, as the child of that, one baseline alone, in this folder."""
     bench, _ = settings.parse(BenchConfig, argv, usage=__doc__, bare_word="what")
     ways = {"train": bench_train, "sample": bench_sample, "data": bench_data, "checkpoint": bench_checkpoint,
-            "startup": bench_startup, "plain": train_plainly, "uncached": sample_uncached,
-            "transformers": sample_with_transformers, "pool": encode_in_pool, "map": prepare_plainly,
-            "build": build_model}
+            "startup": bench_startup, "gpu": bench_gpu, "plain": train_plainly, "generate": sample_rows,
+            "uncached": sample_uncached, "transformers": sample_with_transformers, "past": sample_past_block_size,
+            "pool": encode_in_pool, "map": prepare_plainly, "build": build_model}
     measured = profile_training(bench) if bench.profile else ways[bench.what](bench)
     if bench.json:
         print(json.dumps(measured))
@@ -179,12 +187,13 @@ def run_train(bench: BenchConfig, steps: int, dataset: str, folder: str) -> dict
     run("train.py", bench.config, *shlex.split(bench.options), f"--max_iters={steps}", f"--dtype={bench.dtype}",
         f"--dataset={dataset}", f"--out_dir={out_dir}/run", "--log_interval=1")
     records = [json.loads(line) for line in Path(out_dir, "run", "metrics.jsonl").read_text().splitlines()]
+    options = json.loads(Path(out_dir, "run", "train_config.json").read_text())
     shutil.rmtree(out_dir)
     trained, last = [r for r in records if "train/loss" in r], records[-1]
     tokens_per_sec = statistics.median(r["tokens_per_sec"] for r in trained[1:] or trained)
     return {"tokens_per_sec": tokens_per_sec, "ms_per_step": 1000 * trained[0]["tokens"] / tokens_per_sec,
             "run_s": last["elapsed_s"], "memory_gb": trained[-1]["memory_gb"], "mfu": trained[-1]["mfu"],
-            "val_loss": last["val/loss"]}
+            "val_loss": last["val/loss"], "batch_size": options["batch_size"]}
 
 
 def train_plainly(bench: BenchConfig) -> dict[str, float]:
@@ -199,14 +208,25 @@ def train_plainly(bench: BenchConfig) -> dict[str, float]:
     plan = plan_batches(config.data, {}, config.model.block_size, 1)
     decay = [{"params": [p for p in model.parameters() if (p.dim() > 1) == is_matrix], "weight_decay": weight_decay}
              for is_matrix, weight_decay in ((True, config.optim.weight_decay), (False, 0.0))]
-    optimizer = torch.optim.AdamW(decay, config.optim.learning_rate, (config.optim.beta1, config.optim.beta2))
+    on_cuda = device.type == "cuda"
+    optimizer = torch.optim.AdamW(decay, config.optim.learning_rate, (config.optim.beta1, config.optim.beta2),
+                                  fused=on_cuda)
+    torch.set_float32_matmul_precision("high" if on_cuda else "highest")
+
+    def cross_entropy(rows: torch.Tensor) -> torch.Tensor:
+        logits = F.linear(model._hidden(rows[:, :-1]), model.wte.weight)
+        return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+
+    if on_cuda:
+        cross_entropy = torch.compile(cross_entropy)
 
     def loss_on(split: Split) -> torch.Tensor:
         size, tokens = config.model.block_size, split.shards[0]
         starts = torch.randint(len(tokens) - size, (plan.micro_batch,))
-        rows = torch.stack([torch.from_numpy(tokens[i:i + size + 1].astype(np.int64)) for i in starts]).to(device)
-        logits = F.linear(model._hidden(rows[:, :-1]), model.wte.weight)
-        return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        rows = torch.stack([torch.from_numpy(tokens[i:i + size + 1].astype(np.int64)) for i in starts])
+        rows = rows.pin_memory().to(device, non_blocking=True) if on_cuda else rows
+        with torch.autocast("cuda", torch.bfloat16, enabled=on_cuda):
+            return cross_entropy(rows)
 
     began, step_seconds = time.perf_counter(), []
     for step in range(steps + 1):
@@ -238,6 +258,7 @@ def profile_training(bench: BenchConfig) -> None:
     device = pick_device(config.where.device)
     here = Job(0, 1, device, pick_dtype(bench.dtype, device))
     model = GPT(GPTConfig(**asdict(config.model) | {"vocab_size": config.model.vocab_size or 50257})).to(device)
+    model.set_attention(pick_attention(config.attention, device, here.dtype, config.model.block_size))
     if failure := compile_parts(model, config.compile, here, config.data.batch_size):
         print(f"torch.compile failed: {failure}")
     train_step = make_train_step(model, here, config.data.batch_size, config.model.block_size)
@@ -285,8 +306,10 @@ def bench_sample(bench: BenchConfig) -> dict:
             ways |= {"without a cache": partial(run_baseline, "uncached", bench, cwd=folder),
                      "transformers": partial(run_baseline, "transformers", bench, cwd=folder)}
         seen = rounds(bench, ways, ("tokens_per_sec",))
-    print(f"{NEW_TOKENS} tokens, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    return seen
+        past = run_baseline("past", bench, cwd=folder)
+    print(f"{NEW_TOKENS} tokens, torch {torch.__version__}, {torch.get_num_threads()} threads; a token past block_size "
+          f"{past['ms_past']:.1f} ms, before it {past['ms_before']:.1f} ms: {past['ms_past'] / past['ms_before']:.2f}")
+    return seen | {"past block_size": past}
 
 
 def run_sample(bench: BenchConfig, folder: str, prompt: str) -> dict[str, float]:
@@ -295,17 +318,50 @@ def run_sample(bench: BenchConfig, folder: str, prompt: str) -> dict[str, float]
     return {"tokens_per_sec": float(out.splitlines()[-1].split()[0])}
 
 
-def sample_uncached(bench: BenchConfig) -> dict[str, float]:
-    """nanoGPT's way: every position again for every token, the logits' top 200, multinomial."""
-    model = GPT.from_pretrained(".").eval()
-    idx = torch.tensor([PROMPT_IDS])
-    with torch.no_grad():
+def load_for_sampling(bench: BenchConfig) -> tuple[GPT, torch.Tensor]:
+    """The model in this folder as sample.py would have it, and the prompt, bench.rows times."""
+    device = pick_device("auto")
+    model = GPT.from_pretrained(".").to(device, pick_dtype(bench.dtype, device)).eval()
+    model.compile_decoding = device.type == "cuda"
+    return model, torch.tensor([PROMPT_IDS] * bench.rows, device=device)
+
+
+def sample_rows(bench: BenchConfig) -> dict[str, float]:
+    """What sample.py does, for several rows at a time; what has to be compiled is compiled before."""
+    model, idx = load_for_sampling(bench)
+    cache = model.make_cache(bench.rows)
+    for _ in range(2):
         began = time.perf_counter()
-        for _ in range(NEW_TOKENS):
-            logits = model(idx)[0][:, -1] / 0.8
-            logits[logits < logits.topk(200).values[:, -1:]] = -float("inf")
-            idx = torch.cat([idx, torch.multinomial(logits.softmax(-1), 1)], dim=1)
-    return {"tokens_per_sec": NEW_TOKENS / (time.perf_counter() - began)}
+        for tokens in model.stream(idx, NEW_TOKENS, 0.8, 200, cache=cache):
+            tokens.tolist()
+        seconds = time.perf_counter() - began
+    return {"tokens_per_sec": bench.rows * NEW_TOKENS / seconds}
+
+
+def sample_past_block_size(bench: BenchConfig) -> dict[str, float]:
+    """Milliseconds a token for the last 500 that fit into block_size, and for the next 500."""
+    model, idx = load_for_sampling(bench)
+    at = []
+    for tokens in model.stream(idx, model.config.block_size - idx.size(1) + 500, 0.8, 200):
+        tokens.tolist()
+        at.append(time.perf_counter())
+    return {"ms_before": 2 * (at[-501] - at[-1001]), "ms_past": 2 * (at[-1] - at[-501])}
+
+
+def sample_uncached(bench: BenchConfig) -> dict[str, float]:
+    """nanoGPT's way: every position again for every token, the logits' top 200, multinomial; bfloat16 on CUDA."""
+    device = pick_device("auto")
+    model, idx = GPT.from_pretrained(".").to(device).eval(), torch.tensor([PROMPT_IDS] * bench.rows, device=device)
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+        for new_tokens in (8, NEW_TOKENS):  # the first to warm up
+            began = time.perf_counter()
+            for _ in range(new_tokens):
+                logits = model(idx)[0][:, -1] / 0.8
+                logits[logits < logits.topk(200).values[:, -1:]] = -float("inf")
+                idx = torch.cat([idx, torch.multinomial(logits.softmax(-1), 1)], dim=1)
+            idx[-1, -1].item()
+            seconds = time.perf_counter() - began
+    return {"tokens_per_sec": bench.rows * NEW_TOKENS / seconds}
 
 
 def sample_with_transformers(bench: BenchConfig) -> dict[str, float]:
@@ -326,7 +382,8 @@ def bench_startup(bench: BenchConfig) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         config = train_config(bench)
         dataset = bench_dataset(config, folder)
-        return rounds(bench, {"train.py": partial(time_to_first_step, bench, dataset, folder),
+        # Its last words before it builds the optimiser and begins say what saving will take.
+        return rounds(bench, {"train.py": partial(time_until, "saving: ", bench, dataset, folder),
                               "import torch and build": partial(time_of, "bench.py", "build", bench),
                               "train.py --help": partial(time_of, "train.py", "--help", None)}, ("seconds",))
 
@@ -340,19 +397,21 @@ def time_of(script: str, word: str, bench: BenchConfig | None) -> dict[str, floa
     return {"seconds": time.perf_counter() - began}
 
 
-def time_to_first_step(bench: BenchConfig, dataset: str, folder: str) -> dict[str, float]:
-    """Until train.py has said what the run will take, its last words before it builds the optimiser and begins."""
+def time_until(words: str, bench: BenchConfig, dataset: str, folder: str, **env: str) -> dict[str, float]:
+    """From the start of train.py until it prints a line that begins with `words`."""
     out_dir = tempfile.mkdtemp(dir=folder)
     args = command("train.py", bench.config, *shlex.split(bench.options), f"--dataset={dataset}",
                    f"--out_dir={out_dir}/run")
     began = time.perf_counter()
-    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    for line in process.stdout:
-        if line.startswith("saving: "):
-            break
-    seconds = time.perf_counter() - began
-    process.kill()
-    process.wait()
+    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          env=os.environ | env) as process:
+        for line in process.stdout:
+            if line.startswith(words):
+                break
+        else:
+            raise OSError(f"train.py ended before it said {words!r}: {line}")
+        seconds = time.perf_counter() - began
+        process.kill()
     return {"seconds": seconds}
 
 
@@ -365,6 +424,41 @@ def build_model(bench: BenchConfig) -> dict[str, float]:
     out = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, text=True, check=True,
                          stdout=subprocess.PIPE).stdout
     return {"seconds": float(out)}
+
+
+# A GPU
+
+
+def bench_gpu(bench: BenchConfig) -> dict:
+    """The rows of BENCHMARKS.md's table; on any device, for the sake of its test."""
+    steps, seen = bench.steps or 20, {}
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = bench_dataset(train_config(bench), folder)
+        once = f"{bench.options} --eval_iters=1 --eval_interval={10 * steps}"
+        same, largest = (dataclasses.replace(bench, options=f"{once} {more}") for more in ("", "--batch_size=0"))
+        plain = dataclasses.replace(same, options=f"{same.options} --dataset={dataset}")
+        ways = {"train.py": partial(run_train, same, steps, dataset, folder),
+                "the plain loop": partial(run_baseline, "plain", plain, f"--steps={steps}"),
+                "train.py, largest batch": partial(run_train, largest, steps, dataset, folder)}
+        seen |= rounds(bench, ways, ("tokens_per_sec", "memory_gb", "mfu"))
+        cache = {"TORCHINDUCTOR_CACHE_DIR": tempfile.mkdtemp(dir=folder)}
+        for name in ("cold start", "warm start"):
+            seen[name] = [time_until("step 1/", same, dataset, folder, **cache)]
+        GPT(GPTConfig(bias=True, mlp="gelu_tanh")).save_pretrained(folder)
+        for rows in (1, 64):
+            seen |= rounds(bench, {f"{way}, {rows} at a time": partial(run_baseline, way, bench, f"--rows={rows}",
+                                                                       cwd=folder) for way in ("generate", "uncached")},
+                           ("tokens_per_sec",))
+    device = pick_device("auto")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    print(f"\n{name}, {pick_dtype(bench.dtype, device)}, torch {torch.__version__}, medians of {bench.rounds}:\n\n"
+          "| | micro-batch | tokens/s | MFU | peak memory, GB | seconds |\n| --- | --- | --- | --- | --- | --- |")
+    for way, runs in seen.items():
+        figures = [[each.get(key) for each in runs] for key in ("batch_size", "tokens_per_sec", "mfu", "memory_gb",
+                                                                "seconds")]
+        cells = ["" if None in values else show(statistics.median(values)) for values in figures]
+        print(f"| {' | '.join([way, *cells])} |")
+    return seen
 
 
 # Checkpoints

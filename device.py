@@ -59,15 +59,18 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def pick_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """`sdpa`, `math` or `flash3`; auto takes flash3 on a Hopper GPU where FlashAttention-3 is installed and gives what
-    SDPA gives. Raises ValueError when flash3 was asked for and does not."""
+def pick_attention(name: str, device: torch.device, dtype: torch.dtype, block_size: int) -> str:
+    """`sdpa`, `math` or `flash3`. auto takes flash3 on a Hopper GPU where FlashAttention-3 is installed and gives what
+    SDPA gives, and math where a CPU's SDPA is slow: short windows in bfloat16. Raises ValueError when flash3 was asked
+    for and cannot be had."""
     if name not in ("auto", "flash3"):
         return name
     fault = _flash3_fault(device, dtype)
     if fault and name == "flash3":
         raise ValueError(f"attention=flash3: {fault}; use --attention=auto")
-    return "sdpa" if fault else "flash3"
+    if not fault:
+        return "flash3"
+    return "math" if device.type == "cpu" and dtype == torch.bfloat16 and block_size <= 128 else "sdpa"
 
 
 def _flash3_fault(device: torch.device, dtype: torch.dtype) -> str:

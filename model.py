@@ -106,12 +106,12 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
         return (y[0] if isinstance(y, tuple) else y).transpose(1, 2)
     if how != "math":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
-    scores = q @ k.transpose(2, 3) / math.sqrt(q.size(3))  # (B, H, T, S)
+    scores = (q / math.sqrt(q.size(3))) @ k.transpose(2, 3)  # (B, H, T, S)
     if is_causal:
         mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
-    return F.dropout(scores.float().softmax(dim=-1).to(v.dtype), dropout) @ v
+    return F.dropout(scores.softmax(dim=-1), dropout) @ v
 
 
 class LayerNorm(nn.LayerNorm):

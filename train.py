@@ -84,7 +84,7 @@ class TrainConfig:
     eval_only: bool = False  # evaluate on the whole validation split and exit
     seed: int = 1337  # of the initial weights, the data order and dropout
     compile: Literal["auto", "True", "False"] = "auto"  # torch.compile the blocks; auto = on CUDA only
-    attention: Literal["auto", "sdpa", "math", "flash3"] = "auto"  # kernel; auto = FlashAttention-3 if it runs, or sdpa
+    attention: Literal["auto", "sdpa", "math", "flash3"] = "auto"  # kernel; auto = FlashAttention-3 where it runs
     activation_checkpointing: bool = False  # run the blocks again in the backward pass: less memory, more time
     max_minutes: float = 0.0  # save and stop so many minutes after the launch, ahead of a time limit; 0 = never
     run: RunConfig = field(default_factory=RunConfig)
@@ -121,7 +121,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     # 1) The data. What is wrong with it, the options or the run folder is said before anything is written.
     data = open_mixture(config.data.dataset, config.model.vocab_size, config.data.tokenizer)
     train_splits, val_splits = data.splits("train"), data.splits("val")
-    attention = pick_attention(config.attention, here.device, here.dtype)
+    attention = pick_attention(config.attention, here.device, here.dtype, config.model.block_size)
     distributed.check_agreement(settings.flatten(config) | {
         "the code": files.code_fingerprint(), "the data": data.fingerprint, "torch": torch.__version__,
         "the kind of device": here.device.type, "the number type": str(here.dtype), "attention": attention}, here)

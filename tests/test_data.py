@@ -512,9 +512,3 @@ def test_a_batch_becomes_a_tensor_of_its_own_layout():
     assert tensor.tolist() == rows[:, 1:].tolist()
     assert tensor.is_contiguous()
     assert tensor.dtype == torch.int64
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_copies_from_pinned_memory():
-    assert pin(np.arange(4), torch.device("cuda")).is_pinned()

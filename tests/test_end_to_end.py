@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT, TINY_RUN, records_of, torchrun
 
 from model import GPT
@@ -109,11 +108,3 @@ def test_a_failure_of_rank_0_ends_all_ranks(tiny_data, tmp_path):
     with pytest.raises(AssertionError) as failure:
         torchrun(2, ROOT / "train.py", *TINY_RUN, "--init_from=no-such-model", cwd=tmp_path)
     assert str(failure.value).count("error: no model at 'no-such-model'") == 1
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_main_job_on_cuda(cli, tiny_data):
-    options = [option for option in TINY_RUN if not option.startswith(("--device", "--dtype"))]
-    assert cli("train", *options, "--device=cuda").code == 0
-    assert cli("sample", "--out_dir=out/tiny", "--prompt=the", "--num_samples=1", "--device=cuda").code == 0
