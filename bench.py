@@ -70,6 +70,7 @@ from distributed import Job, compile_parts
 from metrics import peak_memory_gb
 from model import GPT, GPTConfig
 from optim import OptimConfig, build_optimizer
+from sampling import Sampler
 from shards import Split, open_dataset
 from sources import SourceConfig, text_of
 from tokenizer import GPT2Tokenizer
@@ -329,10 +330,10 @@ def load_for_sampling(bench: BenchConfig) -> tuple[GPT, torch.Tensor]:
 def sample_rows(bench: BenchConfig) -> dict[str, float]:
     """What sample.py does, for several rows at a time; what has to be compiled is compiled before."""
     model, idx = load_for_sampling(bench)
-    cache = model.make_cache(bench.rows)
+    cache = model.make_cache(bench.rows, idx.size(1) + NEW_TOKENS)
     for _ in range(2):
         began = time.perf_counter()
-        for tokens in model.stream(idx, NEW_TOKENS, 0.8, 200, cache=cache):
+        for tokens in model.stream(idx, NEW_TOKENS, Sampler(0.8, 200), cache=cache):
             tokens.tolist()
         seconds = time.perf_counter() - began
     return {"tokens_per_sec": bench.rows * NEW_TOKENS / seconds}
@@ -342,7 +343,7 @@ def sample_past_block_size(bench: BenchConfig) -> dict[str, float]:
     """Milliseconds a token for the last 500 that fit into block_size, and for the next 500."""
     model, idx = load_for_sampling(bench)
     at = []
-    for tokens in model.stream(idx, model.config.block_size - idx.size(1) + 500, 0.8, 200):
+    for tokens in model.stream(idx, model.config.block_size - idx.size(1) + 500, Sampler(0.8, 200)):
         tokens.tolist()
         at.append(time.perf_counter())
     return {"ms_before": 2 * (at[-501] - at[-1001]), "ms_past": 2 * (at[-1] - at[-501])}

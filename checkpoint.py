@@ -47,7 +47,7 @@ import optim
 import process
 import weights
 from distributed import Job
-from model import GPT, GPTConfig
+from model import GPTConfig, LanguageModel
 from optim import StepJudge
 from tokenizer import Tokenizer
 
@@ -68,12 +68,12 @@ class RunConfig:
     keep_every: int = 0  # keep those of every so many steps as well; 0 = no more than keep_last says
 
 
-def load_model(source: str, **overrides: Any) -> GPT:
-    """GPT.from_pretrained, after the checksums of a folder that has them were verified."""
+def load_model(source: str, **overrides: Any) -> LanguageModel:
+    """LanguageModel.from_pretrained, after the checksums of a folder that has them were verified."""
     path = weights.resolve(source)
     if (path / "SHA256SUMS").is_file():
         verify(path)
-    return GPT.from_pretrained(str(path), **overrides)
+    return LanguageModel.from_pretrained(str(path), **overrides)
 
 
 def verify(folder: Path) -> None:
@@ -218,8 +218,8 @@ class RunFolder:
                              "anew with --resume=never --overwrite=True")
         return None
 
-    def save(self, model: GPT, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer | None, trainer: dict[str, Any],
-             is_best: bool) -> None:
+    def save(self, model: LanguageModel, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer | None,
+             trainer: dict[str, Any], is_best: bool) -> None:
         """Begin to save the checkpoint of trainer["step"], once the one before is written; `settle` says how it went.
 
         Every rank has to take part, since each may hold a part of the state; rank 0 writes."""
@@ -330,14 +330,14 @@ def fresh_state() -> dict[str, Any]:
     return asdict(Progress()) | {"folder": None, "scaler": None, "judge": {}, "elapsed_s": 0.0}
 
 
-def load_weights(trainer: Mapping[str, Any], model: GPT, here: Job) -> None:
+def load_weights(trainer: Mapping[str, Any], model: LanguageModel, here: Job) -> None:
     """Overwrite a model, however it lies over the ranks, with a checkpoint's weights: rank 0 reads."""
-    state = [GPT.from_pretrained(trainer["folder"]).state_dict()] if here.rank == 0 else [None]
+    state = [LanguageModel.from_pretrained(trainer["folder"]).state_dict()] if here.rank == 0 else [None]
     distributed.on_rank0(lambda: None, here)  # reading may take longer than a rank waits for tensors
     distributed.fill(model, state[0], here)
 
 
-def load_training_state(trainer: Mapping[str, Any], model: GPT, optimizer: torch.optim.Optimizer,
+def load_training_state(trainer: Mapping[str, Any], model: LanguageModel, optimizer: torch.optim.Optimizer,
                         scaler: torch.amp.GradScaler, judge: StepJudge, here: Job) -> None:
     """Bring all but the weights to where a checkpoint has it: rank 0 reads, the others get it from there."""
     state = read_optimizer(trainer["folder"]) if here.rank == 0 else None

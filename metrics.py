@@ -29,7 +29,7 @@ from tqdm import tqdm
 from data import EvalOrder, pin, prefetch
 from distributed import Job, reshard, sum_over_ranks
 from files import named_errors
-from model import GPT
+from model import LanguageModel
 
 # Dense bfloat16 (float16 on V100 and T4) matrix peaks in flops/s, from the vendor's data sheets, by what the device's
 # name holds as a whole word. A device that is not listed has no MFU: "unknown" is better than a guess.
@@ -48,7 +48,7 @@ class LogConfig:
     wandb_run_name: str = "gpt2"  # name of the run there
 
 
-def flops_per_token(model: GPT) -> int:
+def flops_per_token(model: LanguageModel) -> int:
     """Forward and backward: 6 N for the matrices, 12 L H Q T for attention (PaLM, arXiv:2204.02311, appendix B)."""
     c = model.config
     return 6 * model.num_params() + 12 * c.n_layer * c.n_embd * c.block_size
@@ -69,7 +69,7 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 @torch.no_grad()
-def validation_loss(model: GPT, order: EvalOrder, batch_size: int, here: Job) -> float:
+def validation_loss(model: LanguageModel, order: EvalOrder, batch_size: int, here: Job) -> float:
     """Mean loss over all targets of the order's windows, in nats; every rank takes a share and gets the same answer."""
     training = model.training
     model.eval()
@@ -94,7 +94,7 @@ def validation_loss(model: GPT, order: EvalOrder, batch_size: int, here: Job) ->
     return (loss_sum / count).item()
 
 
-def validation_losses(model: GPT, orders: Mapping[str, EvalOrder], shares: list[float], batch_size: int,
+def validation_losses(model: LanguageModel, orders: Mapping[str, EvalOrder], shares: list[float], batch_size: int,
                       here: Job) -> dict[str, float]:
     """The loss as metrics.jsonl has it: {"val/loss": loss}, in a mixture the mean weighted by the data sets' shares,
     with {"val/loss/NAME": loss} for each beside it."""
@@ -122,7 +122,7 @@ class Reporter:
         self._bar: tqdm | None = None
         self._wandb: Any = None
 
-    def start(self, model: GPT, step: int, elapsed_s: float, options: dict[str, Any]) -> None:
+    def start(self, model: LanguageModel, step: int, elapsed_s: float, options: dict[str, Any]) -> None:
         """Begin to report at `step`, after `elapsed_s` of earlier work: cut what a killed run wrote past it, open the
         progress bar (on a terminal) and wandb (when asked)."""
         self._flops_per_token, self._peak_flops = flops_per_token(model), peak_flops(self._here.device)

@@ -22,10 +22,10 @@ from checkpoint import RunFolder
 from data import BatchPlan
 from device import free_memory_bytes, memory_bytes
 from distributed import Job
-from model import GPT
+from model import LanguageModel
 
 
-def report(model: GPT, plan: BatchPlan, epochs: str, run: RunFolder, steps_between_saves: int, max_iters: int,
+def report(model: LanguageModel, plan: BatchPlan, epochs: str, run: RunFolder, steps_between_saves: int, max_iters: int,
            here: Job) -> Iterator[str]:
     """Lines for people, those that begin with "warning:" about what will fail; every rank has to take part."""
     num_params, block_size = model.num_params(non_embedding=False), model.config.block_size
@@ -62,7 +62,7 @@ def report(model: GPT, plan: BatchPlan, epochs: str, run: RunFolder, steps_betwe
                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment")
 
 
-def fit_batch_size(model: GPT, seqs_per_rank: int, here: Job) -> int:
+def fit_batch_size(model: LanguageModel, seqs_per_rank: int, here: Job) -> int:
     """The largest micro-batch that every rank's device takes: a divisor of `seqs_per_rank`. Raises ValueError.
 
     On a GPU it is tried, with the gradients and room for AdamW's means in place; elsewhere, where a trial that fails is
@@ -86,7 +86,7 @@ def fit_batch_size(model: GPT, seqs_per_rank: int, here: Job) -> int:
     return fits
 
 
-def _fits_gpu(model: GPT, here: Job, micro_batch: int) -> bool:
+def _fits_gpu(model: LanguageModel, here: Job, micro_batch: int) -> bool:
     tokens = torch.zeros(micro_batch, model.config.block_size, dtype=torch.long, device=here.device)
     try:
         for _ in range(2):  # the second time beside gradients
@@ -100,7 +100,7 @@ def _fits_gpu(model: GPT, here: Job, micro_batch: int) -> bool:
         model.zero_grad(set_to_none=True)
 
 
-def _kept_bytes(model: GPT, here: Job) -> int:
+def _kept_bytes(model: LanguageModel, here: Job) -> int:
     """Of what the forward pass of one sequence keeps for the backward pass."""
     kept: dict[int, torch.Tensor] = {}
     params = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -115,7 +115,7 @@ def _kept_bytes(model: GPT, here: Job) -> int:
     return sum(t.untyped_storage().nbytes() for storage, t in kept.items() if storage not in params)
 
 
-def state_bytes(model: GPT, plan: BatchPlan, here: Job) -> int:
+def state_bytes(model: LanguageModel, plan: BatchPlan, here: Job) -> int:
     """Of weights, gradients and AdamW's means, in float32, on one rank."""
     count = sum(p.numel() for p in model.parameters())
     if here.world_size == 1 or here.parallel == "ddp":
@@ -126,7 +126,7 @@ def state_bytes(model: GPT, plan: BatchPlan, here: Job) -> int:
     return 16 * count // here.world_size + gathered + unsynced
 
 
-def activation_bytes(model: GPT, micro_batch: int, here: Job) -> int:
+def activation_bytes(model: LanguageModel, micro_batch: int, here: Job) -> int:
     """Of what a micro-batch keeps for its backward pass, and of the largest chunk of logits."""
     c = model.config
     rows = micro_batch * c.block_size

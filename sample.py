@@ -28,7 +28,8 @@ import distributed
 import weights
 from device import DeviceConfig
 from distributed import Job
-from model import GPT, KVCache
+from model import Cache, LanguageModel
+from sampling import Sampler
 from shards import DATA_DIR, folder_tokenizer
 from tokenizer import GPT2_VOCAB_SIZE, GPT2Tokenizer, Tokenizer, load_tokenizer
 
@@ -69,7 +70,7 @@ def sample(config: SampleConfig, here: Job) -> None:
     print(f"{source}: {model.num_params(non_embedding=False):,} parameters on {here.device}, {here.dtype}", flush=True)
     torch.manual_seed(config.seed)
     began = time.perf_counter()
-    cache = model.make_cache(batch_size=1)
+    cache = model.make_cache(batch_size=1, num_tokens=ids.size(1) + config.max_new_tokens)
     for _ in range(config.num_samples):
         write_sample(model, tokenizer, prompt, ids, cache, config)
     seconds = time.perf_counter() - began
@@ -100,7 +101,7 @@ def read_prompt(prompt: str) -> str:
         raise ValueError(f"{prompt[5:]} is no UTF-8 text: {error}") from None
 
 
-def find_tokenizer(path: Path, model: GPT) -> Tokenizer:
+def find_tokenizer(path: Path, model: LanguageModel) -> Tokenizer:
     """The tokenizer of the model at path: beside it, nanoGPT's by the data set it was trained on, or GPT-2's.
 
     Raises ValueError when there is none for a vocabulary that is not GPT-2's."""
@@ -135,11 +136,11 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> torch.Tensor:
     return torch.from_numpy(ids.astype(np.int64))[None, :]
 
 
-def write_sample(model: GPT, tokenizer: Tokenizer, prompt: str, ids: torch.Tensor, cache: KVCache,
+def write_sample(model: LanguageModel, tokenizer: Tokenizer, prompt: str, ids: torch.Tensor, cache: Cache,
                  config: SampleConfig) -> None:
     """Print the prompt and, token by token, what the model writes behind it."""
-    tokens = model.stream(ids.to(model.wte.weight.device), config.max_new_tokens, config.temperature,
-                          top_k=config.top_k or None, top_p=config.top_p if config.top_p < 1 else None, cache=cache)
+    sampler = Sampler(config.temperature, config.top_k or None, config.top_p if config.top_p < 1 else None)
+    tokens = model.stream(ids.to(model.wte.weight.device), config.max_new_tokens, sampler, cache=cache)
     print(prompt, end="", flush=True)
     for text in tokenizer.decode_stream(int(token) for token in tokens):
         print(text, end="", flush=True)

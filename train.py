@@ -39,6 +39,7 @@ import distributed
 import files
 import optim
 import preflight
+from baselines import build
 from checkpoint import Progress, RunConfig, RunFolder
 from data import (
     DataConfig,
@@ -56,7 +57,7 @@ from data import (
 from device import DeviceConfig, pick_attention
 from distributed import Job, ParallelConfig
 from metrics import LogConfig, Reporter, describe_losses, validation_losses
-from model import GPT, GPTConfig
+from model import GPTConfig, LanguageModel
 from optim import OptimConfig, StepJudge
 
 UNFINISHED = 75  # exit status of a run that was asked to stop: EX_TEMPFAIL, start it again
@@ -325,37 +326,37 @@ def check_same_run(config: TrainConfig, trainer: Mapping[str, Any], now: Mapping
 
 
 def build_model(config: TrainConfig, given: Mapping[str, str], data: Mixture, folder: str | None,
-                here: Job) -> GPT:
+                here: Job) -> LanguageModel:
     """The model on its device: rank 0 makes or reads it on the host, and every rank gets its part from there."""
     torch.manual_seed(config.seed)
-    made: list[GPT] = []
+    made: list[LanguageModel] = []
 
     def make() -> GPTConfig:
         dropout = config.model.dropout
         if folder:  # its checksums were verified when it was found
-            made.append(GPT.from_pretrained(folder, dropout=dropout))
+            made.append(LanguageModel.from_pretrained(folder, dropout=dropout))
         elif config.init_from != "scratch":
             made.append(adapt(checkpoint.load_model(config.init_from, dropout=dropout), config, given, data))
         else:
-            made.append(GPT(GPTConfig(**asdict(config.model) | {"vocab_size": data.vocab_size})))
+            made.append(build(GPTConfig(**asdict(config.model) | {"vocab_size": data.vocab_size})))
         return made[0].config
 
     model_config = distributed.on_rank0(make, here)
     if here.world_size == 1:
         return made[0].to(here.device)
     with torch.device("meta"):
-        model = GPT(model_config)
+        model = build(model_config)
     return distributed.lay_out(model, made[0].state_dict() if made else None, here)
 
 
-def adopt_shape(config: TrainConfig, given: Mapping[str, str], model: GPT) -> None:
+def adopt_shape(config: TrainConfig, given: Mapping[str, str], model: LanguageModel) -> None:
     """Make the options that nobody set say what the model from elsewhere is: the batch and a resume go by them."""
     for key in SHAPE:
         if key not in given:
             setattr(config.model, key, getattr(model.config, key))
 
 
-def adapt(model: GPT, config: TrainConfig, given: Mapping[str, str], data: Mixture) -> GPT:
+def adapt(model: LanguageModel, config: TrainConfig, given: Mapping[str, str], data: Mixture) -> LanguageModel:
     """Fit a model from elsewhere to the options. Raises ValueError for an option that it contradicts."""
     faults = [f"{key}={getattr(config.model, key)} was asked for, and it has {getattr(model.config, key)}"
               for key in SHAPE if key != "block_size" and key in given

@@ -23,8 +23,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from baselines import build
 from files import read_json, write_json
-from model import GPT, GPTConfig
+from model import GPTConfig
 
 HUB_ALIASES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}  # Hugging Face -> ours
@@ -202,9 +203,9 @@ def _finish(config: GPTConfig, state: State, path: Path) -> State:
 
 
 def shapes(config: GPTConfig) -> dict[str, torch.Size]:
-    """Name -> shape of every parameter of GPT(config)."""
+    """Name -> shape of every parameter of a model."""
     with torch.device("meta"):
-        return {name: p.shape for name, p in GPT(config).state_dict().items()}
+        return {name: p.shape for name, p in build(config).state_dict().items()}
 
 
 def save_pretrained(config: GPTConfig, state: Mapping[str, torch.Tensor], folder: str | Path,

@@ -11,6 +11,7 @@ from conftest import ROOT, TINY_RUN, records_of, torchrun
 from data import pin
 from device import pick_attention, pick_dtype
 from model import GPT, GPTConfig
+from sampling import Sampler
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
@@ -148,9 +149,9 @@ def test_replayed_graphs_write_what_the_plain_way_writes(compiled, rows):
     model, idx = make_model().eval(), torch.randint(300, (rows, 7))
     wanted = model.generate(idx, 150, temperature=0, use_cache=False)
     model.to(CUDA).compile_decoding = compiled
-    cache = model.make_cache(rows)
+    cache = model.make_cache(rows, 64)
     for _ in range(2):  # the second sample finds the prompt read and the graph recorded
-        tokens = torch.stack(list(model.stream(idx.to(CUDA), 50, temperature=0, cache=cache)), dim=1)
+        tokens = torch.stack(list(model.stream(idx.to(CUDA), 50, Sampler(temperature=0), cache=cache)), dim=1)
         assert torch.equal(tokens.cpu(), wanted[:, 7:57])
     assert cache.decoder.graph is not None
     assert torch.equal(model.generate(idx.to(CUDA), 150, temperature=0).cpu(), wanted)  # past block_size

@@ -19,9 +19,8 @@ from model import (
     GPTConfig,
     LinearCrossEntropy,
     attend,
-    draw,
-    sampling_probs,
 )
+from sampling import Sampler, draw, sampling_probs
 
 SHAPE = {"block_size": 16, "vocab_size": 37, "n_layer": 2, "n_head": 2, "n_embd": 8}
 
@@ -280,9 +279,13 @@ def test_greedy_generation_is_the_definition_past_block_size_too(prompt_tokens, 
 def test_cached_and_uncached_sampling_draw_the_same_tokens(seed, prompt_tokens, top_k, top_p):
     model = make_model(seed % 3)
     idx = torch.randint(37, (2, prompt_tokens))
-    with_cache, without = (model.generate(idx, 30, 0.9, top_k, top_p, torch.Generator().manual_seed(seed), use_cache)
-                           for use_cache in (True, False))
+    with_cache, without = (model.generate(idx, 30, 0.9, top_k, use_cache, top_p=top_p,
+                                          generator=torch.Generator().manual_seed(seed)) for use_cache in (True, False))
     assert torch.equal(with_cache, without)
+
+
+def seeded() -> Sampler:
+    return Sampler(generator=torch.Generator().manual_seed(1))
 
 
 def test_a_prompt_is_read_once_however_often_it_is_continued(monkeypatch):
@@ -290,17 +293,17 @@ def test_a_prompt_is_read_once_however_often_it_is_continued(monkeypatch):
     hidden = model._hidden
     monkeypatch.setattr(model, "_hidden", lambda idx, cache=None: read.append(idx.size(1)) or hidden(idx, cache))
     idx = torch.randint(0, 11, (2, 5), generator=torch.Generator().manual_seed(0))
-    cache = model.make_cache(2)
+    cache = model.make_cache(2, 5 + 48)
     for new_tokens, reads in ((6, [5, 1, 1, 1, 1, 1]), (6, [1, 1, 1, 1, 1])):  # then as much as was said before
-        expected = torch.stack(list(model.stream(idx, new_tokens, generator=torch.Generator().manual_seed(1))), dim=1)
+        expected = torch.stack(list(model.stream(idx, new_tokens, seeded())), dim=1)
         read.clear()
-        tokens = model.stream(idx, new_tokens, generator=torch.Generator().manual_seed(1), cache=cache)
+        tokens = model.stream(idx, new_tokens, seeded(), cache=cache)
         assert torch.equal(torch.stack(list(tokens), dim=1), expected)
         assert read == reads
     far = 3 * model.config.block_size  # past the window the prompt's place is taken, and it has to be read again
     for _ in range(2):
-        expected = torch.stack(list(model.stream(idx, far, generator=torch.Generator().manual_seed(1))), dim=1)
-        tokens = model.stream(idx, far, generator=torch.Generator().manual_seed(1), cache=cache)
+        expected = torch.stack(list(model.stream(idx, far, seeded())), dim=1)
+        tokens = model.stream(idx, far, seeded(), cache=cache)
         assert torch.equal(torch.stack(list(tokens), dim=1), expected)
 
 
@@ -325,17 +328,15 @@ def test_the_ends_of_the_random_numbers_draw_what_has_probability(monkeypatch, l
 def test_stream_yields_what_generate_returns_and_leaves_the_mode_alone():
     model = make_model(dropout=0.5).train()
     idx = torch.randint(37, (2, 4))
-    streamed = torch.stack(list(model.stream(idx, 9, temperature=0)), dim=1)
+    streamed = torch.stack(list(model.stream(idx, 9, Sampler(temperature=0))), dim=1)
     assert torch.equal(torch.cat([idx, streamed], 1), model.generate(idx, 9, temperature=0))
     assert model.training
 
 
 def test_a_prompt_read_in_parts_through_the_cache_gives_the_same_output():
-    from model import KVCache
-
     model = make_model().eval()
     idx = torch.randint(37, (2, 12))
-    cache = KVCache(model.config, 2, torch.device("cpu"), torch.float32)
+    cache = model.make_cache(2, 12)
     with torch.no_grad():
         parts = [model._hidden(part, cache) for part in idx.split([5, 4, 3], dim=1)]
         torch.testing.assert_close(torch.cat(parts, 1), model._hidden(idx), atol=1e-5, rtol=1e-5)
@@ -368,12 +369,12 @@ def test_decoding_goes_on_without_a_compiler(monkeypatch):
 
 def test_a_full_cache_takes_no_more():
     model = make_model().eval()
-    cache = model.make_cache(1)
+    cache = model.make_cache(1, 100)
     with torch.no_grad():
         model._hidden(torch.zeros(1, 15, dtype=torch.long), cache)
         decoder = Decoder(model, cache)
         decoder.step(torch.zeros(1, 1, dtype=torch.long))
-        with pytest.raises(ValueError, match="the cache is full: 16 positions"):
+        with pytest.raises(ValueError, match="the cache is full: it has room for 16 positions"):
             decoder.step(torch.zeros(1, 1, dtype=torch.long))
 
 

@@ -55,7 +55,7 @@ def test_nanogpts_ways_of_giving_a_prompt(cli, trained):
 def test_an_empty_prompt_starts_from_a_newline_or_the_end_of_text(cli, trained, tmp_path):
     model, tokenizer = GPT.from_pretrained("out/tiny"), load_tokenizer("out/tiny/checkpoints/best")
     newline = torch.tensor([[int(tokenizer.encode("\n")[0])]])
-    base = ("--num_samples=1", "--max_new_tokens=10", "--temperature=0", "--device=cpu")
+    base = ("--num_samples=1", "--max_new_tokens=10", "--temperature=0", "--device=cpu", "--dtype=float32")
     wanted = tokenizer.decode(model.generate(newline, 10, temperature=0)[0, 1:])
     assert samples(cli("sample", "--out_dir=out/tiny", *base)) == [wanted]
     theirs = make_hub_cache(tmp_path / "cache", vocab_size=257, bos_token_id=256, eos_token_id=256)
