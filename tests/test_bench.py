@@ -5,6 +5,8 @@ import json
 import pytest
 from conftest import TINY_RUN
 
+from model import GPTConfig
+
 OPTIONS = " ".join(option for option in TINY_RUN if not option.startswith(("--dataset", "--out_dir", "--max_iters")))
 
 
@@ -53,3 +55,18 @@ def test_the_start_is_measured(cli, config):
     result = cli("bench", "startup", f"--config={config}", f"--options={OPTIONS}", "--rounds=1", "--json=True")
     assert result.code == 0, result.err
     assert all(way[0]["seconds"] > 0.1 for way in numbers_of(result.out).values())
+
+
+def test_the_rows_of_the_gpu_table_come_from_any_device(cli, config, monkeypatch):
+    monkeypatch.setattr("bench.SAMPLED", GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=160, vocab_size=300))
+    options = " ".join(option for option in OPTIONS.split() if not option.startswith(("--batch", "--gradient")))
+    result = cli("bench", "gpu", f"--config={config}", f"--options={options} --total_batch_size=128 --batch_size=4",
+                 "--steps=3", "--rounds=1", "--json=True")
+    assert result.code == 0, result.err
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.out.splitlines() if "| " in line]
+    table = {row[0]: dict(zip(rows[0][1:], row[1:])) for row in rows[2:]}
+    assert table["train.py"]["micro-batch"] == "4"
+    assert table["train.py, largest batch"]["micro-batch"] == "8"
+    assert {"warm start", "the plain loop", "generate, 64 at a time", "uncached, 1 at a time"} <= set(table)
+    assert float(table["cold start"]["seconds"]) > 0.1
+    assert all(numbers_of(result.out)[way][0]["tokens_per_sec"] > 0 for way in table if "start" not in way)
