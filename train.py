@@ -19,7 +19,7 @@ import itertools
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -65,7 +65,7 @@ SAVING_FAILS = "failed saves"  # a reason to stop without another save
 MAX_ROLLBACKS = 3
 
 # A run is resumed with the same values of these, or not at all. (World size and micro-batch may change.)
-SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "bias", "mlp", "norm_eps")
+SHAPE = tuple(field.name for field in fields(GPTConfig) if field.name not in ("vocab_size", "dropout"))
 FIXED = (*SHAPE, "seed", "seqs_per_step", "data_fingerprint", "data_vocab_size")
 
 

@@ -1,4 +1,4 @@
-"""Other people's names and layouts: Hugging Face GPT-2 folders and hub ids, nanoGPT's ckpt.pt, in and out.
+"""Other people's names and layouts: Hugging Face's GPT-2 and Llama, folders and hub ids, nanoGPT's ckpt.pt.
 
 Owns the translation between `(GPTConfig, state dict)` of model.py and files. It never builds a model, and nothing it
 loads can run code: safetensors hold numbers only, and ckpt.pt goes through torch's weights-only unpickler.
@@ -9,6 +9,8 @@ A parameter's way, taking the first MLP matrix of GPT-2 small:
     OpenAI's file              h.0.mlp.c_fc.weight            (768, 3072)
     nanoGPT        _orig_mod.transformer.h.0.mlp.c_fc.weight  (3072, 768)  nn.Linear: x @ W.T
     here                       h.0.mlp.c_fc.weight            (3072, 768)
+
+A model that is shaped as neither GPT-2 nor Llama is written under our own names, and only flatGPT reads it.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ from __future__ import annotations
 import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -28,10 +31,19 @@ from files import read_json, write_json
 from model import GPTConfig
 
 HUB_ALIASES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
-ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}  # Hugging Face -> ours
+ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
+               "relu2": "relu2"}  # Hugging Face's names for GPT-2's activation -> ours
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # Conv1D
 ATTENTION_MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # buffers in old files, not parameters
+LLAMA = {  # ours -> Llama's
+    "wte.weight": "model.embed_tokens.weight", "ln_f.weight": "model.norm.weight", "lm_head.weight": "lm_head.weight"}
+LLAMA_BLOCK = {  # of a block, and where there are several their rows lie below each other in ours
+    "ln_1.weight": ["input_layernorm.weight"], "ln_2.weight": ["post_attention_layernorm.weight"],
+    "attn.c_attn.weight": ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
+    "attn.c_proj.weight": ["self_attn.o_proj.weight"], "mlp.c_proj.weight": ["mlp.down_proj.weight"],
+    "mlp.c_fc.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"]}
 
+TABLES = ("wte.weight", "lm_head.weight")  # a row a token: padded here, not in files
 State = dict[str, torch.Tensor]
 
 
@@ -78,51 +90,92 @@ def _download(repo_id: str) -> Path:
 
 
 def load_huggingface(folder: Path) -> tuple[GPTConfig, State]:
-    """A Hugging Face GPT-2 folder: config.json and model.safetensors (one file, or shards with an index)."""
+    """A Hugging Face GPT-2 or Llama folder, or one of our own: config.json and model.safetensors (one file, or shards
+    with an index). Raises ValueError for a model of another type, or with a part that model.py does not have."""
     folder = Path(folder)
     settings = read_json(folder / "config.json")
-    config = _config_from_huggingface(settings, folder)
-    state = {}
-    for name, tensor in _read_safetensors(folder).items():
-        name = name.removeprefix("transformer.")
-        if ATTENTION_MASKS.fullmatch(name):
-            continue
-        state[name] = tensor.float().t().contiguous() if name.endswith(TRANSPOSED) else tensor.float()
-    config.bias = (settings.get("flatgpt") or {}).get("bias", True) or _any_bias(state)
-    if not config.bias:
-        state = {name: tensor for name, tensor in state.items() if not name.endswith(".bias")}
+    kinds = {"gpt2": (_gpt2_config, _from_gpt2), "llama": (_llama_config, _from_llama),
+             "flatgpt": (_own_config, lambda config, state: state)}
+    if settings.get("model_type") not in kinds:
+        raise ValueError(f"{folder}: model_type is {settings.get('model_type')!r}, and only gpt2 and llama can be "
+                         "loaded")
+    read_config, rename = kinds[settings["model_type"]]
+    values, faults = read_config(settings)
+    if faults:
+        raise ValueError(f"{folder}/config.json asks for what there is not here: {', '.join(faults)}")
+    config = _make_config(folder / "config.json", values)
+    state = rename(config, {name: tensor.float() for name, tensor in _read_safetensors(folder).items()})
+    if settings["model_type"] == "gpt2":
+        config.bias = (settings.get("flatgpt") or {}).get("bias", True) or _any_bias(state)
+        if not config.bias:
+            state = {name: tensor for name, tensor in state.items() if not name.endswith(".bias")}
     return config, _finish(config, state, folder)
 
 
-def _config_from_huggingface(settings: dict, folder: Path) -> GPTConfig:
-    """Raises ValueError for a model that is no GPT-2, or a GPT-2 with a part that model.py does not have."""
-    if settings.get("model_type") != "gpt2":
-        raise ValueError(f"{folder}: model_type is {settings.get('model_type')!r}, and only gpt2 can be loaded")
+def _gpt2_config(settings: dict) -> tuple[dict[str, Any], list[str]]:
+    """The values of our configuration, and what model.py does not have. The fall-backs are transformers' defaults for
+    keys that config.json may leave out."""
     activation = str(settings.get("activation_function", "gelu_new"))
-    hidden, width = settings.get("n_inner"), settings.get("n_embd", 768)
     faults = [key for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention") if settings.get(key)]
     if not settings.get("scale_attn_weights", True):
         faults.append("scale_attn_weights=False")
-    if not settings.get("tie_word_embeddings", True):
-        faults.append("tie_word_embeddings=False")
     if activation not in ACTIVATIONS:
         faults.append(f"activation_function={activation}")
-    if hidden is not None and hidden != 4 * width:
-        faults.append(f"n_inner={hidden}")
-    if faults:
-        raise ValueError(f"{folder}/config.json asks for what this GPT-2 does not have: {', '.join(faults)}")
-    # The fall-backs are transformers' defaults for keys that config.json may leave out.
-    return _make_config(folder / "config.json", {
-        "block_size": settings.get("n_positions", 1024), "vocab_size": settings.get("vocab_size", 50257),
-        "n_layer": settings.get("n_layer", 12), "n_head": settings.get("n_head", 12),
-        "n_embd": settings.get("n_embd", 768), "dropout": settings.get("resid_pdrop", 0.1),
-        "norm_eps": settings.get("layer_norm_epsilon", 1e-5), "mlp": ACTIVATIONS[activation]})
+    return {"block_size": settings.get("n_positions", 1024), "vocab_size": settings.get("vocab_size", 50257),
+            "n_layer": settings.get("n_layer", 12), "n_head": settings.get("n_head", 12),
+            "n_embd": settings.get("n_embd", 768), "mlp_hidden": settings.get("n_inner") or 0,
+            "dropout": settings.get("resid_pdrop", 0.1), "norm_eps": settings.get("layer_norm_epsilon", 1e-5),
+            "tie_embeddings": settings.get("tie_word_embeddings", True), "mlp": ACTIVATIONS.get(activation, "gelu"),
+            "pos": (settings.get("flatgpt") or {}).get("pos", "learned")}, faults
+
+
+def _llama_config(settings: dict) -> tuple[dict[str, Any], list[str]]:
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    width, n_head = settings.get("hidden_size", 4096), settings.get("num_attention_heads", 32)
+    head_dim = settings.get("head_dim") or width // n_head
+    kind, activation = rope.get("rope_type") or rope.get("type") or "default", settings.get("hidden_act", "silu")
+    faults = [key for key in ("attention_bias", "mlp_bias") if settings.get(key)]
+    if kind != "default":
+        faults.append(f"rope_type={kind}")
+    if activation != "silu":
+        faults.append(f"hidden_act={activation}")
+    if head_dim * n_head != width:
+        faults.append(f"head_dim={head_dim} with {n_head} heads of {width} channels")
+    return {"block_size": settings.get("max_position_embeddings", 2048),
+            "vocab_size": settings.get("vocab_size", 32000), "n_layer": settings.get("num_hidden_layers", 32),
+            "n_head": n_head, "n_kv_head": settings.get("num_key_value_heads") or 0, "n_embd": width,
+            "mlp_hidden": settings.get("intermediate_size", 11008), "norm_eps": settings.get("rms_norm_eps", 1e-6),
+            "rope_theta": rope.get("rope_theta") or settings.get("rope_theta") or 10000.0,
+            "tie_embeddings": settings.get("tie_word_embeddings", False), "dropout": 0.0, "bias": False,
+            "pos": "rope", "norm": "rmsnorm", "mlp": "swiglu"}, faults
+
+
+def _own_config(settings: dict) -> tuple[dict[str, Any], list[str]]:
+    known = {field.name for field in fields(GPTConfig)}
+    return {key: value for key, value in settings.items() if key in known}, []
+
+
+def _from_gpt2(config: GPTConfig, theirs: State) -> State:
+    state = {name.removeprefix("transformer."): tensor for name, tensor in theirs.items()}
+    return {name: tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor for name, tensor in state.items()
+            if not ATTENTION_MASKS.fullmatch(name)}
+
+
+def _from_llama(config: GPTConfig, theirs: State) -> State:
+    theirs = {name: tensor for name, tensor in theirs.items() if not name.endswith("rotary_emb.inv_freq")}  # a buffer
+    state = {ours: theirs.pop(name) for ours, name in LLAMA.items() if name in theirs}
+    for layer in range(config.n_layer):
+        for ours, names in LLAMA_BLOCK.items():
+            names = [f"model.layers.{layer}.{name}" for name in names]
+            if all(name in theirs for name in names):
+                state[f"h.{layer}.{ours}"] = torch.cat([theirs.pop(name) for name in names])
+    return state | theirs  # what is left over is named as unknown
 
 
 def _make_config(path: Path, values: dict) -> GPTConfig:
     """A valid configuration from a file's values. Raises ValueError naming the file and the value that is none."""
     for key, value in values.items():
-        kind = (int, float) if key in ("dropout", "norm_eps") else type(getattr(GPTConfig, key))
+        kind = (int, float) if isinstance(getattr(GPTConfig, key), float) else type(getattr(GPTConfig, key))
         if not isinstance(value, kind):
             raise ValueError(f"{path}: {key} is {value!r}")
     config = GPTConfig(**values)
@@ -182,17 +235,16 @@ def _any_bias(state: State) -> bool:
 
 
 def _finish(config: GPTConfig, state: State, path: Path) -> State:
-    """Drop the tied head, pad the vocabulary, and check that every parameter is there in its shape, and no other."""
-    head = state.pop("lm_head.weight", None)
-    table = state.get("wte.weight")
-    if head is not None and table is None:
-        table = head
-    if head is not None and not torch.equal(head, table):
-        raise ValueError(f"{path}: the head differs from the token table, but they are one here (tied)")
-    if table is not None:
-        padding = max(0, config.padded_vocab_size - table.size(0))
-        state["wte.weight"] = torch.nn.functional.pad(table, (0, 0, 0, padding))
+    """Drop a tied head, pad the vocabulary, and check that every parameter is there in its shape, and no other."""
+    if config.tie_embeddings:
+        head = state.pop("lm_head.weight", None)
+        if head is not None and not torch.equal(head, state.setdefault("wte.weight", head)):
+            raise ValueError(f"{path}: the head differs from the token table, and config.json says that they are one")
     wanted = shapes(config)
+    for name in TABLES:
+        if name in state and name in wanted:
+            padding = max(0, wanted[name][0] - state[name].size(0))
+            state[name] = torch.nn.functional.pad(state[name], (0, 0, 0, padding))
     missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     misshapen = sorted(name for name in wanted.keys() & state.keys() if state[name].shape != wanted[name])
     faults = [f"{what}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}" for what, names in (
@@ -210,31 +262,73 @@ def shapes(config: GPTConfig) -> dict[str, torch.Size]:
 
 def save_pretrained(config: GPTConfig, state: Mapping[str, torch.Tensor], folder: str | Path,
                     eot_id: int | None = None) -> None:
-    """Write config.json, generation_config.json and model.safetensors, which transformers loads as GPT2LMHeadModel.
-
-    GPT-2 there always has biases and no padding: absent biases are written as zeros (and `flatgpt.bias` in config.json
-    remembers them), padding rows are cut off. `eot_id` becomes the begin- and end-of-text id, None means none.
+    """Write config.json, generation_config.json and model.safetensors, which transformers loads as GPT2LMHeadModel or
+    LlamaForCausalLM where the model has that shape. `eot_id` becomes the begin- and end-of-text id, None means none.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    hf_activation = {"gelu": "gelu", "gelu_tanh": "gelu_new"}[config.mlp]
-    write_json(folder / "config.json", {
+    ids = {"bos_token_id": eot_id, "eos_token_id": eot_id}
+    state = {name: tensor.detach().float().cpu()[:config.vocab_size if name in TABLES else None]
+             for name, tensor in state.items()}
+    to_theirs = _to_gpt2 if is_gpt2(config) else _to_llama if is_llama(config) else _to_own
+    settings, tensors = to_theirs(config, state)
+    write_json(folder / "config.json", settings | ids | {"torch_dtype": "float32"})
+    write_json(folder / "generation_config.json", ids)
+    save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+
+def is_gpt2(config: GPTConfig) -> bool:
+    return (config.model == "gpt" and config.pos.startswith("learned") and config.mlp in ACTIVATIONS.values()
+            and config.num_kv_heads == config.n_head
+            and (config.norm, config.norm_position, config.qk_norm) == ("layernorm", "pre", False))
+
+
+def is_llama(config: GPTConfig) -> bool:
+    return (config.model == "gpt" and (config.pos, config.mlp, config.bias) == ("rope", "swiglu", False)
+            and (config.norm, config.norm_position, config.qk_norm) == ("rmsnorm", "pre", False))
+
+
+def _to_gpt2(config: GPTConfig, state: State) -> tuple[dict[str, Any], State]:
+    """GPT-2 always has biases there: absent ones are written as zeros, and `flatgpt.bias` remembers them."""
+    activation = {"gelu_tanh": "gelu_new"}.get(config.mlp, config.mlp)
+    with_biases = shapes(replace(config, bias=True))
+    state = {name: state[name] if name in state else torch.zeros(shape) for name, shape in with_biases.items()}
+    settings = {
         "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": config.vocab_size,
         "n_positions": config.block_size, "n_ctx": config.block_size, "n_embd": config.n_embd,
-        "n_layer": config.n_layer, "n_head": config.n_head, "n_inner": None, "activation_function": hf_activation,
-        "resid_pdrop": config.dropout, "embd_pdrop": config.dropout, "attn_pdrop": config.dropout,
-        "layer_norm_epsilon": config.norm_eps, "initializer_range": 0.02, "scale_attn_weights": True,
-        "use_cache": True, "tie_word_embeddings": True, "bos_token_id": eot_id, "eos_token_id": eot_id,
-        "torch_dtype": "float32", "flatgpt": {"bias": config.bias},
-    })
-    write_json(folder / "generation_config.json", {"bos_token_id": eot_id, "eos_token_id": eot_id})
-    tensors = {}
-    for name, shape in shapes(GPTConfig(**{**asdict(config), "bias": True})).items():
-        tensor = state[name].detach().float().cpu() if name in state else torch.zeros(shape)
-        if name == "wte.weight":
-            tensor = tensor[:config.vocab_size]
-        tensors[f"transformer.{name}"] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
-    save_tensors(tensors, folder / "model.safetensors")
+        "n_layer": config.n_layer, "n_head": config.n_head, "n_inner": config.mlp_hidden or None,
+        "activation_function": activation, "resid_pdrop": config.dropout, "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout, "layer_norm_epsilon": config.norm_eps, "initializer_range": 0.02,
+        "scale_attn_weights": True, "use_cache": True, "tie_word_embeddings": config.tie_embeddings,
+        "flatgpt": {"bias": config.bias, "pos": config.pos}}
+    return settings, {name if name == "lm_head.weight" else f"transformer.{name}":
+                      tensor.t() if name.endswith(TRANSPOSED) else tensor for name, tensor in state.items()}
+
+
+def _to_llama(config: GPTConfig, state: State) -> tuple[dict[str, Any], State]:
+    head_dim = config.n_embd // config.n_head
+    rows = {"attn.c_attn.weight": [head_dim * heads for heads in (config.n_head, *[config.num_kv_heads] * 2)],
+            "mlp.c_fc.weight": [config.hidden] * 2}
+    tensors = {theirs: state[ours] for ours, theirs in LLAMA.items() if ours in state}
+    for layer in range(config.n_layer):
+        for ours, names in LLAMA_BLOCK.items():
+            tensor = state[f"h.{layer}.{ours}"]
+            for name, part in zip(names, tensor.split(rows.get(ours, [tensor.size(0)]))):
+                tensors[f"model.layers.{layer}.{name}"] = part
+    settings = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.block_size, "hidden_size": config.n_embd, "head_dim": head_dim,
+        "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.num_kv_heads, "intermediate_size": config.hidden, "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}, "attention_bias": False,
+        "mlp_bias": False, "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True,
+        "tie_word_embeddings": config.tie_embeddings}
+    return settings, tensors
+
+
+def _to_own(config: GPTConfig, state: State) -> tuple[dict[str, Any], State]:
+    return {"architectures": ["FlatGPT"], "model_type": "flatgpt", **asdict(config)}, state
 
 
 def save_tensors(tensors: State, path: Path) -> None:
