@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -24,24 +25,35 @@ class OptimConfig:
     beta1: float = 0.9  # decay of AdamW's mean of gradients, a step
     beta2: float = 0.95  # decay of AdamW's mean of squared gradients, a step
     grad_clip: float = 1.0  # largest global gradient norm; 0 = no clipping
-    decay_lr: bool = True  # warm up and decay; False = learning_rate throughout
+    decay_lr: bool = True  # warm up, then follow the schedule; False = learning_rate throughout
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # after the warm-up; wsd: stay, then linear
     warmup_iters: int = 2000  # steps of linear warm-up
     lr_decay_iters: int = 600000  # step at which min_lr is reached; usually max_iters
+    decay_fraction: float = 0.2  # the last part of lr_decay_iters, in which wsd decays
     min_lr: float = 6e-5  # learning rate at the end of the decay; usually learning_rate / 10
     spike_sigma: float = 0.0  # skip an update whose gradient norm is so many deviations above the usual; 0 = never
     max_bad_steps: int = 10  # skipped updates in a row after which the run goes back to its last good checkpoint
 
 
 def learning_rate(step: int, config: OptimConfig) -> float:
-    """Of the update after `step` updates: linear warm-up, then a cosine down to min_lr (nanoGPT's curve)."""
+    """Of the update after `step` updates: linear warm-up, then down to min_lr as `schedule` says. The cosine
+    is nanoGPT's; wsd (warm-up, stable, decay) is arXiv:2404.06395's with a linear decay."""
     if not config.decay_lr:
         return config.learning_rate
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
+    if config.schedule == "constant":
+        return config.learning_rate
     if step >= config.lr_decay_iters:
         return config.min_lr
-    progress = (step - config.warmup_iters) / (config.lr_decay_iters - config.warmup_iters)
-    return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.learning_rate - config.min_lr)
+    begin = config.warmup_iters
+    if config.schedule == "wsd":
+        begin = max(begin, config.lr_decay_iters * (1 - config.decay_fraction))
+    if step < begin:
+        return config.learning_rate
+    progress = (step - begin) / (config.lr_decay_iters - begin)
+    height = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
+    return config.min_lr + height * (config.learning_rate - config.min_lr)
 
 
 @dataclass

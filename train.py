@@ -297,6 +297,7 @@ def check_options(config: TrainConfig) -> None:
         ("min_lr", o.min_lr, o.min_lr >= 0, "0 or more"),
         ("beta1", o.beta1, 0 <= o.beta1 < 1, "at least 0 and below 1"),
         ("beta2", o.beta2, 0 <= o.beta2 < 1, "at least 0 and below 1"),
+        ("decay_fraction", o.decay_fraction, 0 < o.decay_fraction <= 1, "above 0 and at most 1"),
         ("grad_clip", o.grad_clip, o.grad_clip >= 0, "0 or more"),
         ("weight_decay", o.weight_decay, o.weight_decay >= 0, "0 or more"),
         ("spike_sigma", o.spike_sigma, o.spike_sigma >= 0, "0 or more"),
@@ -304,6 +305,8 @@ def check_options(config: TrainConfig) -> None:
     ) if not ok]
     if config.run.overwrite and config.run.resume != "never":
         faults.append("overwrite=True needs resume=never, which says that the old run is to go")
+    if o.schedule != "cosine" and not o.decay_lr:
+        faults.append(f"schedule={o.schedule} needs decay_lr=True; decay_lr=False is learning_rate throughout")
     if faults:
         raise ValueError("; ".join(faults))
 

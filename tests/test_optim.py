@@ -1,4 +1,4 @@
-"""optim.py against torch's own AdamW and a learning-rate table worked by hand."""
+"""optim.py against torch's own AdamW and learning-rate tables worked by hand."""
 
 import math
 import random
@@ -16,15 +16,27 @@ def make_model() -> GPT:
     return GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8, bias=True))
 
 
-@pytest.mark.parametrize(("step", "lr"), [
-    (0, 1.0 / 5), (1, 2.0 / 5), (3, 4.0 / 5),  # warm-up: (step + 1) / (warmup_iters + 1)
-    (4, 1.0),  # the top, where the cosine begins
-    (9, 0.55),  # half-way: the mean of 1.0 and 0.1
-    (14, 0.1), (1000, 0.1)])  # the end and beyond
-def test_learning_rate_follows_the_table(step, lr):
-    config = OptimConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=4, lr_decay_iters=14)
-    assert learning_rate(step, config) == pytest.approx(lr)
-    assert learning_rate(step, OptimConfig(learning_rate=0.3, decay_lr=False)) == 0.3
+@pytest.mark.parametrize(("schedule", "table"), [
+    ("cosine", {9: 0.55, 6: 0.55 + 0.45 * math.cos(math.pi / 5), 14: 0.1, 1000: 0.1}),  # half-way: the mean of 1.0, 0.1
+    ("linear", {5: 0.91, 9: 0.55, 13: 0.19, 14: 0.1, 1000: 0.1}),  # 0.09 a step
+    ("wsd", {5: 1.0, 8: 1.0, 9: 0.85, 11: 0.55, 13: 0.25, 14: 0.1, 1000: 0.1}),  # from 14 - 3/7 x 14 = 8 on
+    ("constant", {9: 1.0, 14: 1.0, 1000: 1.0})])
+def test_learning_rate_follows_the_table(schedule, table):
+    config = OptimConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=4, lr_decay_iters=14, schedule=schedule,
+                         decay_fraction=3 / 7)
+    warmup = {0: 1.0 / 5, 1: 2.0 / 5, 3: 4.0 / 5, 4: 1.0}  # (step + 1) / (warmup_iters + 1), then the top
+    for step, lr in (warmup | table).items():
+        assert learning_rate(step, config) == pytest.approx(lr), step
+
+
+def test_without_decay_the_learning_rate_stays():
+    assert learning_rate(7, OptimConfig(learning_rate=0.3, decay_lr=False)) == 0.3
+
+
+def test_wsd_that_decays_from_the_warm_up_on_is_linear():
+    wsd, linear = (OptimConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=4, lr_decay_iters=14, schedule=schedule,
+                               decay_fraction=1.0) for schedule in ("wsd", "linear"))
+    assert all(learning_rate(step, wsd) == learning_rate(step, linear) for step in range(16))
 
 
 def test_only_matrices_and_tables_decay():

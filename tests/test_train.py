@@ -402,6 +402,8 @@ def test_damaged_shards(refused, tiny_data, how, message):
     (["--device=tpu9"], "device='tpu9'"),
     (["--device=meta"], "device='meta' is not a device"),
     (["--seed=-1"], "seed=-1 must be 0 or more"),
+    (["--schedule=wsd", "--decay_fraction=0"], "decay_fraction=0.0 must be above 0 and at most 1"),
+    (["--schedule=linear", "--decay_lr=False"], "schedule=linear needs decay_lr=True"),
     (["--device=cpu", "--dtype=float16"], "hundred times slower"),
     (["--init_from=no-such-model"], "no model at 'no-such-model'"),
     (["--resume=must"], "nothing to resume"),
