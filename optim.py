@@ -1,4 +1,5 @@
-"""The optimiser: parameter groups, AdamW, the learning rate as a pure function of the step, and which steps are bad.
+"""The optimiser: parameter groups, AdamW, Muon, the learning rate as a pure function of the step, and which steps are
+bad.
 
 Owns everything between gradients and new weights except the gradients' reduction (distributed.py) and the order of a
 step (train.py). State lives in torch's optimizer alone and is keyed by parameter name on disk, so that it does not
@@ -10,38 +11,60 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
+from torch.optim._muon import _zeropower_via_newtonschulz
 
 
 @dataclass
 class OptimConfig:
-    """AdamW and learning rate"""
+    """Optimiser and learning rate"""
 
-    learning_rate: float = 6e-4  # the highest learning rate
-    weight_decay: float = 1e-1  # on tensors of two or more dimensions only
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: on the blocks' matrices, and AdamW on the rest
+    learning_rate: float = 6e-4  # the highest learning rate of AdamW
+    muon_lr: float = 0.02  # the highest learning rate of Muon's matrices; warm-up and decay are AdamW's in proportion
+    weight_decay: float = 1e-1  # times its learning rate (muon_lr on Muon's), on tensors of two or more dimensions only
     beta1: float = 0.9  # decay of AdamW's mean of gradients, a step
     beta2: float = 0.95  # decay of AdamW's mean of squared gradients, a step
+    muon_momentum: float = 0.95  # decay of Muon's mean of gradients, a step (Nesterov)
     grad_clip: float = 1.0  # largest global gradient norm; 0 = no clipping
-    decay_lr: bool = True  # warm up and decay; False = learning_rate throughout
+    decay_lr: bool = True  # warm up, then follow the schedule; False = learning_rate throughout
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # after the warm-up; wsd: stay, then linear
     warmup_iters: int = 2000  # steps of linear warm-up
     lr_decay_iters: int = 600000  # step at which min_lr is reached; usually max_iters
+    decay_fraction: float = 0.2  # the last part of lr_decay_iters, in which wsd decays
     min_lr: float = 6e-5  # learning rate at the end of the decay; usually learning_rate / 10
     spike_sigma: float = 0.0  # skip an update whose gradient norm is so many deviations above the usual; 0 = never
     max_bad_steps: int = 10  # skipped updates in a row after which the run goes back to its last good checkpoint
 
 
 def learning_rate(step: int, config: OptimConfig) -> float:
-    """Of the update after `step` updates: linear warm-up, then a cosine down to min_lr (nanoGPT's curve)."""
+    """AdamW's, of the update after `step` updates: linear warm-up, then down to min_lr as `schedule` says. The cosine
+    is nanoGPT's; wsd (warm-up, stable, decay) is arXiv:2404.06395's with a linear decay."""
     if not config.decay_lr:
         return config.learning_rate
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
+    if config.schedule == "constant":
+        return config.learning_rate
     if step >= config.lr_decay_iters:
         return config.min_lr
-    progress = (step - config.warmup_iters) / (config.lr_decay_iters - config.warmup_iters)
-    return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.learning_rate - config.min_lr)
+    begin = config.warmup_iters
+    if config.schedule == "wsd":
+        begin = max(begin, config.lr_decay_iters * (1 - config.decay_fraction))
+    if step < begin:
+        return config.learning_rate
+    progress = (step - begin) / (config.lr_decay_iters - begin)
+    height = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
+    return config.min_lr + height * (config.learning_rate - config.min_lr)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """AdamW's; Muon's keeps its proportion to that."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_ratio"]
 
 
 @dataclass
@@ -79,13 +102,78 @@ class AdamW(torch.optim.AdamW):
     step = torch.no_grad()(torch.optim.AdamW.step.__wrapped__)
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW in one fused kernel a group; matrices and tables decay, norms and biases do not."""
+class Muon(torch.optim.Muon):
+    """torch's (the mean of gradients, orthogonalised: kellerjordan.github.io/posts/muon), also without those wrappers.
+
+    Where FSDP spreads a matrix over the ranks, each of them gathers the update and orthogonalises the whole of it. On
+    the parts torch's would sum in another order, which bfloat16 and Newton-Schulz turn into a difference of percents,
+    and the ranks would talk at each of its fifteen products.
+    """
+
+    add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, self.state[p], group)
+
+    def _update(self, p: nn.Parameter, state: dict[str, torch.Tensor], group: dict[str, Any]) -> None:
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        mean = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+        update = p.grad.lerp(mean, group["momentum"]).bfloat16()  # what Newton-Schulz computes in, and half the bytes
+        is_spread = hasattr(p, "full_tensor")
+        if is_spread:
+            update = update.full_tensor()
+        update = _zeropower_via_newtonschulz(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        if is_spread:
+            from torch.distributed.tensor import distribute_tensor  # takes a second to import
+
+            update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
+        rows, columns = p.shape
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        p.add_(update, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Both as one: their groups, and one table of states, in which each has its own parameters."""
+
+    add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__
+
+    def __init__(self, muon: Muon, adamw: AdamW):
+        super().__init__([*muon.param_groups, *adamw.param_groups], {})
+        self.parts = (muon, adamw)
+        for part in self.parts:
+            part.state = self.state
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW in one fused kernel a group; matrices and tables decay, norms and biases do not. With Muon, which decays
+    all that it has, AdamW keeps what is not `muon_params`."""
     params = list(model.parameters())
-    groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
-              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+    muons = set(muon_params(model)) if config.optimizer == "muon" else set()
+    rest = [p for p in params if p not in muons]
+    groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay, "lr_ratio": 1.0},
+              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0, "lr_ratio": 1.0}]
     fused = params[0].device.type in ("cuda", "cpu")
-    return AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused)
+    adamw = AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused)
+    if config.optimizer == "adamw":
+        return adamw
+    group = {"params": [p for p in params if p in muons], "lr_ratio": config.muon_lr / config.learning_rate}
+    return MuonAndAdamW(Muon([group], lr=config.muon_lr, weight_decay=config.weight_decay,
+                             momentum=config.muon_momentum), adamw)
+
+
+def muon_params(model: nn.Module) -> list[nn.Parameter]:
+    """The matrices between embedding and head: what is 2-D and neither a table that is looked up nor named lm_head."""
+    return [p for name, owner in model.named_modules() for p in owner.parameters(recurse=False)
+            if p.dim() == 2 and not isinstance(owner, nn.Embedding) and name != "lm_head"]
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -101,11 +189,15 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, sta
     `place(value, p)` lays a whole tensor out as parameter p is (distributed.from_rank0). Raises ValueError when a
     parameter's state is missing or misshapen.
     """
+    group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
+        group = group_of[p]
         wanted = {"step": torch.Size([]), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+        if "momentum" in group:  # Muon's
+            wanted = {"momentum_buffer": p.shape}
         for key, shape in wanted.items():
             value = torch.zeros(shape) if state is None else state.get(f"{key}.{name}")
             if value is None or value.shape != shape:
                 raise ValueError(f"the optimiser's {key} of {name} is missing or not of shape {tuple(shape)}")
-            device = p.device if key != "step" or optimizer.defaults["fused"] else torch.device("cpu")
+            device = p.device if key != "step" or group["fused"] else torch.device("cpu")
             optimizer.state[p][key] = place(value.to(device, copy=True), p)

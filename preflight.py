@@ -38,13 +38,13 @@ def report(model: LanguageModel, plan: BatchPlan, epochs: str, run: RunFolder, s
     there = memory_bytes(here.device)
     if here.device.type == "cpu":
         there //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    yield (f"memory a process: about {size(state + activations)} of {size(there)} (weights, gradients and AdamW's "
-           f"means {size(state)}, a micro-batch {size(activations)})")
+    yield (f"memory a process: about {size(state + activations)} of {size(there)} (weights, gradients and the "
+           f"optimiser's means {size(state)}, a micro-batch {size(activations)})")
     if state + activations > there:
         yield ("warning: that will not fit: lower --batch_size, or try --activation_checkpointing=True or "
                "--parallel=fsdp")
 
-    checkpoint, free = 12 * num_params, free_bytes(run.path)  # float32 weights and AdamW's two means
+    checkpoint, free = 12 * num_params, free_bytes(run.path)  # float32 weights, AdamW's two means (Muon has one)
     kept = checkpoints_kept(run, steps_between_saves, max_iters)
     yield (f"saving: {size(checkpoint)} a checkpoint, copied to host memory first; at most {kept} of them at a time, "
            f"{size(free)} free for {run.path}")
@@ -116,7 +116,8 @@ def _kept_bytes(model: LanguageModel, here: Job) -> int:
 
 
 def state_bytes(model: LanguageModel, plan: BatchPlan, here: Job) -> int:
-    """Of weights, gradients and AdamW's means, in float32, on one rank."""
+    """Of weights, gradients and AdamW's two means, in float32, on one rank. Muon, which keeps one mean of its matrices,
+    takes up to a quarter less."""
     count = sum(p.numel() for p in model.parameters())
     if here.world_size == 1 or here.parallel == "ddp":
         return 16 * count

@@ -66,7 +66,7 @@ MAX_ROLLBACKS = 3
 
 # A run is resumed with the same values of these, or not at all. (World size and micro-batch may change.)
 SHAPE = tuple(field.name for field in fields(GPTConfig) if field.name not in ("vocab_size", "dropout"))
-FIXED = (*SHAPE, "seed", "seqs_per_step", "data_fingerprint", "data_vocab_size")
+FIXED = (*SHAPE, "optimizer", "seed", "seqs_per_step", "data_fingerprint", "data_vocab_size")
 
 
 @dataclass
@@ -246,8 +246,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
             fault = "" if overflow else judge.fault(mean_loss, norm, config.optim.spike_sigma)
 
             lr = optim.learning_rate(now.step, config.optim)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            optim.set_learning_rate(optimizer, lr)
             if fault:
                 scaler.update(scaler.get_scale())  # as it was: this is no overflow
                 now.bad_steps, now.skipped = now.bad_steps + 1, now.skipped + 1
@@ -295,9 +294,12 @@ def check_options(config: TrainConfig) -> None:
         ("max_minutes", config.max_minutes, config.max_minutes >= 0, "0 or more"),
         ("timeout_s", config.parallel.timeout_s, config.parallel.timeout_s > 0, "positive"),
         ("learning_rate", o.learning_rate, o.learning_rate > 0, "positive"),
+        ("muon_lr", o.muon_lr, o.muon_lr > 0, "positive"),
         ("min_lr", o.min_lr, o.min_lr >= 0, "0 or more"),
         ("beta1", o.beta1, 0 <= o.beta1 < 1, "at least 0 and below 1"),
         ("beta2", o.beta2, 0 <= o.beta2 < 1, "at least 0 and below 1"),
+        ("muon_momentum", o.muon_momentum, 0 <= o.muon_momentum < 1, "at least 0 and below 1"),
+        ("decay_fraction", o.decay_fraction, 0 < o.decay_fraction <= 1, "above 0 and at most 1"),
         ("grad_clip", o.grad_clip, o.grad_clip >= 0, "0 or more"),
         ("weight_decay", o.weight_decay, o.weight_decay >= 0, "0 or more"),
         ("spike_sigma", o.spike_sigma, o.spike_sigma >= 0, "0 or more"),
@@ -305,6 +307,8 @@ def check_options(config: TrainConfig) -> None:
     ) if not ok]
     if config.run.overwrite and config.run.resume != "never":
         faults.append("overwrite=True needs resume=never, which says that the old run is to go")
+    if o.schedule != "cosine" and not o.decay_lr:
+        faults.append(f"schedule={o.schedule} needs decay_lr=True; decay_lr=False is learning_rate throughout")
     if faults:
         raise ValueError("; ".join(faults))
 
@@ -315,8 +319,8 @@ def check_same_run(config: TrainConfig, trainer: Mapping[str, Any], now: Mapping
     changed = {key: "the tokens or the shares of the data sets changed" if key == "data_fingerprint" else
                f"{key} was {before[key]}, is {value}" for key, value in now.items()
                if key in before and before[key] != value and key not in ("init_from", "resume", "eval_only")}
-    of_the_batch = ("seed", "seqs_per_step") if config.eval_only else ()
-    fixed = [text for key, text in changed.items() if key in FIXED and key not in of_the_batch]
+    of_training = ("optimizer", "seed", "seqs_per_step") if config.eval_only else ()
+    fixed = [text for key, text in changed.items() if key in FIXED and key not in of_training]
     if fixed:
         raise ValueError(f"{trainer['folder']} was trained with other settings: {'; '.join(fixed)}. Go on with those, "
                          "or choose another --out_dir")

@@ -81,9 +81,11 @@ def test_two_processes_train_the_model_that_one_trains(cli, tiny_data, tmp_path)
     assert two["val/loss"] == pytest.approx(one["val/loss"], abs=1e-3)
 
 
-@pytest.mark.parametrize("nproc", [2, 4])  # four summands can be added in more than one order, two cannot
-def test_torchrun_resumes_byte_identically_and_one_process_goes_on_from_it(cli, tiny_data, tmp_path, nproc):
-    options = (*TINY_RUN, "--dropout=0.1", "--keep_last=0", "--batch_size=2", "--gradient_accumulation_steps=4")
+@pytest.mark.parametrize(("nproc", "how"), [
+    (2, ()), (4, ()),  # four summands can be added in more than one order, two cannot
+    (2, ("--parallel=fsdp", "--optimizer=muon"))])
+def test_torchrun_resumes_byte_identically_and_one_process_goes_on_from_it(cli, tiny_data, tmp_path, nproc, how):
+    options = (*TINY_RUN, "--dropout=0.1", "--keep_last=0", "--batch_size=2", "--gradient_accumulation_steps=4", *how)
     torchrun(nproc, ROOT / "train.py", *options, "--out_dir=out/whole", cwd=tmp_path)
     for copy in ("again", "alone"):  # as if killed after step 3
         shutil.copytree("out/whole", f"out/{copy}", symlinks=True)

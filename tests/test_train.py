@@ -27,15 +27,17 @@ def weights_of(run: str = "out/tiny") -> bytes:
     return Path(run, "checkpoints/latest/model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_two_halves_end_byte_identical_to_the_whole(cli, tiny_data, dropout):
-    options = (*TINY_RUN, f"--dropout={dropout}")
+@pytest.mark.parametrize("option", ["--dropout=0.0", "--dropout=0.2", "--optimizer=muon"])
+def test_two_halves_end_byte_identical_to_the_whole(cli, tiny_data, option):
+    options = (*TINY_RUN, option)
     assert cli("train", *options, "--out_dir=out/whole").code == 0
     assert cli("train", *options, "--max_iters=3").code == 0
     result = cli("train", *options)
     assert "resuming out/tiny at step 3; changed: out_dir" not in result.out
     assert "changed: max_iters was 3, is 6" in result.out
     assert weights_of() == weights_of("out/whole")
+    assert Path(LATEST, "training/optimizer.safetensors").read_bytes() == Path(
+        "out/whole/checkpoints/latest/training/optimizer.safetensors").read_bytes()
     assert [r["step"] for r in records_of("out/tiny")] == [r["step"] for r in records_of("out/whole")]
 
 
@@ -402,6 +404,9 @@ def test_damaged_shards(refused, tiny_data, how, message):
     (["--device=tpu9"], "device='tpu9'"),
     (["--device=meta"], "device='meta' is not a device"),
     (["--seed=-1"], "seed=-1 must be 0 or more"),
+    (["--muon_lr=0", "--muon_momentum=1"], "muon_lr=0.0 must be positive; muon_momentum=1.0 must be at least 0 and"),
+    (["--schedule=wsd", "--decay_fraction=0"], "decay_fraction=0.0 must be above 0 and at most 1"),
+    (["--schedule=linear", "--decay_lr=False"], "schedule=linear needs decay_lr=True"),
     (["--device=cpu", "--dtype=float16"], "hundred times slower"),
     (["--init_from=no-such-model"], "no model at 'no-such-model'"),
     (["--resume=must"], "nothing to resume"),
@@ -433,6 +438,12 @@ def test_resuming_with_another_shape_data_batch_or_seed_lists_the_differences(cl
     (tiny_data / "dataset.json").write_text(json.dumps(manifest))
     assert "the tokens or the shares of the data sets changed" in refused("train", *TINY_RUN)
     assert files_of(Path("out")) == before
+
+
+def test_a_run_goes_on_with_the_optimizer_it_was_trained_with(cli, refused, tiny_data):
+    assert cli("train", *TINY_RUN, "--max_iters=3").code == 0
+    assert "optimizer was adamw, is muon" in refused("train", *TINY_RUN, "--optimizer=muon")
+    assert cli("train", *TINY_RUN, "--optimizer=muon", "--eval_only=True").code == 0  # which needs none
 
 
 def test_a_flipped_byte_in_the_only_checkpoint(cli, refused, tiny_data):

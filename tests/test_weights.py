@@ -60,6 +60,70 @@ def test_logits_and_loss_equal_transformers(tmp_path, prefixed, activation):
     torch.testing.assert_close(ours(idx[:, :-1], shifted)[1], wanted.loss, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("changes", [{"tie_word_embeddings": False, "n_inner": 24}, {"activation_function": "relu"}])
+def test_other_shapes_of_gpt2_travel_both_ways(tmp_path, changes):
+    theirs = save_hf(tmp_path / "theirs", **changes)
+    ours = GPT.from_pretrained(str(tmp_path / "theirs")).eval()
+    ours.save_pretrained(str(tmp_path / "ours"))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    idx = torch.randint(101, (3, 32))
+    for logits in (ours(idx)[0], again(idx).logits):
+        torch.testing.assert_close(logits, theirs(idx).logits, atol=1e-5, rtol=1e-5)
+
+
+LLAMA = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "max_position_embeddings": 48}
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"num_key_value_heads": 2, "tie_word_embeddings": True}, {"num_key_value_heads": 1, "rms_norm_eps": 1e-3},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}])
+def test_llamas_travel_both_ways_and_generate_the_same(tmp_path, changes):
+    torch.manual_seed(1)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA | changes)).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.mul_(4) if p.dim() == 2 else p.add_(torch.randn_like(p) * 0.3)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = GPT.from_pretrained(str(tmp_path / "theirs")).eval()
+    ours.save_pretrained(str(tmp_path / "ours"), eot_id=100)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    assert isinstance(again, transformers.LlamaForCausalLM)
+    idx = torch.randint(101, (3, 48))
+    wanted = theirs(idx, labels=idx)
+    for logits in (ours(idx)[0], again(idx).logits):
+        torch.testing.assert_close(logits, wanted.logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours(idx[:, :-1], idx[:, 1:])[1], wanted.loss, atol=1e-5, rtol=1e-5)
+    text = theirs.generate(idx[:, :5], max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(ours.generate(idx[:, :5], 20, temperature=0), text)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type=llama3"),
+    ({"attention_bias": True}, "attention_bias"), ({"hidden_act": "gelu"}, "hidden_act=gelu"),
+    ({"head_dim": 16}, "head_dim=16 with 4 heads of 32 channels"), ({"num_hidden_layers": 3}, "missing"),
+    ({"num_hidden_layers": 1}, "unknown: model.layers.1")])
+def test_a_llama_with_what_we_lack_says_why(tmp_path, change, message):
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=message):
+        GPT.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("changes", [
+    {"pos": "alibi"}, {"pos": "none", "tie_embeddings": False}, {"mlp": "swiglu"}, {"norm": "rmsnorm", "qk_norm": True},
+    {"pos": "rope", "norm_position": "post"}, {"n_kv_head": 1}, {"pos": "learned_sinusoidal", "mlp": "relu2"}])
+def test_every_other_mix_comes_back_as_it_was(tmp_path, changes):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=101, **SHAPE | changes)).eval()
+    model.save_pretrained(str(tmp_path))
+    again = GPT.from_pretrained(str(tmp_path)).eval()
+    idx = torch.randint(101, (3, 32))
+    assert again.config == model.config
+    assert torch.equal(again(idx)[0], model(idx)[0])
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("mlp", ["gelu", "gelu_tanh"])
 def test_what_we_save_transformers_loads_and_so_do_we(tmp_path, bias, mlp):
@@ -174,8 +238,8 @@ def test_files_that_are_something_else_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"model_type": "llama"}, "only gpt2"), ({"n_inner": 20}, "n_inner=20"),
-    ({"activation_function": "relu"}, "activation_function=relu"), ({"n_embd": 32}, "of another shape"),
+    ({"model_type": "bert"}, "only gpt2 and llama"), ({"n_inner": 20}, "of another shape"),
+    ({"activation_function": "tanh"}, "activation_function=tanh"), ({"n_embd": 32}, "of another shape"),
     ({"n_layer": 3}, "missing"), ({"n_layer": 1}, "unknown"),
     ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn")])
 def test_a_folder_that_is_no_such_gpt2_says_why(tmp_path, change, message):
