@@ -18,7 +18,11 @@ from model import (
     Decoder,
     GPTConfig,
     LinearCrossEntropy,
+    alibi_slopes,
     attend,
+    rotate,
+    rotation,
+    sinusoids,
 )
 from sampling import Sampler, draw, sampling_probs
 
@@ -248,6 +252,118 @@ def test_crop_block_size_keeps_the_first_positions():
         model(torch.randint(37, (2, 9)))
     with pytest.raises(ValueError, match="block_size=9"):
         model.crop_block_size(9)
+
+
+# Other shapes than GPT-2's
+
+OPTIONS = [{"pos": "sinusoidal"}, {"pos": "learned_sinusoidal"}, {"pos": "rope"}, {"pos": "alibi"}, {"pos": "none"},
+           {"mlp": "relu"}, {"mlp": "relu2"}, {"mlp": "swiglu", "mlp_hidden": 12}, {"norm": "rmsnorm"},
+           {"norm_position": "post"}, {"qk_norm": True, "bias": True}, {"n_kv_head": 1}, {"tie_embeddings": False},
+           {"pos": "rope", "norm": "rmsnorm", "mlp": "swiglu", "n_kv_head": 2, "qk_norm": True, "n_head": 4},
+           {"pos": "alibi", "norm_position": "post", "n_kv_head": 1, "mlp": "relu2"}]
+ids = pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(f"{k}={v}" for k, v in options.items()))
+
+
+@ids
+def test_every_option_is_causal_and_has_a_true_gradient(options):
+    model = make_model(**options)
+    idx, targets = torch.randint(37, (2, 12)), torch.randint(37, (2, 12))
+    changed = idx.clone()
+    changed[:, 7] = (changed[:, 7] + 1) % 37
+    assert torch.equal(model(idx)[0][:, :7], model(changed)[0][:, :7])
+    assert not torch.allclose(model(idx)[0][:, 7:], model(changed)[0][:, 7:])
+    model = make_model(**options).double()
+    weight = model.h[0].mlp.c_fc.weight
+    model(idx, targets)[1].backward()
+    with torch.no_grad():
+        losses = []
+        for step in (1e-3, -2e-3):
+            weight[3, 2] += step
+            losses.append(F.cross_entropy(model(idx)[0].flatten(0, 1), targets.flatten()))
+    assert weight.grad[3, 2].item() == pytest.approx((losses[0] - losses[1]).item() / 2e-3, rel=1e-2, abs=1e-6)
+
+
+@ids
+@pytest.mark.parametrize("fixed_shapes", [False, True])
+def test_cached_generation_equals_uncached_for_every_option(monkeypatch, options, fixed_shapes):
+    monkeypatch.setattr("torch.compile", lambda function: function)
+    model = make_model(**options)
+    model.compile_decoding = fixed_shapes
+    for prompt_tokens in (1, 6, 20):  # 40 more are past block_size, which is 16
+        idx = torch.randint(37, (2, prompt_tokens))
+        cached, uncached = (model.generate(idx, 40, 0.9, 20, use_cache, generator=torch.Generator().manual_seed(5))
+                            for use_cache in (True, False))
+        assert torch.equal(cached, uncached)
+
+
+@pytest.mark.parametrize("n_head", [8, 6])
+@pytest.mark.parametrize("how", ["sdpa", "math"])
+def test_alibi_is_the_papers_formula_and_blooms_slopes(n_head, how):
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+    T = 10
+    theirs = build_alibi_tensor(torch.ones(1, T), n_head, torch.float32).view(n_head, T)  # slope * position of the key
+    torch.testing.assert_close(alibi_slopes(n_head), theirs[:, 1])
+    model = make_model(pos="alibi", n_head=n_head, n_embd=8 * n_head)
+    q, k, v = (torch.randn(2, n_head, T, 8) for _ in range(3))
+    scores = q @ k.transpose(2, 3) / math.sqrt(8) + theirs[:, None, :]  # their softmax does not see what a row adds
+    wanted = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf).softmax(-1) @ v
+    look = model._look(torch.arange(T), T)
+    torch.testing.assert_close(attend(q, k, v, look.mask, 0.0, how), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_rotated_products_depend_on_the_distance_alone_and_equal_complex_ones():
+    q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
+
+    def turned(x: torch.Tensor, position: int) -> torch.Tensor:
+        return rotate(x, *rotation(torch.tensor([position]), 8, theta=100.0))
+
+    products = [(turned(q, i) * turned(k, j)).sum() for i, j in ((5, 2), (13, 10), (3, 0))]
+    torch.testing.assert_close(torch.stack(products), products[0].expand(3), atol=1e-4, rtol=1e-4)
+    as_complex = [torch.complex(*x.flatten().chunk(2)) for x in (q, k)]
+    angle = 3 * 100.0 ** (-torch.arange(4) * 2 / 8)  # of distance 3
+    wanted = (as_complex[0] * torch.polar(torch.ones(4), angle) * as_complex[1].conj()).real.sum()
+    torch.testing.assert_close(products[0], wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_sinusoids_are_the_papers_and_as_large_as_a_token():
+    table = sinusoids(torch.arange(50), 6)
+    for position, channel in ((0, 0), (7, 2), (49, 4)):
+        angle = position / 10000 ** (channel / 6)
+        wanted = torch.tensor([math.sin(angle), math.cos(angle)]) * 0.02 * math.sqrt(2)
+        torch.testing.assert_close(table[position, channel:channel + 2], wanted)
+    assert sinusoids(torch.arange(1000), 64).square().mean().sqrt().item() == pytest.approx(0.02)
+    model = GPT(GPTConfig(**SHAPE | {"pos": "learned_sinusoidal"}))
+    assert torch.equal(model.wpe.weight, sinusoids(torch.arange(16), 8))
+    assert model.wpe.weight.requires_grad
+
+
+def test_swiglu_has_as_many_parameters_as_gelu():
+    for width, wanted in ((768, 2048), (128, 344)):
+        config = GPTConfig(n_embd=width, mlp="swiglu")
+        assert config.hidden == wanted
+        assert 3 * width * config.hidden == pytest.approx(8 * width * width, rel=0.01)
+
+
+def test_positions_that_go_on_read_more_than_block_size_and_learned_ones_say_that_they_cannot():
+    idx = torch.randint(37, (1, 32))  # block_size is 16
+    for pos in ("sinusoidal", "rope", "alibi", "none"):
+        model = make_model(pos=pos)
+        assert model(idx)[0].shape == (1, 32, 37)
+        model.crop_block_size(64)
+        assert model.config.block_size == 64
+    for pos in ("learned", "learned_sinusoidal"):
+        with pytest.raises(ValueError, match=r"32 positions, but .* block_size=16: .*--pos=rope"):
+            make_model(pos=pos)(idx)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"n_kv_head": 3, "n_head": 4}, "n_head=4 is not divisible by n_kv_head=3"), ({"n_kv_head": -1}, "n_kv_head=-1"),
+    ({"pos": "rope", "n_embd": 6}, "n_embd / n_head=3 is odd"), ({"rope_theta": 0.0}, "rope_theta=0.0"),
+    ({"pos": "sinusoidal", "n_embd": 9, "n_head": 3}, "needs an even n_embd"), ({"mlp_hidden": -4}, "mlp_hidden=-4")])
+def test_bad_shapes_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        GPT(GPTConfig(**SHAPE | changes))
 
 
 # Generation
