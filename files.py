@@ -1,4 +1,4 @@
-"""Files on disk: JSON that is replaced whole, checksums, syncing.
+"""Files on disk: text and JSON that are replaced whole, checksums, syncing.
 
 Owns how small files are written so that a kill or a full disk leaves the old one or the new one, never half of either.
 """
@@ -25,11 +25,16 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Write or replace a JSON file: under a hidden name, synced, renamed. Raises OSError that names it."""
+    """See `write_text`."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write or replace a file: under a hidden name, synced, renamed. Raises OSError that names it."""
     hidden = path.with_name(f".{path.name}.tmp")
     try:
         with named_errors(path), open(hidden, "w", encoding="utf-8") as file:
-            file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(hidden, path)
