@@ -4,8 +4,8 @@
     python zoo.py                              prints the table, and puts it into docs/models.md
     python zoo.py --steps=40 --page=""         a quick look
 
-Each row is config/shakespeare_char_cpu.py with the options named there, trained twice: for as many tokens as every other
-row, and for as much time as the plain GPT takes for them. It runs train.py as a person would and reads metrics.jsonl.
+Each row is config/shakespeare_char_cpu.py with the options named there, trained twice: for as many tokens as the other
+rows, and for as much time as the plain GPT takes for them. It runs train.py as a person would and reads metrics.jsonl.
 """
 
 from __future__ import annotations
