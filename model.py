@@ -169,12 +169,12 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return x * cos.to(x.dtype) + torch.cat([-second, first], dim=-1) * sin.to(x.dtype)
 
 
-def alibi_slopes(n_head: int) -> torch.Tensor:
-    """(H,): a head's penalty for each position of distance, 2^(-8/H), 2^(-16/H), ...; between powers of two every other
-    one of twice as many heads (Press et al. 2021, arXiv:2108.12409)."""
+def alibi_slopes(n_head: int, device: torch.device | None = None) -> torch.Tensor:
+    """(H,): a head's penalty for each position of distance, 2^(-8/H), 2^(-16/H), ...; between powers of two the further
+    heads take every other one of twice as many (Press et al. 2021, arXiv:2108.12409)."""
     power = 2 ** int(math.log2(n_head))
-    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
-    return torch.tensor(slopes + [2 ** (-4 * (i + 1) / power) for i in range(0, 2 * (n_head - power), 2)])
+    head = torch.arange(n_head, device=device)
+    return torch.exp2(torch.where(head < power, -8 * (head + 1) / power, -4 * (2 * (head - power) + 1) / power))
 
 
 def sinusoids(at: torch.Tensor, width: int) -> torch.Tensor:
@@ -597,7 +597,7 @@ class GPT(LanguageModel):
         if masked:
             mask = distance >= 0
         if c.pos == "alibi":
-            penalty = alibi_slopes(c.n_head).to(at.device)[:, None, None] * distance
+            penalty = alibi_slopes(c.n_head, at.device)[:, None, None] * distance
             mask = (-penalty).masked_fill(distance < 0, -math.inf)
         if c.pos == "rope":
             turned = rotation(at, c.n_embd // c.n_head, c.rope_theta)

@@ -492,3 +492,21 @@ def test_a_block_that_does_not_compile_falls_back_to_eager(cli, tiny_data, monke
     result = cli("train", *TINY_RUN, "--compile=True")
     assert result.code == 0, result.err
     assert "torch.compile failed, going on without it: RuntimeError: no compiler here" in result.out
+
+
+def val_loss_at(cli, run: str, block_size: int) -> float:
+    result = cli("train", "--dataset=tiny", f"--init_from={run}", f"--block_size={block_size}", "--eval_only=True",
+                 "--device=cpu", "--dtype=float32", "--batch_size=4", "--gradient_accumulation_steps=1")
+    assert result.code == 0, result.err
+    return float(re.search(r"val loss ([\d.]+)", result.out)[1])
+
+
+def test_alibi_reads_twice_what_it_was_trained_on_and_learned_positions_say_that_they_cannot(cli, tiny_data, refused):
+    options = (*TINY_RUN, "--max_iters=150", "--lr_decay_iters=150", "--eval_interval=150", "--n_embd=32")
+    assert cli("train", *options, "--pos=alibi", "--out_dir=out/alibi").code == 0
+    short, long = (val_loss_at(cli, "out/alibi", block_size) for block_size in (16, 32))
+    assert short < 3.0
+    assert long == pytest.approx(short, abs=0.1)
+    assert cli("train", *TINY_RUN, "--out_dir=out/learned").code == 0
+    assert "block_size=32: the model has 16 positions, no more" in refused(
+        "train", "--dataset=tiny", "--init_from=out/learned", "--block_size=32", "--eval_only=True", "--device=cpu")
