@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TEXT, TINY_RUN, files_of, records_of, write_shard
+from conftest import ROOT, TEXT, TINY_RUN, files_of, records_of, write_shard
 from test_weights import Planted, save_hf, save_nanogpt
 
 import train
@@ -510,3 +510,16 @@ def test_alibi_reads_twice_what_it_was_trained_on_and_learned_positions_say_that
     assert cli("train", *TINY_RUN, "--out_dir=out/learned").code == 0
     assert "block_size=32: the model has 16 positions, no more" in refused(
         "train", "--dataset=tiny", "--init_from=out/learned", "--block_size=32", "--eval_only=True", "--device=cpu")
+
+
+def test_the_fine_tuning_config_goes_on_from_any_hugging_face_gpt2(cli, shakespeare, gpt2_tokenizer):
+    assert cli("prepare_data", "shakespeare", f"--input={shakespeare}").code == 0
+    torch.manual_seed(0)
+    save_hf(Path("hf"), vocab_size=50257, bos_token_id=50256, eos_token_id=50256)
+    result = cli("train", ROOT / "config" / "finetune_shakespeare.py", "--init_from=hf", "--device=cpu",
+                 "--max_iters=2", "--eval_iters=1", "--gradient_accumulation_steps=2", "--learning_rate=1e-3")
+    assert result.code == 0, result.err
+    first, last = (record["val/loss"] for record in records_of("out/finetune_shakespeare") if "val/loss" in record)
+    assert last < first
+    text = cli("sample", "--out_dir=out/finetune_shakespeare", "--prompt=ROMEO:", "--num_samples=1", "--device=cpu").out
+    assert "ROMEO:" in text
