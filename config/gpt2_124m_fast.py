@@ -1,0 +1,38 @@
+"""As config/gpt2_124m.py, in fewer steps: the recipe that won on the small bench (config/shakespeare_char_fast.py).
+
+    torchrun --nproc_per_node=8 train.py config/gpt2_124m_fast.py
+
+What each choice gained is said there, for a model of 0.8 million parameters; at this size it was not measured.
+"""
+
+out_dir = "out/gpt2_124m_fast"
+eval_interval = 250
+eval_iters = 20
+save_interval = 1000
+log_interval = 10
+
+dataset = "fineweb_edu"
+# 524,288 tokens a step = 512 sequences x 1,024 tokens = 8 GPUs x 1 micro-batch x 64 sequences x 1,024 tokens;
+# 9,536 steps x 524,288 tokens = 5.0e9 tokens, half of config/gpt2_124m.py's
+total_batch_size = 524288
+batch_size = 64
+block_size = 1024
+
+n_layer = 12
+n_head = 12
+n_embd = 768
+pos = "rope"
+norm = "rmsnorm"
+qk_norm = True
+mlp = "relu2"
+bias = False
+
+optimizer = "muon"
+muon_lr = 2e-2
+learning_rate = 3e-3  # of the embeddings and norms
+schedule = "linear"
+max_iters = 9536
+lr_decay_iters = 9536
+min_lr = 0.0
+warmup_iters = 250
+weight_decay = 1e-2
