@@ -81,6 +81,8 @@ def load_huggingface(folder: Path) -> tuple[GPTConfig, State]:
     """A Hugging Face GPT-2 folder: config.json and model.safetensors (one file, or shards with an index)."""
     folder = Path(folder)
     settings = read_json(folder / "config.json")
+    if settings.get("model_type") == "flatgpt":
+        return load_own(settings, folder)
     config = _config_from_huggingface(settings, folder)
     state = {}
     for name, tensor in _read_safetensors(folder).items():
@@ -92,6 +94,23 @@ def load_huggingface(folder: Path) -> tuple[GPTConfig, State]:
     if not config.bias:
         state = {name: tensor for name, tensor in state.items() if not name.endswith(".bias")}
     return config, _finish(config, state, folder)
+
+
+def load_own(settings: dict, folder: Path) -> tuple[GPTConfig, State]:
+    """A model that is neither a GPT-2 nor a Llama, as `save_own` writes it. Raises ValueError."""
+    fields = asdict(GPTConfig())
+    config = _make_config(folder / "config.json", {key: value for key, value in settings.items() if key in fields})
+    state = {name: tensor.float() for name, tensor in _read_safetensors(folder).items()}
+    if {name: tensor.shape for name, tensor in state.items()} != shapes(config):
+        raise ValueError(f"{folder}: the parameters are not those that config.json speaks of")
+    return config, state
+
+
+def save_own(config: GPTConfig, state: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """The configuration, and the tensors under their own names, padding included."""
+    write_json(folder / "config.json", {"model_type": "flatgpt", **asdict(config)})
+    save_tensors({name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()},
+                 folder / "model.safetensors")
 
 
 def _config_from_huggingface(settings: dict, folder: Path) -> GPTConfig:
@@ -122,7 +141,7 @@ def _config_from_huggingface(settings: dict, folder: Path) -> GPTConfig:
 def _make_config(path: Path, values: dict) -> GPTConfig:
     """A valid configuration from a file's values. Raises ValueError naming the file and the value that is none."""
     for key, value in values.items():
-        kind = (int, float) if key in ("dropout", "norm_eps") else type(getattr(GPTConfig, key))
+        kind = (int, float) if key in ("dropout", "norm_eps", "rope_theta") else type(getattr(GPTConfig, key))
         if not isinstance(value, kind):
             raise ValueError(f"{path}: {key} is {value!r}")
     config = GPTConfig(**values)
@@ -217,6 +236,8 @@ def save_pretrained(config: GPTConfig, state: Mapping[str, torch.Tensor], folder
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if config.model != "gpt":
+        return save_own(config, state, folder)
     hf_activation = {"gelu": "gelu", "gelu_tanh": "gelu_new"}[config.mlp]
     write_json(folder / "config.json", {
         "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": config.vocab_size,
