@@ -146,14 +146,14 @@ class WindowMLP(VectorModel):
 
     def _hidden(self, idx: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """With a cache, whose state are the last window - 1 tokens (B, <= window - 1)."""
-        window, tokens = self.config.window, idx
+        window, tokens, T = self.config.window, idx, idx.size(1)
         if cache is not None:
             if cache.state is not None:
                 tokens = torch.cat([cache.state, idx], dim=1)
-            cache.state, cache.length = tokens[:, max(0, tokens.size(1) - window + 1):], cache.length + idx.size(1)
-        num_zeros = window - 1 - (tokens.size(1) - idx.size(1))
+            cache.state, cache.length = tokens[:, max(0, tokens.size(1) - window + 1):], cache.length + T
+        num_zeros = window - 1 - (tokens.size(1) - T)
         x = F.pad(self.drop(self.wte(tokens)), (0, 0, num_zeros, 0))  # (B, window - 1 + T, C)
-        x = x.unfold(1, window, 1).transpose(2, 3).flatten(2)  # (B, T, C, window) -> (B, T, window * C), oldest first
+        x = torch.cat([x[:, i:i + T] for i in range(window)], dim=2)  # (B, T, window * C), oldest first
         return self.drop(self.c_proj(self.act(self.c_fc(x))))
 
 

@@ -1,13 +1,21 @@
 """baselines.py against closed forms, loops written out and torch's cells; the scripts with each of its models."""
 
 import copy
+import itertools
 import math
+import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY_RUN, on_ranks, records_of
 
-from baselines import build
+import distributed
+from baselines import build, count_pairs, fit_bigram
+from device import DeviceConfig
+from distributed import ParallelConfig
 from model import GPTConfig, LanguageModel, activation
 
 MODELS = ("bigram", "mlp", "rnn", "lstm", "gru")
@@ -161,3 +169,162 @@ def test_dropout_drops_in_training_alone(kind):
         drawn.append(model(idx)[0])
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.allclose(drawn[0], drawn[2])
+
+
+# Counting
+
+
+def entropy(counts: np.ndarray, k: float, of: np.ndarray | None = None) -> float:
+    """Mean -log of the smoothed probabilities over the pairs counted in `of`, written out in float64."""
+    probs = (counts + k) / (counts + k).sum(axis=1, keepdims=True)
+    of = counts if of is None else of
+    return float(-(of * np.log(probs)).sum() / of.sum())
+
+
+def naive_counts(shards: list[list[int]], size: int) -> np.ndarray:
+    counts = np.zeros((size, size))
+    for shard in shards:
+        for pair in itertools.pairwise(shard):
+            counts[pair] += 1
+    return counts
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 2**20])
+def test_pairs_are_counted_within_shards_in_chunks_of_any_size(monkeypatch, chunk):
+    monkeypatch.setattr("baselines.CHUNK_TOKENS", chunk)
+    shards = [np.random.default_rng(n).integers(0, 5, n).astype(np.uint16) for n in (29, 0, 1, 14, 2)]
+    assert np.array_equal(count_pairs(shards, 5), naive_counts([shard.tolist() for shard in shards], 5))
+
+
+def test_counting_refuses_ids_outside_the_vocabulary_and_tables_beyond_reason():
+    with pytest.raises(ValueError, match="shard 1: token id 5 is outside the vocabulary of 5"):
+        count_pairs([np.array([4, 4]), np.array([0, 5])], 5)
+    with pytest.raises(ValueError, match=r"50257 x 50257 counts takes 20 GB; .* at most 46340 \(prepare_data.py"):
+        count_pairs([], 50257)
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 2**22])
+@pytest.mark.parametrize("k", [0.01, 1.0])
+def test_the_fitted_bigram_has_the_entropy_of_the_smoothed_counts(monkeypatch, chunk, k):
+    monkeypatch.setattr("baselines.CHUNK_CELLS", chunk)
+    text, other = (np.random.default_rng(seed).zipf(1.5, 3000) % 36 for seed in (0, 1))  # 36 never comes
+    counts, model = count_pairs([text], 37), make_model("bigram", scale=0.0)
+    assert fit_bigram(model, counts, k) == pytest.approx(entropy(counts, k), abs=1e-9)
+    for tokens_, of in ((text, counts), (other, count_pairs([other], 37))):
+        idx = torch.from_numpy(tokens_)[None]
+        assert model(idx[:, :-1], idx[:, 1:])[1].item() == pytest.approx(entropy(counts, k, of), abs=1e-5)
+
+
+def prepare_shakespeare(cli, shakespeare) -> None:
+    assert cli("prepare_data", "shakespeare_char", f"--input={shakespeare}").code == 0
+
+
+COUNTING = ("--model=bigram", "--bigram_counts=True", "--device=cpu", "--out_dir=out/counted")
+
+
+def test_counting_on_tiny_shakespeare_and_training_gets_there(cli, shakespeare):
+    prepare_shakespeare(cli, shakespeare)
+    result = cli("train", "--dataset=shakespeare_char", *COUNTING)
+    assert result.code == 0, result.err
+    assert float(re.search(r"train loss is ([\d.]+)", result.out)[1]) == pytest.approx(2.4546, abs=1e-3)
+    (record,) = records_of("out/counted")
+    assert record["step"] == 0
+    assert record["val/loss"] == pytest.approx(2.4819, abs=1e-3)
+    counted = LanguageModel.from_pretrained("out/counted")
+    assert counted.num_params() == 65**2
+    again = cli("train", "--dataset=shakespeare_char", *COUNTING)
+    assert "out/counted is finished: 0 steps" in again.out
+    result = cli("train", "--dataset=shakespeare_char", "--model=bigram", "--device=cpu", "--out_dir=out/trained",
+                 "--block_size=64", "--batch_size=128", "--gradient_accumulation_steps=1", "--max_iters=200",
+                 "--eval_interval=200", "--eval_iters=1", "--learning_rate=0.3", "--min_lr=0.01", "--warmup_iters=0",
+                 "--lr_decay_iters=200", "--weight_decay=0")
+    assert result.code == 0, result.err
+    assert records_of("out/trained")[-1]["val/loss"] == pytest.approx(record["val/loss"], abs=0.02)
+
+
+def test_counting_refuses_what_it_cannot_count(refused, cli, tiny_data):
+    line = refused("train", "--dataset=tiny", "--bigram_counts=True", "--bigram_k=0")
+    assert "bigram_k=0.0 must be positive" in line
+    assert "bigram_counts=True counts the table of --model=bigram" in line
+    assert "not of model=gpt" in line
+    assert "init_from=gpt2" in refused("train", "--dataset=tiny", *COUNTING, "--init_from=gpt2")
+    cli("prepare_data", "--input=tiny.txt", "--name=other", "--tokenizer=char")
+    assert "not a mixture of tiny, other" in refused("train", "--dataset=tiny,other", *COUNTING)
+
+
+def test_a_counted_table_can_be_trained_on(cli, tiny_data):
+    assert cli("train", *TINY_RUN, *COUNTING).code == 0
+    (counted,) = records_of("out/counted")
+    result = cli("train", *TINY_RUN, "--model=bigram", "--out_dir=out/counted")
+    assert result.code == 0, result.err
+    assert "resuming out/counted at step 0" in result.out
+    assert records_of("out/counted")[0]["train/loss"] == pytest.approx(counted["val/loss"], abs=0.3)
+    assert counted["val/loss"] < math.log(30) - 1
+
+
+# The scripts
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_run_is_resumed_byte_identically_and_writes_text(cli, tiny_data, kind):
+    options = (*TINY_RUN, f"--model={kind}", "--dropout=0.1", "--bias=True", "--window=3")
+    assert cli("train", *options, "--out_dir=out/whole").code == 0
+    assert cli("train", *options, "--max_iters=3").code == 0
+    result = cli("train", *options)
+    assert "resuming out/tiny at step 3" in result.out
+    weights = [Path(run, "checkpoints/latest/model.safetensors").read_bytes() for run in ("out/whole", "out/tiny")]
+    assert weights[0] == weights[1]
+    first, *_, last = (record["val/loss"] for record in records_of("out/tiny") if "val/loss" in record)
+    assert last < first
+    result = cli("sample", "--out_dir=out/tiny", "--prompt=the", "--num_samples=2", "--max_new_tokens=40",
+                 "--device=cpu", "--dtype=bfloat16")
+    assert result.code == 0, result.err
+    assert result.out.count("\n---------------\n") == 2
+
+
+def test_another_model_is_another_run(cli, refused, tiny_data):
+    assert cli("train", *TINY_RUN, "--model=lstm").code == 0
+    assert "model was lstm, is gru" in refused("train", *TINY_RUN, "--model=gru")
+    assert "window was 8, is 4" in refused("train", *TINY_RUN, "--model=lstm", "--window=4")
+    result = cli("train", *TINY_RUN, "--init_from=out/tiny", "--out_dir=out/next")
+    assert result.code == 0, result.err
+    assert LanguageModel.from_pretrained("out/next").config.model == "lstm"
+    line = refused("train", *TINY_RUN, "--init_from=out/tiny", "--out_dir=out/other", "--model=gpt")
+    assert "model=gpt was asked for, and it has lstm" in line
+
+
+def train_two_steps(layout: str) -> tuple[float, dict[str, np.ndarray]]:
+    """The loss of the second step over the ranks, and its gradients."""
+    where = distributed.job(DeviceConfig(device="cpu", dtype="float32"), ParallelConfig(parallel=layout, timeout_s=60))
+    with where as here:
+        whole = make_model("lstm")
+        with torch.device("meta"):
+            model = build(whole.config)
+        model = distributed.lay_out(model, whole.state_dict() if here.rank == 0 else None, here)
+        wrapped = distributed.wrap(model, here, 2)
+        rows = slice(2 * here.rank, 2 * here.rank + 2)
+        for _ in range(2):
+            distributed.zero_grad(model, here)
+            loss = wrapped(tokens(4, 8)[rows], tokens(4, 8, seed=2)[rows], 32)[1]
+            (loss * 2).backward()
+            with torch.no_grad():
+                for p in model.parameters():
+                    p -= 0.1 * p.grad
+        total = distributed.sum_over_ranks(loss.detach(), here).item()
+        return total, {name: distributed.whole(p.grad).numpy().copy() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_two_ranks_have_the_loss_and_gradients_of_one(layout):
+    model = make_model("lstm").train()
+    for _ in range(2):
+        model.zero_grad()
+        loss = model(tokens(4, 8), tokens(4, 8, seed=2), 32)[1]
+        loss.backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.1 * p.grad
+    for total, grads in on_ranks(2, train_two_steps, layout):
+        assert total == pytest.approx(loss.item(), abs=1e-5)
+        for name, p in model.named_parameters():
+            np.testing.assert_allclose(grads[name], p.grad, atol=1e-6, rtol=1e-4, err_msg=name)
