@@ -49,9 +49,11 @@ class LogConfig:
 
 
 def flops_per_token(model: LanguageModel) -> int:
-    """Forward and backward: 6 N for the matrices, 12 L H Q T for attention (PaLM, arXiv:2204.02311, appendix B)."""
+    """Forward and backward: 6 N for the matrices, 12 L H Q T for attention (PaLM, arXiv:2204.02311, appendix B); the
+    models of baselines.py have none. (A bigram multiplies nothing: its MFU is of a product with its whole table.)"""
     c = model.config
-    return 6 * model.num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+    attention = 12 * c.n_layer * c.n_embd * c.block_size if model.h else 0
+    return 6 * model.num_params() + attention
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -394,7 +394,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 class LanguageModel(nn.Module):
     """What every model here has: the loss, generation, and a way to files and back. GPT is one, and so are those of
-    baselines.py; they bring `wte` and a `_hidden` of their own."""
+    baselines.py; they bring a `_hidden` of their own."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()

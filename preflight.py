@@ -121,8 +121,9 @@ def state_bytes(model: LanguageModel, plan: BatchPlan, here: Job) -> int:
     count = sum(p.numel() for p in model.parameters())
     if here.world_size == 1 or here.parallel == "ddp":
         return 16 * count
-    largest = max(sum(p.numel() for p in block.parameters()) for block in model.h)
-    gathered = 8 * (largest + model.wte.weight.numel())  # weights and gradients at a time
+    blocks = [sum(p.numel() for p in block.parameters()) for block in model.h]
+    # Weights and gradients at a time: of a block, and of all that is in none.
+    gathered = 8 * (max(blocks, default=0) + count - sum(blocks))
     unsynced = 4 * count if plan.accumulation_steps > 1 else 0  # whole gradients, until the last micro-batch
     return 16 * count // here.world_size + gathered + unsynced
 
@@ -131,6 +132,8 @@ def activation_bytes(model: LanguageModel, micro_batch: int, here: Job) -> int:
     """Of what a micro-batch keeps for its backward pass, and of the largest chunk of logits."""
     c = model.config
     rows = micro_batch * c.block_size
+    if not model.h:
+        return _activation_bytes_without_blocks(model, rows, here)
     # A block keeps the inputs of both norms (float32), and 11 C values a position in the type of the products: both
     # norms' outputs, q, k and v, attention's output twice, the MLP's hidden layer before its activation.
     block = rows * c.n_embd * (2 * 4 + 11 * (4 if here.dtype == torch.float32 else 2))
@@ -138,10 +141,26 @@ def activation_bytes(model: LanguageModel, micro_batch: int, here: Job) -> int:
     if model.activation_checkpointing:
         blocks = c.n_layer * rows * c.n_embd * 4 + block
     last_norm = rows * c.n_embd * 2 * 4
+    return blocks + last_norm + _head_bytes(model, rows, here)
+
+
+def _activation_bytes_without_blocks(model: LanguageModel, rows: int, here: Job) -> int:
+    """The same of a model of baselines.py, in float32: that 16-bit products take less is not counted."""
+    c = model.config
+    if c.model == "bigram":  # its logits, those of the vocabulary alone, and their softmax
+        return 4 * rows * 3 * c.padded_vocab_size
+    if c.model == "mlp":  # the window, the hidden layer before and after its activation, what the head reads
+        kept = (c.window + 1) * c.n_embd + (3 if c.mlp == "swiglu" else 2) * c.hidden
+    else:  # so many C a layer are kept on a CPU, cuDNN keeps fewer; the vectors, the norm's input and output
+        kept = ({"rnn": 2, "gru": 8, "lstm": 16}[c.model] * c.n_layer + 3) * c.n_embd
+    return 4 * rows * kept + _head_bytes(model, rows, here)
+
+
+def _head_bytes(model: LanguageModel, rows: int, here: Job) -> int:
+    """Of the head's gradient, and of the logits that exist at a time."""
     chunk = gpt.LOGITS_CHUNK_BYTES_CUDA if here.device.type == "cuda" else gpt.LOGITS_CHUNK_BYTES
     softmax = 3 * chunk if here.device.type == "cuda" else 4 * gpt.SOFTMAX_ELEMENTS
-    head = 4 * model.wte.weight.numel() + min(chunk + softmax, 8 * rows * c.padded_vocab_size)  # its gradient, logits
-    return blocks + last_norm + head
+    return 4 * model.head.numel() + min(chunk + softmax, 8 * rows * model.config.padded_vocab_size)
 
 
 def checkpoints_kept(run: RunFolder, steps_between_saves: int, max_iters: int) -> int:

@@ -140,7 +140,7 @@ def write_sample(model: LanguageModel, tokenizer: Tokenizer, prompt: str, ids: t
                  config: SampleConfig) -> None:
     """Print the prompt and, token by token, what the model writes behind it."""
     sampler = Sampler(config.temperature, config.top_k or None, config.top_p if config.top_p < 1 else None)
-    tokens = model.stream(ids.to(model.wte.weight.device), config.max_new_tokens, sampler, cache=cache)
+    tokens = model.stream(ids.to(model.head.device), config.max_new_tokens, sampler, cache=cache)
     print(prompt, end="", flush=True)
     for text in tokenizer.decode_stream(int(token) for token in tokens):
         print(text, end="", flush=True)

@@ -39,7 +39,7 @@ import distributed
 import files
 import optim
 import preflight
-from baselines import build
+from baselines import build, count_pairs, fit_bigram
 from checkpoint import Progress, RunConfig, RunFolder
 from data import (
     DataConfig,
@@ -87,6 +87,8 @@ class TrainConfig:
     compile: Literal["auto", "True", "False"] = "auto"  # torch.compile the blocks; auto = on CUDA only
     attention: Literal["auto", "sdpa", "math", "flash3"] = "auto"  # kernel; auto = FlashAttention-3 where it runs
     activation_checkpointing: bool = False  # run the blocks again in the backward pass: less memory, more time
+    bigram_counts: bool = False  # with model=bigram: its best table, by counting; evaluate and save it, make no updates
+    bigram_k: float = 1.0  # what is added to each of the counts, so that no pair is impossible
     max_minutes: float = 0.0  # save and stop so many minutes after the launch, ahead of a time limit; 0 = never
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -102,6 +104,8 @@ def main(argv: list[str]) -> None:
     if config.init_from == "resume":
         config.init_from, config.run.resume = "scratch", "must"
     check_options(config)
+    if config.bigram_counts:
+        config.max_iters = 0
     with distributed.job(config.where, config.parallel) as here:
         report = Reporter(Path(config.run.out_dir), config.log, config.max_iters, here)
         with RunFolder(config.run, here, report.say) as run:
@@ -133,7 +137,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     trainer = checkpoint.fresh_state() if elsewhere else run.start(lock=not config.eval_only)
 
     # 3) The model: weights from the run's checkpoint, from elsewhere, or fresh. Then the batch, which needs its shape.
-    model = build_model(config, given, data, trainer["folder"], here)
+    model = build_model(config, given, data, trainer["folder"], report, here)
     if config.init_from != "scratch":
         adopt_shape(config, given, model)
     block_size = model.config.block_size
@@ -291,6 +295,7 @@ def check_options(config: TrainConfig) -> None:
         ("save_interval", config.run.save_interval, config.run.save_interval >= 0, "0 or more"),
         ("keep_last", config.run.keep_last, config.run.keep_last >= 0, "0 or more"),
         ("keep_every", config.run.keep_every, config.run.keep_every >= 0, "0 or more"),
+        ("bigram_k", config.bigram_k, config.bigram_k > 0, "positive"),
         ("max_minutes", config.max_minutes, config.max_minutes >= 0, "0 or more"),
         ("timeout_s", config.parallel.timeout_s, config.parallel.timeout_s > 0, "positive"),
         ("learning_rate", o.learning_rate, o.learning_rate > 0, "positive"),
@@ -309,6 +314,9 @@ def check_options(config: TrainConfig) -> None:
         faults.append("overwrite=True needs resume=never, which says that the old run is to go")
     if o.schedule != "cosine" and not o.decay_lr:
         faults.append(f"schedule={o.schedule} needs decay_lr=True; decay_lr=False is learning_rate throughout")
+    if config.bigram_counts and (config.model.model != "bigram" or config.init_from != "scratch"):
+        faults.append(f"bigram_counts=True counts the table of --model=bigram --init_from=scratch, not of model="
+                      f"{config.model.model}, init_from={config.init_from}")
     if faults:
         raise ValueError("; ".join(faults))
 
@@ -329,7 +337,7 @@ def check_same_run(config: TrainConfig, trainer: Mapping[str, Any], now: Mapping
                    + (f"; changed: {'; '.join(changed.values())}" if changed else ""))
 
 
-def build_model(config: TrainConfig, given: Mapping[str, str], data: Mixture, folder: str | None,
+def build_model(config: TrainConfig, given: Mapping[str, str], data: Mixture, folder: str | None, report: Reporter,
                 here: Job) -> LanguageModel:
     """The model on its device: rank 0 makes or reads it on the host, and every rank gets its part from there."""
     torch.manual_seed(config.seed)
@@ -342,7 +350,8 @@ def build_model(config: TrainConfig, given: Mapping[str, str], data: Mixture, fo
         elif config.init_from != "scratch":
             made.append(adapt(checkpoint.load_model(config.init_from, dropout=dropout), config, given, data))
         else:
-            made.append(build(GPTConfig(**asdict(config.model) | {"vocab_size": data.vocab_size})))
+            shape = GPTConfig(**asdict(config.model) | {"vocab_size": data.vocab_size})
+            made.append(count_bigram(shape, data, config.bigram_k, report) if config.bigram_counts else build(shape))
         return made[0].config
 
     model_config = distributed.on_rank0(make, here)
@@ -351,6 +360,20 @@ def build_model(config: TrainConfig, given: Mapping[str, str], data: Mixture, fo
     with torch.device("meta"):
         model = build(model_config)
     return distributed.lay_out(model, made[0].state_dict() if made else None, here)
+
+
+def count_bigram(shape: GPTConfig, data: Mixture, k: float, report: Reporter) -> LanguageModel:
+    """The bigram whose table fits the train split best. Raises ValueError for a mixture, whose shares are of sequences
+    drawn, not of what there is to count."""
+    if len(data.datasets) > 1:
+        raise ValueError(f"bigram_counts=True counts one data set, not a mixture of {', '.join(data.datasets)}: choose "
+                         "one of them, or train on the mixture without --bigram_counts")
+    split, = data.splits("train").values()
+    counts = count_pairs(split.shards, data.vocab_size)
+    model = build(shape)
+    loss = fit_bigram(model, counts, k)
+    report.say(f"counted {counts.sum():,} pairs of tokens; with {k:g} added to each count the train loss is {loss:.4f}")
+    return model
 
 
 def adopt_shape(config: TrainConfig, given: Mapping[str, str], model: LanguageModel) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, TEXT, TINY_RUN, records_of, write_shard
 
+from baselines import build
 from data import EvalOrder
 from distributed import Job
 from metrics import cut_metrics, flops_per_token, peak_flops, validation_loss
@@ -48,6 +49,8 @@ def test_validation_loss_is_the_mean_over_every_target(tmp_path, model):
 def test_flops_are_6n_plus_12lhqt(model):
     params = 11 * 8 + 8 + 8 + 8 + 12 * 8 * 8  # tokens, three norms, and the block's four matrices
     assert flops_per_token(model) == 6 * params + 12 * 1 * 2 * 4 * 8
+    lstm = build(GPTConfig(model="lstm", block_size=8, vocab_size=11, n_layer=1, n_embd=8))
+    assert flops_per_token(lstm) == 6 * (11 * 8 + 2 * 4 * 8 * 8 + 8)  # it has no attention
 
 
 @pytest.mark.parametrize(("name", "peak"), [

@@ -8,6 +8,7 @@ import torch
 from conftest import TINY_RUN
 
 import preflight
+from baselines import build
 from checkpoint import RunConfig, RunFolder
 from data import BatchPlan
 from distributed import Job
@@ -55,6 +56,20 @@ def test_activations_are_about_what_autograd_keeps(checkpointing, dtype):
         weights_cast = 2 * sum(p.numel() for block in model.h for p in block.parameters())
     again = 16 * 64 * 128 * (8 + 11 * dtype.itemsize) * checkpointing  # one block runs anew in the backward pass
     assert estimate - head - again == pytest.approx(really - weights_cast, rel=0.2)
+
+
+@pytest.mark.parametrize("kind", ["bigram", "mlp", "rnn", "lstm", "gru"])
+def test_activations_of_the_baselines_are_about_what_autograd_keeps(kind):
+    model = build(GPTConfig(model=kind, block_size=512, vocab_size=1000, n_layer=3, n_embd=64))
+    estimate = preflight.activation_bytes(model, 1, HERE)
+    if kind == "bigram":  # what its loss makes on the way is not kept
+        assert estimate == 3 * 4 * 512 * 1024
+    else:
+        head = 4 * model.head.numel() + 2 * 4 * 512 * 1024
+        assert estimate - head == pytest.approx(preflight._kept_bytes(model, HERE), rel=0.3)
+    sharded = Job(0, 4, torch.device("cpu"), torch.float32, "fsdp")
+    count = sum(p.numel() for p in model.parameters())
+    assert preflight.state_bytes(model, BatchPlan(8, 1, 2, 4), sharded) == 4 * count + 8 * count + 4 * count
 
 
 def test_a_checkpoint_is_as_large_as_was_said(tmp_path):
