@@ -90,8 +90,8 @@ def count_pairs(shards: Iterable[np.ndarray], vocab_size: int) -> np.ndarray:
 
 @torch.no_grad()
 def fit_bigram(model: Bigram, counts: np.ndarray, k: float) -> float:
-    """Make the table the logarithms of (counts + k) / (their row's sum), the best there is for k = 0; `k` > 0 leaves
-    no pair impossible. Gives the mean loss of the counted pairs, in nats, which is their conditional entropy then."""
+    """Make the table the logarithms of (counts + k) / (their row's sum), with k > 0, which leaves no pair impossible;
+    the smaller it is, the better the counted pairs are fitted. Gives their mean loss, in nats."""
     loss, size = 0.0, len(counts)
     for start in range(0, size, max(1, CHUNK_CELLS // size)):
         rows = counts[start:start + max(1, CHUNK_CELLS // size)]

@@ -441,7 +441,7 @@ class LanguageModel(nn.Module):
         return None, self._loss(x, targets) / num_targets
 
     def num_params(self, non_embedding: bool = True) -> int:
-        """Parameters, padding rows aside; `non_embedding` leaves out the positions (the token table is the head)."""
+        """Parameters, padding rows aside; `non_embedding` leaves out the positions (a tied token table is the head)."""
         padding = self.config.padded_vocab_size - self.config.vocab_size
         tables = [p for name, p in self.named_parameters() if name in ("wte.weight", "lm_head.weight")]
         total = sum(p.numel() for p in self.parameters()) - sum(padding * p.size(1) for p in tables)
@@ -523,8 +523,8 @@ class LanguageModel(nn.Module):
 
     @staticmethod
     def from_pretrained(source: str, **overrides: Any) -> LanguageModel:
-        """Load a GPT-2 or a Llama: a hub id (`gpt2` ... `gpt2-xl`, `owner/name`), a Hugging Face folder, a checkpoint
-        or run folder, or nanoGPT's ckpt.pt. `overrides` replace fields of the configuration that do not change the
+        """Load a model: a hub id (`gpt2` ... `gpt2-xl`, `owner/name`) or Hugging Face folder of a GPT-2 or Llama, a
+        checkpoint or run folder of ours, or nanoGPT's ckpt.pt. `overrides` replace fields of the configuration that do not change the
         weights' shapes (dropout). Raises ValueError or OSError in words for a user."""
         from baselines import build
         from weights import load_pretrained
