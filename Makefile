@@ -2,6 +2,7 @@
 # make test      lint, tests, and the README's commands
 # make soak      every way to kill, hang and starve a run that the tests know (eight minutes on two cores)
 # make test-gpu  the main job on a machine with an NVIDIA GPU; make bench-gpu measures it there
+# make zoo       what every model and option is worth, as the table in docs/models.md (half an hour on two cores)
 # make install   .venv with all that the program and the tests need
 # Each makes .venv first where it is missing. PYTHON=python3.12 picks another interpreter, 3.10 or newer.
 
@@ -9,7 +10,7 @@ PYTHON ?= python3
 PY = .venv/bin/python
 ARGS =
 
-.PHONY: demo test soak test-gpu bench-gpu install lint
+.PHONY: demo test soak test-gpu bench-gpu zoo install lint
 
 demo: .venv/.run
 	$(PY) prepare_data.py python_stdlib
@@ -27,6 +28,10 @@ test-gpu: .venv/.dev
 
 bench-gpu: .venv/.dev
 	$(PY) bench.py gpu --config=config/gpt2_124m.py
+
+zoo: .venv/.run
+	test -e data/shakespeare_char || $(PY) prepare_data.py shakespeare_char $(ARGS)
+	$(PY) zoo.py
 
 lint: .venv/.dev
 	$(PY) -m ruff check .

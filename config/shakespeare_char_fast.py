@@ -15,12 +15,13 @@ n_layer = 4
 n_head = 4
 n_embd = 128
 pos = "rope"
+norm = "rmsnorm"
 qk_norm = True
 mlp = "relu2"
 
 optimizer = "muon"
 muon_lr = 2e-2
-learning_rate = 3e-3
+learning_rate = 1e-2
 schedule = "linear"
 max_iters = 400
 lr_decay_iters = 400
