@@ -132,7 +132,7 @@ class Mixture:
         """A split of each data set. Raises ValueError for one that lacks it."""
         for dataset in self.datasets.values():
             if name not in dataset.splits:
-                raise ValueError(f"{dataset.folder} has no {name} split")
+                raise ValueError(f"{dataset.folder} has no {name} split: it has {' and '.join(dataset.splits)}")
         return {key: dataset.splits[name] for key, dataset in self.datasets.items()}
 
 

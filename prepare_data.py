@@ -56,7 +56,7 @@ from pipeline import (
 )
 from shards import DATA_DIR
 from sources import SOURCES, Part, SourceConfig, text_of
-from tokenizer import Tokenizer, make_tokenizer
+from tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 from unfinished import Unfinished, describe, plural, wait_for
 
 BPE_BYTES = 500 << 20  # text that a bpe is trained on, at most
@@ -70,6 +70,7 @@ class PrepareConfig:
     source: SourceConfig = field(default_factory=SourceConfig)
     tokens: TokensConfig = field(default_factory=TokensConfig)
     name: str = ""  # the folder in data/ to make; default: the source's or the input's name
+    show_merges: bool = False  # print what a bpe has learned: every merge, in order
     verify: str = ""  # only check every checksum, count and token id of this dataset folder
     info: str = ""  # only show what is in this dataset folder
 
@@ -85,10 +86,18 @@ def main(argv: list[str]) -> None:
     source = SOURCES.get(config.source.dataset, sources.Source())
     if config.tokens.val_fraction is None:
         config.tokens.val_fraction = source.val_fraction
-    if config.tokens.tokenizer == "auto":
-        config.tokens.tokenizer = source.tokenizer
-    prepare(config, *ranks())
+    config.tokens.tokenizer = kind_of(config)
+    rank, world_size = ranks()
+    prepare(config, rank, world_size)
+    if config.show_merges and rank == 0:
+        show_merges(DATA_DIR / folder_name(config))
     return None
+
+
+def kind_of(config: PrepareConfig) -> str:
+    """The tokenizer asked for, else the source's own."""
+    kind, source = config.tokens.tokenizer, SOURCES.get(config.source.dataset, sources.Source())
+    return source.tokenizer if kind == "auto" else kind
 
 
 def check_options(config: PrepareConfig, given: Mapping[str, str]) -> None:
@@ -115,6 +124,8 @@ def check_options(config: PrepareConfig, given: Mapping[str, str]) -> None:
         faults.append(f"test_fraction={test} must be at least 0 and below 0.9")
     if not 0 < tokens.shard_tokens < 2**31:
         faults.append(f"shard_tokens={tokens.shard_tokens} must be positive, and below 2**31, which its header can say")
+    if config.show_merges and not looking and (kind := kind_of(config)) != "bpe":
+        faults.append(f"show_merges: the {kind} tokenizer learns no merges from the text, --tokenizer=bpe does")
     if tokens.workers < 0:
         faults.append(f"workers={tokens.workers} must be 0 or more")
     if "name" in given and not FOLDER_NAME.fullmatch(config.name):
@@ -352,6 +363,16 @@ def show_info(folder: Path) -> None:
             window = tokens[start:start + 48]
             text = repr(tokenizer.decode(window)) if tokenizer else " ".join(map(str, window))
             print(f"\n{path.name}, tokens {start:,} to {start + len(window):,}:\n    {text}")
+
+
+def show_merges(folder: Path) -> None:
+    """Print the merges that the folder's tokenizer has learned: number, the two parts, and what they make."""
+    tokenizer = load_tokenizer(folder)
+    merges = tokenizer.merges()
+    print(f"{plural(len(merges), 'merge')}, in the order they were learned:")
+    for number, rule in enumerate(merges, 1):
+        left, right, made = map(tokenizer.spell, rule)
+        print(f"{number:6}  {left:>12} + {right:12} = {made}")
 
 
 if __name__ == "__main__":

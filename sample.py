@@ -3,14 +3,21 @@
     python sample.py --out_dir=out/shakespeare_char_cpu              the best checkpoint of a run
     python sample.py --init_from=gpt2 --prompt="The meaning of life" a hub id, a model folder, a checkpoint, a ckpt.pt
     python sample.py --init_from=gpt2-xl --prompt=FILE:prompt.txt    the prompt from a file
+    python sample.py --out_dir=out/run --split=val --num_samples=5   prompts from the data, beside how they really go on
+    python sample.py --out_dir=out/run --interactive=True            each line typed is continued; Ctrl-D ends it
+    python sample.py --out_dir=out/run --show_probs=5                what each token was drawn from, as a table
 
-Text appears as it is written. Keys and defaults are nanoGPT's (but device, dtype and compile, which are `auto`);
---start is another name of --prompt.
+Text appears as it is written. Keys and defaults are nanoGPT's where it has them (but device, dtype and compile, which
+are `auto`); --start is another name of --prompt.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -25,15 +32,13 @@ import torch
 
 import checkpoint
 import distributed
+import prompts
 import weights
 from device import DeviceConfig
 from distributed import Job
 from model import Cache, LanguageModel
-from sampling import Sampler
-from shards import DATA_DIR, folder_tokenizer
-from tokenizer import GPT2_VOCAB_SIZE, GPT2Tokenizer, Tokenizer, load_tokenizer
-
-NANOGPT_VOCAB_SIZE = 50304  # GPT-2's 50,257 tokens, rounded up
+from sampling import Sampler, Stage, table
+from tokenizer import Tokenizer
 
 
 @dataclass
@@ -41,19 +46,26 @@ class SampleConfig:
     init_from: str = "resume"  # gpt2 ... gpt2-xl, a hub id, a model or run folder, ckpt.pt; resume: the run in out_dir
     out_dir: str = "out"  # run folder; its best checkpoint writes
     prompt: str = ""  # what to continue; FILE:path reads it from a file; empty: end-of-text, or else a newline
+    interactive: bool = False  # continue each line of the standard input; Ctrl-D or Ctrl-C ends it
+    split: Literal["train", "val", "test"] | None = None  # continue prompts from this split of the data, and show both
+    dataset: str = ""  # with split: the data set or mixture; empty: what the run was trained on
+    prompt_tokens: int = 0  # with split: tokens of each prompt; 0 = half of the model's block_size
     num_samples: int = 10  # samples to draw
     max_new_tokens: int = 500  # tokens in each
     temperature: float = 0.8  # below 1 more predictable, above 1 more random, 0 = always the likeliest token
     top_k: int = 200  # draw among this many likeliest tokens; 0 = all
     top_p: float = 1.0  # draw among the likeliest tokens that hold this much probability; 1 = all
+    min_p: float = 0.0  # draw among the tokens at least this share as likely as the likeliest; 0 = all
+    repetition_penalty: float = 1.0  # above 1: tokens that were there before, prompt included, become less likely
+    show_probs: int = 0  # for each token show so many candidates, before and after each filter; 0 = none
     seed: int = 1337  # the same seed writes the same text
     compile: Literal["auto", "True", "False"] = "auto"  # torch.compile the step of a token; auto = on CUDA only
     where: DeviceConfig = field(default_factory=DeviceConfig)
 
 
 def main(argv: list[str]) -> None:
-    config, _ = settings.parse(SampleConfig, argv, usage=__doc__, aliases={"start": "prompt"})
-    check_options(config)
+    config, given = settings.parse(SampleConfig, argv, usage=__doc__, aliases={"start": "prompt"})
+    check_options(config, given)
     with distributed.job(config.where) as here:
         sample(config, here)
 
@@ -61,90 +73,118 @@ def main(argv: list[str]) -> None:
 def sample(config: SampleConfig, here: Job) -> None:
     """Print the samples, and the speed they were written at."""
     source = config.out_dir if config.init_from == "resume" else config.init_from
-    prompt = read_prompt(config.prompt)
+    prompt = prompts.read(config.prompt)
     path = weights.resolve(source)
     model = checkpoint.load_model(str(path)).to(here.device, here.dtype)  # what costs time is reading the weights
     model.compile_decoding = config.compile == "True" or (config.compile == "auto" and here.device.type == "cuda")
-    tokenizer = find_tokenizer(path, model)
-    ids = encode_prompt(tokenizer, prompt)
+    tokenizer = prompts.find_tokenizer(path, model.config.vocab_size)
+    windows = draw_windows(config, path, model, tokenizer) if config.split else None
+    ids = prompts.encode(tokenizer, prompt)
     print(f"{source}: {model.num_params(non_embedding=False):,} parameters on {here.device}, {here.dtype}", flush=True)
     torch.manual_seed(config.seed)
     began = time.perf_counter()
-    cache = model.make_cache(batch_size=1, num_tokens=ids.size(1) + config.max_new_tokens)
-    for _ in range(config.num_samples):
-        write_sample(model, tokenizer, prompt, ids, cache, config)
-    seconds = time.perf_counter() - began
-    print(f"{config.num_samples * config.max_new_tokens / seconds:.1f} tokens/s")
+    if config.interactive:
+        converse(model, tokenizer, config)
+    elif windows is not None:
+        continue_windows(model, tokenizer, windows, config)
+    else:
+        cache = model.make_cache(batch_size=1, num_tokens=ids.size(1) + config.max_new_tokens)
+        for _ in range(config.num_samples):
+            write_sample(model, tokenizer, prompt, ids, cache, config)
+    if not config.interactive:  # there most of the time is the user's
+        seconds = time.perf_counter() - began
+        print(f"{config.num_samples * config.max_new_tokens / seconds:.1f} tokens/s")
 
 
-def check_options(config: SampleConfig) -> None:
+def check_options(config: SampleConfig, given: Mapping[str, str]) -> None:
     """Raises ValueError that lists all faults."""
     faults = [f"{key}={getattr(config, key)} must be {what}" for key, ok, what in (
         ("num_samples", config.num_samples >= 1, "at least 1"),
         ("max_new_tokens", config.max_new_tokens >= 0, "0 or more"),
-        ("temperature", config.temperature >= 0, "0 or more"),
         ("top_k", config.top_k >= 0, "0 (all tokens) or more"),
-        ("top_p", 0 < config.top_p <= 1, "above 0 and at most 1"),
+        ("show_probs", config.show_probs >= 0, "0 (none) or more"),
+        ("prompt_tokens", config.prompt_tokens >= 0, "0 (half of block_size) or more"),
         ("seed", 0 <= config.seed < 2**63, "0 or more, below 2**63"),
     ) if not ok]
+    try:
+        make_sampler(config)
+    except ValueError as error:
+        faults.append(str(error))
+    why, unwanted = "--dataset and --prompt_tokens are for --split=train, val or test", ("dataset", "prompt_tokens")
+    if config.interactive:
+        why, unwanted = "--interactive reads its prompts line by line, and continues each once", (
+            "prompt", "split", "dataset", "prompt_tokens", "num_samples")
+    elif config.split:
+        why, unwanted = f"--split={config.split} takes its prompts from the data", ("prompt",)
+    if found := [f"--{key}" for key in unwanted if key in given]:
+        faults.append(f"{why}: leave out {' '.join(found)}")
     if faults:
         raise ValueError("; ".join(faults))
 
 
-def read_prompt(prompt: str) -> str:
-    """The prompt itself, or the content of the file that FILE:path names."""
-    if not prompt.startswith("FILE:"):
-        return prompt
-    try:
-        return Path(prompt[5:]).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{prompt[5:]} is no UTF-8 text: {error}") from None
-
-
-def find_tokenizer(path: Path, model: LanguageModel) -> Tokenizer:
-    """The tokenizer of the model at path: beside it, nanoGPT's by the data set it was trained on, or GPT-2's.
-
-    Raises ValueError when there is none for a vocabulary that is not GPT-2's."""
-    vocab_size, looked_in = model.config.vocab_size, path
-    if (path / "tokenizer.json").is_file():
-        return load_tokenizer(path)
-    if path.is_file():
-        looked_in = DATA_DIR / str((weights.read_nanogpt(path).get("config") or {}).get("dataset"))
-        tokenizer = folder_tokenizer(looked_in, vocab_size) if looked_in.is_dir() else None
-        if tokenizer and tokenizer.vocab_size <= vocab_size:
-            return tokenizer
-    if GPT2_VOCAB_SIZE <= vocab_size <= NANOGPT_VOCAB_SIZE:
-        return GPT2Tokenizer()
-    raise ValueError(f"no tokenizer for the model's {vocab_size} tokens: {looked_in} has no tokenizer.json"
-                     + (" and no meta.pkl" if path.is_file() else ""))
-
-
-def encode_prompt(tokenizer: Tokenizer, prompt: str) -> torch.Tensor:
-    """Ids (1, T) of the prompt; an empty one starts from end-of-text where there is such a token, else a newline (or,
-    in a vocabulary without one, token 0). Raises ValueError for text that cannot be encoded."""
-    if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise ValueError("the prompt is no valid text: the terminal did not send it as UTF-8")
-    if prompt:
-        ids = tokenizer.encode_prompt(prompt)
-    elif tokenizer.eot_id is not None:
-        ids = np.array([tokenizer.eot_id])
-    else:
-        try:
-            ids = tokenizer.encode("\n")
-        except ValueError:
-            ids = np.array([0])
-    return torch.from_numpy(ids.astype(np.int64))[None, :]
+def make_sampler(config: SampleConfig) -> Sampler:
+    """Raises ValueError that lists all faults."""
+    return Sampler(config.temperature, max(config.top_k, 0) or None, config.top_p, config.min_p or None,
+                   config.repetition_penalty)
 
 
 def write_sample(model: LanguageModel, tokenizer: Tokenizer, prompt: str, ids: torch.Tensor, cache: Cache,
                  config: SampleConfig) -> None:
-    """Print the prompt and, token by token, what the model writes behind it."""
-    sampler = Sampler(config.temperature, config.top_k or None, config.top_p if config.top_p < 1 else None)
+    """Print the prompt and, token by token, what the model writes behind it; with show_probs first a table of each."""
+    sampler, numbers = make_sampler(config), itertools.count(1)
+
+    def show(stages: list[Stage], token: torch.Tensor) -> None:
+        print(f"token {next(numbers)}: {tokenizer.spell(int(token))}")
+        print(table(stages, token, config.show_probs, tokenizer.spell), end="\n\n", flush=True)
+
+    sampler.watch = show if config.show_probs else None
     tokens = model.stream(ids.to(model.wte.weight.device), config.max_new_tokens, sampler, cache=cache)
-    print(prompt, end="", flush=True)
-    for text in tokenizer.decode_stream(int(token) for token in tokens):
+    texts = itertools.chain([prompt], tokenizer.decode_stream(int(token) for token in tokens))
+    for text in list(texts) if config.show_probs else texts:
         print(text, end="", flush=True)
     print("\n---------------", flush=True)
+
+
+def draw_windows(config: SampleConfig, path: Path, model: LanguageModel, tokenizer: Tokenizer) -> np.ndarray:
+    """A prompt and what follows it for each sample, (num_samples, prompt_tokens + max_new_tokens) int64."""
+    data = prompts.open_data(path, config.dataset, model.config.vocab_size, tokenizer)
+    prompt_tokens = config.prompt_tokens or max(1, model.config.block_size // 2)
+    return prompts.draw_windows(data, config.split, config.num_samples, prompt_tokens + config.max_new_tokens,
+                                config.seed)
+
+
+def continue_windows(model: LanguageModel, tokenizer: Tokenizer, windows: np.ndarray, config: SampleConfig) -> None:
+    """Print the prompt that each row begins with, how the data goes on, and how the model does."""
+    new = config.max_new_tokens
+    cache = model.make_cache(batch_size=1, num_tokens=windows.shape[1])
+    for number, row in enumerate(windows, 1):
+        ids, truth = row[:len(row) - new], row[len(row) - new:]
+        print(f"=== {number} of {len(windows)}, {config.split} split: prompt, {len(ids)} tokens ===")
+        print(f"{tokenizer.decode(ids)}\n=== true continuation, {new} tokens ===")
+        print(f"{tokenizer.decode(truth)}\n=== model's continuation, {new} tokens ===", flush=True)
+        cache.clear()
+        write_sample(model, tokenizer, "", torch.from_numpy(ids)[None, :], cache, config)
+
+
+def converse(model: LanguageModel, tokenizer: Tokenizer, config: SampleConfig) -> None:
+    """Continue each line of the standard input, to its end or Ctrl-C. A line that cannot be encoded is only said."""
+    is_terminal, room, cache = sys.stdin.isatty(), 0, Cache()
+    sys.stdin.reconfigure(errors="surrogateescape")  # prompts.encode has words for what is no text
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            prompt = input("> " if is_terminal else "")
+            try:
+                ids = prompts.encode(tokenizer, prompt)
+            except ValueError as error:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                continue
+            cache.clear()
+            if (num_tokens := ids.size(1) + config.max_new_tokens) > room:
+                room = -(-num_tokens // 1024) * 1024  # so that a longer line rarely needs a new one, compiled anew
+                cache = model.make_cache(batch_size=1, num_tokens=room)
+            write_sample(model, tokenizer, prompt, ids, cache, config)
+    if is_terminal:
+        print()
 
 
 if __name__ == "__main__":

@@ -89,6 +89,19 @@ class Tokenizer:
                 held, shown = [], 0
         yield self.decode(held)[shown:]
 
+    def spell(self, token: int) -> str:
+        """A token as people tell it from others: its text quoted, or its bytes where they are no whole characters."""
+        text = self.decode([token])
+        piece = self.hf.id_to_token(token) if "\ufffd" in text else None
+        if piece and set(piece) <= set(alphabet := _byte_alphabet()):
+            return repr(bytes(map(alphabet.index, piece)))
+        return repr(text)
+
+    def merges(self) -> list[tuple[int, int, int]]:
+        """(left, right, what they make), ids, of every merge rule of a BPE in the order it was learned; else []."""
+        rules = json.loads(self.hf.to_str())["model"].get("merges", [])
+        return [tuple(map(self.hf.token_to_id, (left, right, left + right))) for left, right in rules]
+
     def save(self, folder: str | Path, model_max_length: int | None = None) -> None:
         """Write tokenizer.json and tokenizer_config.json into a folder that exists."""
         folder = Path(folder)

@@ -938,3 +938,37 @@ def test_info_decodes_gpt2s_tokens(cli, tmp_path, gpt2_tokenizer):
     assert "tokenizer gpt2, vocabulary of 50,257" in out
     assert "quick brown foxThe quick" in out
     assert "lazy dogs lazy dogs" in out
+
+
+def test_show_merges_prints_rules_that_lead_from_bytes_to_the_vocabulary(cli):
+    text = "é日本 the the\tthen 日本 é " * 30 + TEXT
+    Path("text.txt").write_text(text, encoding="utf-8")
+    command = ("prepare_data", "--input=text.txt", "--name=made", "--tokenizer=bpe", "--vocab_size=300")
+    assert "merge" not in cli(*command).out
+    shown, again = (cli(*command[:2], f"--name={name}", *command[3:], "--show_merges=True").out
+                    for name in ("other", "made"))
+    table = shown.partition("merges, in the order they were learned:\n")[2]
+    assert again.partition("learned:\n")[2] == table
+    rules = re.findall(r"^ +(\d+) +(b?'.*?') \+ (b?'.*?') += (b?'.*')$", table, re.MULTILINE)
+    assert len(rules) == len(table.splitlines()) == 300 - 257
+    known = {bytes([byte]) for byte in range(256)}
+    for rank, (number, *rule) in enumerate(rules, 1):
+        left, right, made = (part if isinstance(part, bytes) else part.encode() for part in map(ast.literal_eval, rule))
+        assert int(number) == rank
+        assert {left, right} <= known
+        assert left + right == made
+        assert made not in known
+        known.add(made)
+    tokenizer = load_tokenizer("data/made")
+    vocab = {ast.literal_eval(tokenizer.spell(i)) for i in range(1, 300)}
+    assert {part if isinstance(part, bytes) else part.encode() for part in vocab} == known
+    assert "b'\\xc3' + b'\\xa9' " in table
+    assert "' the'" in table
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "gpt2"])
+def test_show_merges_is_for_bpe(refused, kind):
+    Path("text.txt").write_text(TEXT)
+    assert f"show_merges: the {kind} tokenizer learns no merges from the text, --tokenizer=bpe does" in refused(
+        "prepare_data", "--input=text.txt", "--name=made", f"--tokenizer={kind}", "--show_merges")
+    assert not Path("data").exists()

@@ -1,15 +1,22 @@
 """sample.py: every way to name a model and a prompt, and what comes out."""
 
+import ast
+import io
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY_RUN, run_process
+from conftest import ROOT, TEXT, TINY_RUN, run_process
 from test_train import headerless
 from test_weights import make_hub_cache, save_nanogpt
 
 from model import GPT
+from sampling import Sampler
+from shards import open_dataset
 from tokenizer import ByteTokenizer, load_tokenizer
 
 LINE = "\n---------------\n"
@@ -30,12 +37,14 @@ def samples(result) -> list[str]:
 
 def test_a_sample_is_what_generate_gives(cli, trained):
     options = ("--out_dir=out/tiny", "--prompt=the quick", "--num_samples=2", "--max_new_tokens=40", "--top_k=5",
-               "--top_p=0.9", "--temperature=0.7", "--seed=3", "--device=cpu")
+               "--top_p=0.9", "--min_p=0.02", "--repetition_penalty=1.1", "--temperature=0.7", "--seed=3",
+               "--device=cpu")
     texts = samples(cli("sample", *options))
     model, tokenizer = GPT.from_pretrained("out/tiny"), load_tokenizer("out/tiny/checkpoints/best")
     torch.manual_seed(3)
     ids = torch.from_numpy(tokenizer.encode("the quick").astype("int64"))[None]
-    assert texts == [tokenizer.decode(model.generate(ids, 40, 0.7, 5, 0.9)[0]) for _ in range(2)]
+    assert texts == [tokenizer.decode(model.generate(ids, 40, 0.7, 5, top_p=0.9, min_p=0.02,
+                                                     repetition_penalty=1.1)[0]) for _ in range(2)]
     assert samples(cli("sample", *options)) == texts
     assert samples(cli("sample", *options, "--seed=4")) != texts
 
@@ -101,6 +110,17 @@ def test_a_nanogpt_checkpoint_samples_with_its_data_sets_characters(cli, tmp_pat
     (["--prompt=caf\udce9"], "the prompt is no valid text"),
     (["--seed=99999999999999999999"], "below 2**63"),
     (["--temperature=-1", "--top_p=0"], "temperature=-1.0 must be 0 or more; top_p=0.0 must be above 0"),
+    (["--min_p=2", "--repetition_penalty=0", "--show_probs=-1"], "show_probs=-1 must be 0 (none) or more; min_p=2.0 "
+     "must be above 0 and at most 1; repetition_penalty=0.0 must be above 0"),
+    (["--split=dev"], "split='dev' is not one of train, val, test"),
+    (["--split=test"], "data/tiny has no test split: it has train and val"),
+    (["--split=val", "--prompt=a"], "--split=val takes its prompts from the data: leave out --prompt"),
+    (["--split=val", "--prompt_tokens=-1"], "prompt_tokens=-1 must be 0 (half of block_size) or more"),
+    (["--split=val", "--max_new_tokens=5000"], "in its longest shard, and a prompt with what follows takes 5008"),
+    (["--split=val", "--dataset=other"], "no data set 'other' in data/; make it with"),
+    (["--dataset=tiny"], "--dataset and --prompt_tokens are for --split=train, val or test: leave out --dataset"),
+    (["--interactive", "--start=a", "--split=val"], "continues each once: leave out --prompt --split"),
+    (["--interactive", "--num_samples=2"], "leave out --num_samples"),
     (["--max_tokens=3"], "did you mean 'max_new_tokens'?"),
     (["--init_from=out/none"], "could not get out/none"),
     (["--out_dir=data"], "data holds no model"),
@@ -113,3 +133,145 @@ def test_bad_input_is_one_line(refused, trained, monkeypatch, options, message):
 def test_a_model_without_any_tokenizer_says_where_one_was_looked_for(refused, tmp_path):
     save_nanogpt(tmp_path / "ckpt.pt")
     assert "no tokenizer for the model's 101 tokens: data/tiny" in refused("sample", "--init_from=ckpt.pt")
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe", "gpt2"])
+def test_every_tokenizer_trains_and_samples(cli, request, tmp_path, kind):
+    if kind == "gpt2":
+        request.getfixturevalue("gpt2_tokenizer")
+    Path("text.txt").write_text(TEXT)
+    made = cli("prepare_data", "--input=text.txt", "--name=tiny", f"--tokenizer={kind}", "--vocab_size=300")
+    assert (made.code, cli("train", *TINY_RUN, "--max_iters=1").code) == (0, 0)
+    for options in (("--prompt=the quick",), ("--split=train",)):
+        out = cli("sample", "--out_dir=out/tiny", "--num_samples=1", "--max_new_tokens=5", "--show_probs=3", *options)
+        assert out.code == 0, out.err
+        assert out.out.count("> ") == 5
+
+
+# Prompts from the data
+
+
+def compared(out: str, split: str, num_samples: int, prompt_tokens: int, new_tokens: int) -> list[tuple[str, ...]]:
+    """Prompt, true continuation and model's continuation of each sample."""
+    found = re.findall(r"=== (\d+) of (\d+), (\w+) split: prompt, (\d+) tokens ===\n(.*?)\n=== true continuation, "
+                       r"(\d+) tokens ===\n(.*?)\n=== model's continuation, (\d+) tokens ===\n(.*?)\n-{15}\n", out,
+                       re.DOTALL)
+    assert [(first, *rest) for first, *rest in ((int(n), int(of), s, int(p), int(t), int(m)) for
+            n, of, s, p, _, t, _, m, _ in found)] == [
+        (n, num_samples, split, prompt_tokens, new_tokens, new_tokens) for n in range(1, num_samples + 1)]
+    return [(prompt, truth, written) for _, _, _, _, prompt, _, truth, _, written in found]
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_prompts_from_a_split_stand_beside_how_it_goes_on_and_what_the_model_writes(cli, split):
+    Path("tiny.txt").write_text(TEXT)
+    cli("prepare_data", "--input=tiny.txt", "--name=tiny", "--tokenizer=char", "--test_fraction=0.1")
+    assert cli("train", *TINY_RUN).code == 0
+    options = ("--out_dir=out/tiny", f"--split={split}", "--num_samples=3", "--max_new_tokens=30", "--temperature=0",
+               "--device=cpu", "--dtype=float32")
+    first = cli("sample", *options, "--prompt_tokens=11")
+    model, tokenizer = GPT.from_pretrained("out/tiny"), load_tokenizer("data/tiny")
+    held = tokenizer.decode(open_dataset("tiny").splits[split].shards[0])
+    rows = compared(first.out, split, 3, 11, 30)
+    assert len({prompt for prompt, _, _ in rows}) == 3
+    for prompt, truth, written in rows:
+        assert prompt + truth in held
+        ids = torch.from_numpy(tokenizer.encode(prompt).astype("int64"))[None]
+        assert prompt + written == tokenizer.decode(model.generate(ids, 30, temperature=0)[0])
+    again, other = (compared(cli("sample", *options, "--prompt_tokens=11", f"--seed={seed}").out, split, 3, 11, 30)
+                    for seed in (1337, 1))
+    assert again == rows
+    assert {prompt for prompt, _, _ in other} != {prompt for prompt, _, _ in rows}
+    assert compared(cli("sample", *options).out, split, 3, 8, 30)  # half of block_size
+
+
+def test_the_data_is_that_of_the_run_of_the_checkpoint_or_nanogpts_or_said(cli, refused, trained, tmp_path):
+    options = ("--split=val", "--num_samples=2", "--max_new_tokens=20", "--prompt_tokens=8")
+    rows = compared(cli("sample", "--out_dir=out/tiny", *options).out, "val", 2, 8, 20)
+    assert compared(cli("sample", "--init_from=out/tiny/checkpoints/latest", *options).out, "val", 2, 8, 20) == rows
+    assert compared(cli("sample", "--out_dir=out/tiny", *options, "--dataset=data/tiny").out, "val", 2, 8, 20) == rows
+    (tmp_path / "out" / "tiny" / "train_config.json").unlink()
+    assert "does not say what data it was trained on: add --dataset=NAME" in refused(
+        "sample", "--out_dir=out/tiny", *options)
+    headerless(tmp_path / "data" / "chars", meta=True)
+    assert "chars: made with another tokenizer than the model's" in refused(
+        "sample", "--out_dir=out/tiny", *options, "--dataset=chars")
+    (tmp_path / "data" / "tiny").rename(tmp_path / "data" / "ours")
+    (tmp_path / "data" / "chars").rename(tmp_path / "data" / "tiny")
+    save_nanogpt(tmp_path / "ckpt.pt", vocab_size=17)
+    assert compared(cli("sample", "--init_from=ckpt.pt", *options).out, "val", 2, 8, 20)
+
+
+# Candidates
+
+
+def test_show_probs_shows_what_each_token_was_drawn_from_and_changes_no_sample(cli, trained):
+    options = ("--out_dir=out/tiny", "--prompt=the quick", "--num_samples=2", "--max_new_tokens=4", "--top_k=6",
+               "--top_p=0.8", "--min_p=0.1", "--repetition_penalty=1.3", "--device=cpu", "--dtype=float32")
+    plain, shown = samples(cli("sample", *options)), samples(cli("sample", *options, "--show_probs=3"))
+    model, tokenizer = GPT.from_pretrained("out/tiny"), load_tokenizer("out/tiny/checkpoints/best")
+    for text, with_tables in zip(plain, shown):
+        *tables, end = with_tables.split("\n\n")
+        assert end == text
+        assert len(tables) == 4
+        for i, block in enumerate(tables, len("the quick")):
+            title, head, *rows = block.splitlines()
+            assert title == f"token {i - len('the quick') + 1}: {text[i]!r}"
+            assert head.split() == ["model", "repetition_penalty", "temperature", "top_k", "top_p", "min_p"]
+            assert {len(row) for row in rows} == {len(head)}
+            seen = torch.from_numpy(tokenizer.encode(text[:i]).astype("int64"))[None]
+            with torch.no_grad():
+                stages = Sampler(0.8, 6, 0.8, 0.1, 1.3).stages(model.eval()._next_logits(seen, None), seen)
+                probs = torch.cat([stage.probs() for stage in stages])
+            drawn = []
+            for row in rows[:-1]:
+                mark, name, cells = re.fullmatch(r"(.) ('.+?')  (.*)", row).groups()
+                column = probs[:, tokenizer.encode(ast.literal_eval(name))[0]].tolist()
+                assert [float(cell.strip("-%") or 0) / 100 for cell in cells.split()] == pytest.approx(column, abs=1e-4)
+                assert [cell == "-" for cell in cells.split()] == [share == 0 for share in column]
+                drawn += [name] if mark == ">" else []
+            assert drawn == [repr(text[i])]
+
+
+# Conversation
+
+
+def say(monkeypatch, data: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+
+
+def test_lines_that_are_typed_are_continued_one_by_one(cli, trained, monkeypatch):
+    options = ("--out_dir=out/tiny", "--max_new_tokens=12", "--temperature=0")
+    wanted = [samples(cli("sample", *options, "--num_samples=1", f"--prompt={prompt}"))[0]
+              for prompt in ("the", "", "quick brown fox, 16 jumps", "a")]
+    say(monkeypatch, b"the\n\ncaf\xe9\nquick brown fox, 16 jumps\n\xce\xa9\r\na")
+    result = cli("sample", *options, "--interactive=True")
+    assert result.code == 0
+    assert result.out.partition("\n")[2] == "".join(text + LINE for text in wanted)
+    assert result.err.splitlines() == [
+        "error: the prompt is no valid text: the terminal did not send it as UTF-8",
+        "error: the char tokenizer does not know 'Ω': its 43 characters are those of the text it was made from"]
+
+
+def test_a_seed_repeats_a_conversation(cli, trained, monkeypatch):
+    said = []
+    for seed in (1, 1, 2):
+        say(monkeypatch, b"the\nthe\n")
+        said.append(cli("sample", "--out_dir=out/tiny", "--max_new_tokens=20", "--interactive", f"--seed={seed}").out)
+    assert said[0] == said[1] != said[2]
+    first, second, _ = said[0].partition("\n")[2].split(LINE)
+    assert first != second
+
+
+def test_ctrl_c_ends_a_conversation_with_status_0(trained):
+    command = [sys.executable, ROOT / "sample.py", "--out_dir=out/tiny", "--max_new_tokens=5", "--interactive"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True) as process:
+        process.stdin.write("the\n")
+        process.stdin.flush()
+        assert "parameters" in process.stdout.readline()
+        while "-----" not in process.stdout.readline():
+            pass
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+        assert process.stderr.read() == ""
