@@ -265,8 +265,9 @@ def read_hub(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         rows = datasets.load_dataset(task.hub, split=task.split)
     except Exception as error:  # of many kinds: no network, no such data set, files of no known format
-        raise OSError(f"could not get the data set {task.hub}: {type(error).__name__}: {error} (without network: copy "
-                      f"its questions here, a JSON object a line, and pass --{name}_file=FILE)") from None
+        raise OSError(f"could not get the data set {task.hub}: {type(error).__name__}: {error} (without network: on a "
+                      f"machine that has it, datasets.load_dataset({task.hub!r}, split={task.split!r}).to_json(FILE) "
+                      f"writes its questions; here, pass --{name}_file=FILE)") from None
     for number, row in enumerate(rows):
         yield f"{task.hub} {task.split} row {number}", row
 

@@ -9,10 +9,12 @@ import random
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 import transformers
 from conftest import TINY_RUN, on_ranks, run_process
+from pyarrow import parquet
 from test_train import headerless
 from test_weights import save_hf, save_nanogpt
 from tokenizers import processors
@@ -140,7 +142,7 @@ def test_models_of_every_kind(cli, byte_model, tmp_path):
 # Multiple choice
 
 SAYING = ("the a cat dog man woman takes gives runs slowly quickly over under red blue ball house, river; then she he "
-          "stops and laughs — naïve café 12 3rd don't")
+          "stops and laughs — naïve café 12 3rd don't Ελλάδα 日本語")
 WORDS = SAYING.split()
 
 
@@ -155,7 +157,7 @@ def hellaswag_records() -> list[dict]:
     for i in range(50):
         ctx_a = words(3, 40) + draw.choice([".", "", "  . ", " [title] How to stop [step] ", " [substeps] now"])
         ctx_b = draw.choice(["", words(1, 3), "the McDonald "])
-        endings = [words(1, 14) + draw.choice([".", " [step] go.", "  ", ""]) for _ in range(4)]
+        endings = [words(1, 14) + draw.choice([".", " [step] go.", "  ", "", " Ελλάδα"]) for _ in range(4)]
         label = draw.randrange(4)
         records.append({"ind": i, "activity_label": words(1, 2), "ctx_a": ctx_a, "ctx_b": ctx_b, "ctx": "",
                         "endings": endings, "label": label, "split": "val", "source_id": f"x~{i}"})
@@ -172,7 +174,7 @@ def hellaswag(tmp_path) -> Path:
 
 @pytest.fixture
 def bpe() -> Tokenizer:
-    return train_bpe([SAYING * 3], 330)
+    return train_bpe([SAYING * 3], 420)
 
 
 def save_llama(folder: Path, tokenizer: Tokenizer) -> None:
@@ -180,7 +182,7 @@ def save_llama(folder: Path, tokenizer: Tokenizer) -> None:
     torch.manual_seed(3)
     config = transformers.LlamaConfig(
         vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=56, num_hidden_layers=2, bos_token_id=0,
-        eos_token_id=0, num_attention_heads=4, max_position_embeddings=48)
+        eos_token_id=0, num_attention_heads=4, max_position_embeddings=64)
     model = transformers.LlamaForCausalLM(config)
     with torch.no_grad():
         for p in model.parameters():
@@ -229,10 +231,10 @@ def lm_eval(questions: Path, folders: list[str], tmp_path: Path) -> list[tuple[d
 
 def test_hellaswag_is_lm_evals_to_the_last_digit(cli, hellaswag, bpe, tmp_path):
     """On a GPT-2 that transformers wrote, with questions that are too long for it; on a run of ours; on a Llama."""
-    save_hf(tmp_path / "gpt2", vocab_size=bpe.vocab_size, n_positions=48, bos_token_id=0, eos_token_id=0)
+    save_hf(tmp_path / "gpt2", vocab_size=bpe.vocab_size, n_positions=64, bos_token_id=0, eos_token_id=0)
     bpe.save(tmp_path / "gpt2")
     Path("words.txt").write_text(f"{SAYING} " * 100)
-    assert cli("prepare_data", "--input=words.txt", "--name=tiny", "--tokenizer=bpe", "--vocab_size=300").code == 0
+    assert cli("prepare_data", "--input=words.txt", "--name=tiny", "--tokenizer=bpe", "--vocab_size=420").code == 0
     assert cli("train", *TINY_RUN, "--block_size=64").code == 0
     save_llama(tmp_path / "llama", bpe)
     folders = ["gpt2", "out/tiny/checkpoints/best", "llama"]
@@ -277,6 +279,17 @@ def test_two_ranks_find_what_one_finds(cli, byte_model, hellaswag, tmp_path):
     both = json.loads(first)["results"]
     assert both["hellaswag"] == alone["hellaswag"]
     assert both[f"{tmp_path}/text.txt"] == pytest.approx(alone[f"{tmp_path}/text.txt"], rel=1e-6)
+
+
+def test_questions_from_the_hub_are_those_of_the_file(hellaswag, tmp_path, monkeypatch):
+    """A folder laid out as Rowan/hellaswag is: Parquet, labels as text."""
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    rows = [record | {"label": str(record["label"])} for record in hellaswag_records()]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "hub" / "data" / "validation-00000.parquet")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setitem(evaluate.TASKS, "hellaswag", evaluate.TASKS["hellaswag"]._replace(hub=str(tmp_path / "hub")))
+    from_hub, from_file = evaluate.load_questions("hellaswag", ""), evaluate.load_questions("hellaswag", str(hellaswag))
+    assert [question[1:] for question in from_hub] == [question[1:] for question in from_file]
 
 
 # Errors
