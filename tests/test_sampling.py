@@ -162,10 +162,12 @@ def test_a_tiny_temperature_is_greedy_and_overflows_nothing(temperature):
     assert probs.tolist() == [[0.5, 0, 0.5, 0], [0, 1, 0, 0]]
 
 
-def test_no_penalty_leaves_nothing_to_draw_from():
-    logits, seen = torch.tensor([[-2.0, 0.0, 3.0]]), torch.tensor([[0, 1, 2, 2]])
-    for penalty in (1e-300, 1e-30, 1e30, 1e300):
-        assert probs_of(logits, seen, repetition_penalty=penalty, top_k=2, top_p=0.9).sum() == 1
+@pytest.mark.parametrize(("penalty", "wanted"), [(1e-300, [0, 0, 1]), (1e-38, [0, 0, 1]), (1e38, [0, 0.5, 0.5]),
+                                                 (1e300, [0, 0.5, 0.5])])
+def test_the_largest_and_smallest_penalties_overflow_nothing(penalty, wanted):
+    logits, seen = torch.tensor([[-200.0, 0.0, 300.0]]), torch.tensor([[0, 1, 2, 2]])
+    for filters in ({}, {"top_k": 2, "top_p": 0.9}):
+        assert probs_of(logits, seen, repetition_penalty=penalty, **filters).tolist() == [wanted]
 
 
 @pytest.mark.parametrize(("key", "values"), [
