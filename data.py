@@ -328,12 +328,17 @@ class EvalOrder:
     """`num_seqs` windows evenly spaced over a split, 0 = all of them: the same for any W, micro-batch and step.
 
     Unlike in training every token but the first of a shard is a target once: a shard's last window may be short, and
-    is filled up with inputs 0 and targets -1.
+    is filled up with inputs 0 and targets -1. With a `stride` below T windows overlap, each beginning so many tokens
+    behind the one before; those that an earlier one has as targets it only reads, at least T - stride of them.
+
+    Example: the targets of 9 tokens in windows of T = 4, those only read in brackets, by stride 4 are 1 2 3 4, 5 6 7 8;
+    by stride 2 they are 1 2 3 4, (3 4) 5 6, (5 6) 7 8.
     """
 
-    def __init__(self, split: Split, block_size: int, num_seqs: int = 0):
-        self.split, self.block_size = split, block_size
-        self._ends = np.maximum(-(-(split.lengths - 1) // block_size), 0).cumsum()
+    def __init__(self, split: Split, block_size: int, num_seqs: int = 0, stride: int = 0):
+        self.split, self.block_size, self.stride = split, block_size, stride or block_size
+        more = np.maximum(-(-(split.lengths - 1 - block_size) // self.stride), 0)  # windows behind a shard's first
+        self._ends = np.where(split.lengths > 1, 1 + more, 0).cumsum()
         total = int(self._ends[-1]) if len(self._ends) else 0
         if total == 0:
             raise ValueError("the validation split is empty: it takes at least two tokens to evaluate")
@@ -351,8 +356,10 @@ class EvalOrder:
         rows = np.full((count, self.block_size + 1), -1, dtype=np.int64)
         shards = np.searchsorted(self._ends, chosen, side="right")
         before = np.where(shards > 0, self._ends[shards - 1], 0)
-        self.split.read(zip(shards.tolist(), ((chosen - before) * self.block_size).tolist()), rows)
-        return np.maximum(rows[:, :-1], 0), rows[:, 1:]
+        self.split.read(zip(shards.tolist(), ((chosen - before) * self.stride).tolist()), rows)
+        x, y = np.maximum(rows[:, :-1], 0), rows[:, 1:]
+        y[:len(chosen)][chosen > before, :self.block_size - self.stride] = -1
+        return x, y
 
 
 # Loading

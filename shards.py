@@ -175,11 +175,11 @@ def open_shard(path: Path) -> np.ndarray:
 
 
 class Split:
-    """The tokens of one split, as shards in a fixed order."""
+    """The tokens of one split, as shards in a fixed order: those in the files, or `shards`, which were made of them."""
 
-    def __init__(self, paths: list[Path], vocab_size: int):
+    def __init__(self, paths: list[Path], vocab_size: int, shards: list[np.ndarray] | None = None):
         self.paths, self.vocab_size = paths, vocab_size
-        self.shards = [open_shard(path) for path in paths]
+        self.shards = [open_shard(path) for path in paths] if shards is None else shards
         self.lengths = np.array([len(shard) for shard in self.shards], dtype=np.int64)
         self.num_tokens = int(self.lengths.sum())
 

@@ -32,6 +32,7 @@ EOT = "<|endoftext|>"
 KINDS = ("gpt2", "char", "byte", "bpe")
 GPT2_VOCAB_SIZE = 50257
 PIECE_CHARACTERS = 1 << 20
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # how SentencePiece spells a byte that is no whole character
 WORD_END = re.compile(r"\S[ \n]")
 GPT2_FILES = {  # URL that tiktoken reads -> the name it keeps the file under, the SHA-1 of the URL
     "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe":
@@ -88,6 +89,27 @@ class Tokenizer:
             if settled == len(text):
                 held, shown = [], 0
         yield self.decode(held)[shown:]
+
+    def byte_lengths(self) -> dict[int, int]:
+        """Id -> how many bytes of text it stands for, a part of a character included; special tokens, the end of text
+        among them, stand for none. Over a text of byte-level tokens, or of characters, they add up to its UTF-8 bytes.
+        """
+        decoder, added = str(self.hf.decoder), self.hf.get_added_tokens_decoder()
+
+        def length(token: str, i: int) -> int:
+            if i == self.eot_id or i in added:
+                return 0 if i == self.eot_id or added[i].special else len(token.encode())
+            if "ByteLevel" in decoder:  # spelled in GPT-2's alphabet, a character a byte
+                return len(token)
+            if "ByteFallback" in decoder and BYTE_TOKEN.fullmatch(token):
+                return 1
+            return len((token.replace("▁", " ") if "▁" in decoder else token).encode())
+
+        return {i: length(token, i) for token, i in self.hf.get_vocab(with_added_tokens=True).items()}
+
+    def opening(self) -> list[int]:
+        """The ids that this tokenizer is meant to put ahead of every text: Llama's <s>; GPT-2 and our own have none."""
+        return self.hf.encode("", add_special_tokens=True).ids
 
     def spell(self, token: int) -> str:
         """A token as people tell it from others: its text quoted, or its bytes where they are no whole characters."""

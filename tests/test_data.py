@@ -42,11 +42,8 @@ def _small_blocks(monkeypatch):
 
 def split_of(lengths: list[int]) -> Split:
     """Shards of these lengths in memory. The tokens count through them all, so that each says where it stands."""
-    split = Split([], vocab_size=10**9)
-    split.paths = [Path(f"data/counting/train_{i:06d}.bin") for i in range(len(lengths))]
-    split.shards = np.split(np.arange(sum(lengths)), np.cumsum(lengths)[:-1])
-    split.lengths, split.num_tokens = np.array(lengths), sum(lengths)
-    return split
+    paths = [Path(f"data/counting/train_{i:06d}.bin") for i in range(len(lengths))]
+    return Split(paths, 10**9, np.split(np.arange(sum(lengths)), np.cumsum(lengths)[:-1]))
 
 
 def cut_into(count: int, cuts: list[int]) -> list[tuple[int, int]]:
@@ -248,6 +245,23 @@ def test_sampled_windows_are_evenly_spaced_however_they_are_asked_for(lengths, n
     assert chosen[0] == 0
     assert gaps.min() > 0
     assert gaps.max() - gaps.min() <= 1
+
+
+@quick
+@given(lengths=LENGTHS, block_size=st.integers(1, 8), data=st.data())
+def test_strided_windows_have_the_same_targets_with_more_before_them(lengths, block_size, data):
+    hypothesis.assume(max(lengths) > 1)
+    stride = data.draw(st.integers(1, block_size))
+    split = split_of(lengths)
+    order = EvalOrder(split, block_size, stride=stride)
+    x, y = order.batch(0, len(order))
+    real = y >= 0
+    assert y[real].tolist() == [token for shard in split.shards for token in shard[1:]]
+    assert np.array_equal(x[real], y[real] - 1)
+    assert real.any(axis=1).all()
+    seen = np.broadcast_to(np.arange(1, block_size + 1), y.shape)[real]  # tokens of context that a target has
+    behind = np.concatenate([np.arange(1, length) for length in lengths if length])  # all that there are
+    assert (seen >= np.minimum(behind, block_size - stride + 1)).all()
 
 
 def test_beyond_the_last_window_is_padding():

@@ -197,7 +197,8 @@ def test_a_key_that_exists_twice_is_a_defect():
 
 
 @pytest.mark.parametrize(("script", "options"), [
-    ("train", "TrainConfig"), ("sample", "SampleConfig"), ("prepare_data", "PrepareConfig")])
+    ("train", "TrainConfig"), ("sample", "SampleConfig"), ("prepare_data", "PrepareConfig"),
+    ("evaluate", "EvaluateConfig")])
 def test_help_lists_every_key_with_its_default(cli, monkeypatch, script, options):
     monkeypatch.setenv("COLUMNS", "80")
     result = cli(script, "--help")
@@ -319,7 +320,7 @@ backend = 'gloo'
         "compile": "False", "backend": "gloo"}
 
 
-@pytest.mark.parametrize("script", ["train", "sample"])
+@pytest.mark.parametrize("script", ["train", "sample", "evaluate"])
 def test_help_is_the_same_without_the_rooms_and_imports_no_torch(script):
     as_script = f"runpy.run_path('{script}.py', run_name='__main__')"
     through_rooms = f"import {script}; {script}.main(['--help'])"

@@ -10,6 +10,8 @@ import tiktoken
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import decoders, models, normalizers, processors
 
 from tokenizer import EOT, GPT2_FILES, KINDS, GPT2Tokenizer, Tokenizer, load_tokenizer, make_tokenizer, train_bpe
 
@@ -53,6 +55,31 @@ def test_decoded_text_is_the_encoded_text(tokenizer, data):
     assert ids.dtype == "uint32"
     assert (ids < tokenizer.vocab_size).all()
     assert tokenizer.decode(ids) == text
+
+
+@quick
+@given(st.data())
+def test_the_bytes_that_tokens_stand_for_add_up_to_the_texts(tokenizer, data):
+    text, lengths = data.draw(texts(tokenizer)), tokenizer.byte_lengths()
+    assert sum(lengths[i] for i in tokenizer.encode(text).tolist()) == len(text.encode())
+    assert len(lengths) == tokenizer.vocab_size
+    assert lengths.get(tokenizer.eot_id, 0) == 0
+    assert tokenizer.opening() == []
+
+
+def test_bytes_of_a_tokenizer_like_llamas():
+    """Blanks spelled "▁", bytes spelled out, special tokens, and one of its own ahead of every text."""
+    hf = HFTokenizer(models.BPE(vocab={"a": 0, "▁": 1, "▁a": 2, "<0xC3>": 3, "<0xA9>": 4}, merges=[("▁", "a")],
+                                byte_fallback=True))
+    hf.normalizer = normalizers.Replace(" ", "▁")
+    hf.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    hf.add_special_tokens(["<s>"])
+    hf.add_tokens(["né"])
+    hf.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 5)])
+    tokenizer = Tokenizer(hf)
+    assert tokenizer.byte_lengths() == {0: 1, 1: 1, 2: 2, 3: 1, 4: 1, 5: 0, 6: 3}
+    assert tokenizer.encode("a aé").tolist() == [0, 2, 3, 4]
+    assert tokenizer.opening() == [5]
 
 
 def test_text_that_spells_end_of_text_is_text(tokenizer):
