@@ -158,4 +158,4 @@ class TensorBoard:
 
 
 def numbers(record: dict[str, Any]) -> dict[str, int | float]:
-    return {key: value for key, value in record.items() if isinstance(value, int | float)}
+    return {key: value for key, value in record.items() if isinstance(value, int | float) and value is not True}
