@@ -117,7 +117,7 @@ def _shard(model: nn.Module, here: Job) -> None:
     float32. With 16-bit products the blocks' weights travel in 16 bits; the residual path stays float32, as in DDP."""
     # These take a second to import, which every start would pay.
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(here.device.type, (here.world_size,))
     policy = MixedPrecisionPolicy()
@@ -126,6 +126,7 @@ def _shard(model: nn.Module, here: Job) -> None:
     for block in model.h:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, "_next_logits")  # generation does not come through `forward`
 
 
 def wrap(model: nn.Module, here: Job, batch_size: int) -> nn.Module:
@@ -208,6 +209,13 @@ def compile_parts(model: nn.Module, wanted: str, here: Job, batch_size: int) -> 
         for part in model.compiled_parts():
             part._compiled_call_impl = None
     return failures[0] if failures else None
+
+
+def eager(model: nn.Module) -> contextlib.AbstractContextManager:
+    """In here the model runs without what was compiled of it: the compiler would make it anew for each new length."""
+    if not any(part._compiled_call_impl for part in model.compiled_parts()):
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 # Between the ranks

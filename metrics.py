@@ -1,10 +1,11 @@
-"""What a run reports: console lines or a progress bar, metrics.jsonl, wandb, validation loss, throughput, MFU.
+"""What a run reports: console lines or a progress bar, metrics.jsonl, validation loss, samples, throughput, MFU.
 
-Owns every number that leaves a run. Only rank 0 reports; the other ranks hold a Reporter that says nothing, so that
-train.py needs no `if` for it. metrics.jsonl has one JSON object a line, with `step` = updates made; a resume cuts the
-lines past its checkpoint, so the file reads as if the run had never been interrupted.
+Owns every number that leaves a run; trackers.py hands them on to wandb and TensorBoard. Only rank 0 reports; the other
+ranks hold a Reporter that says nothing, so that train.py needs no `if` for it. metrics.jsonl has one JSON object a
+line, with `step` = updates made; a resume cuts the lines past its checkpoint, so the file reads as if the run had never
+been interrupted.
 
-Throughput counts training only: the time spent within `excluded()` (evaluation, saving) is left out of it.
+Throughput counts training only: the time spent within `excluded()` (evaluation, samples, saving) is left out of it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import re
 import resource
 import shutil
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -26,16 +28,20 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+import trackers
 from data import EvalOrder, pin, prefetch
-from distributed import Job, reshard, sum_over_ranks
+from distributed import Job, eager, reshard, sum_over_ranks
 from files import named_errors
 from model import LanguageModel
+from sampling import Sampler
+from tokenizer import Tokenizer
 
 # Dense bfloat16 (float16 on V100 and T4) matrix peaks in flops/s, from the vendor's data sheets, by what the device's
 # name holds as a whole word. A device that is not listed has no MFU: "unknown" is better than a guess.
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
               "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "L4": 121e12, "V100": 125e12, "T4": 65e12,
               "RTX 4090(?! )": 165e12, "RTX 3090(?! )": 71e12}
+NUM_SAMPLES = 2  # texts that a run writes at a time
 
 
 @dataclass
@@ -46,6 +52,9 @@ class LogConfig:
     wandb_log: bool = False  # report to Weights & Biases as well
     wandb_project: str = "owt"  # project there
     wandb_run_name: str = "gpt2"  # name of the run there
+    tensorboard: bool = False  # write event files for TensorBoard to out_dir/tensorboard as well
+    sample_interval: int = 0  # steps between samples of what the model writes by itself; 0 = never
+    sample_tokens: int = 100  # tokens in each
 
 
 def flops_per_token(model: LanguageModel) -> int:
@@ -96,6 +105,19 @@ def validation_loss(model: LanguageModel, order: EvalOrder, batch_size: int, her
     return (loss_sum / count).item()
 
 
+def write_samples(model: LanguageModel, tokenizer: Tokenizer, num_tokens: int, here: Job) -> list[str]:
+    """What the model writes when nothing is given; the draws are the same each time, so that what changes is its doing.
+
+    Every rank takes part and gets the same texts. Training does not notice: the generator is a separate one."""
+    start = torch.full((NUM_SAMPLES, 1), tokenizer.start_id, device=here.device)
+    sampler = Sampler(temperature=0.8, top_k=200, generator=torch.Generator(here.device).manual_seed(0))
+    # No cache: on CUDA that is read by a recorded graph, which FSDP's parts of weights are no good for.
+    with here.autocast(), eager(model):
+        tokens = torch.stack([*model.stream(start, num_tokens, sampler, use_cache=False)], dim=1)
+    reshard(model)
+    return [tokenizer.decode(row) for row in tokens.tolist()]
+
+
 def validation_losses(model: LanguageModel, orders: Mapping[str, EvalOrder], shares: list[float], batch_size: int,
                       here: Job) -> dict[str, float]:
     """The loss as metrics.jsonl has it: {"val/loss": loss}, in a mixture the mean weighted by the data sets' shares,
@@ -122,11 +144,11 @@ class Reporter:
         self._speaks = here.rank == 0
         self._is_missing_lines = False
         self._bar: tqdm | None = None
-        self._wandb: Any = None
+        self._trackers = trackers.Trackers(self.say)
 
     def start(self, model: LanguageModel, step: int, elapsed_s: float, options: dict[str, Any]) -> None:
         """Begin to report at `step`, after `elapsed_s` of earlier work: cut what a killed run wrote past it, open the
-        progress bar (on a terminal) and wandb (when asked)."""
+        progress bar (on a terminal), and what else was asked for: that is told the `options`."""
         self._flops_per_token, self._peak_flops = flops_per_token(model), peak_flops(self._here.device)
         self._step = step
         self._began = time.perf_counter() - elapsed_s
@@ -136,9 +158,17 @@ class Reporter:
                 # A terminal of unknown size counts as 80 x 24; tqdm by itself would show nothing there.
                 columns, lines = shutil.get_terminal_size()
                 self._bar = tqdm(total=self._max_iters, initial=step, unit="step", ncols=columns, nrows=lines)
-            if self._config.wandb_log:
-                self._wandb = _start_wandb(self._config, self._path.parent, options)
+            self._start_trackers(step, options | {
+                "parameters": model.num_params(non_embedding=False), "world_size": self._here.world_size})
         self._restart_clock()
+
+    def _start_trackers(self, step: int, facts: dict[str, Any]) -> None:
+        config, folder = self._config, self._path.parent
+        if config.wandb_log:
+            self._trackers.add("wandb", lambda: trackers.Wandb(
+                folder, config.wandb_project, config.wandb_run_name, step, facts, self.say))
+        if config.tensorboard:
+            self._trackers.add("TensorBoard", lambda: trackers.TensorBoard(folder, step, facts))
 
     def say(self, line: str) -> None:
         if self._speaks:
@@ -206,6 +236,12 @@ class Reporter:
             losses = losses | {"val/sampled_loss": sampled["val/loss"]}
         self.record({"step": step, "tokens": tokens, **losses, "elapsed_s": self.elapsed_s()})
 
+    def samples(self, step: int, texts: list[str]) -> None:
+        """Report what the model writes after `step` updates."""
+        for number, text in enumerate(texts, 1):
+            self.say(f"step {step}: sample {number} of {len(texts)}\n{text}\n---------------")
+        self.record({"step": step, "samples": texts, "elapsed_s": self.elapsed_s()})
+
     def went_back(self, step: int, rollbacks: int, skipped: int, next_seq: int) -> None:
         """The run goes on from `step`, an earlier one than before: cut what was reported since, and record that."""
         self.say(f"warning: too many bad steps in a row; going back to the checkpoint of step {step}, and on with the "
@@ -213,6 +249,7 @@ class Reporter:
         self._step = step
         if self._speaks:
             cut_metrics(self._path, step)
+            self._trackers.go_back(step)
         self.record({"step": step, "rollbacks": rollbacks, "skipped": skipped, "next_seq": next_seq,
                      "elapsed_s": self.elapsed_s()})
         if self._bar is not None:
@@ -220,7 +257,7 @@ class Reporter:
         self._restart_clock()
 
     def record(self, values: dict[str, Any]) -> None:
-        """Append a line to metrics.jsonl, and send it to wandb."""
+        """Append a line to metrics.jsonl, and pass it on to wandb and TensorBoard where they are wanted."""
         if not self._speaks:
             return
         # JSON has no NaN and no infinity: null.
@@ -236,14 +273,13 @@ class Reporter:
             if not self._is_missing_lines:
                 self.say(f"warning: {self._path} cannot be written ({error.strerror}); going on without")
             self._is_missing_lines = True
-        if self._wandb:
-            self._wandb.log(values, step=values["step"])
+        self._trackers.log(values)
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-        if self._wandb:
-            self._wandb.finish()
+        if self._trackers:
+            self._trackers.close(summarize(read_metrics(self._path)))
 
 
 def cut_metrics(path: Path, step: int) -> None:
@@ -263,9 +299,26 @@ def cut_metrics(path: Path, step: int) -> None:
     os.replace(fresh, path)
 
 
-def _start_wandb(config: LogConfig, folder: Path, options: dict[str, Any]) -> Any:
-    import wandb
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, without a line torn by a kill; none when there is no such file."""
+    records = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                records.append(json.loads(line))
+    return records
 
-    # Without a key wandb would ask for a login, and the job would wait for an answer that nobody gives.
-    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
-    return wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=options, dir=folder, mode=mode)
+
+def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a run came to. Its losses are compared on the windows that all its evaluations read; the final one is of
+    the last evaluation, the whole split when the run has come to its end. Unknown values are left out."""
+    evaluations = [record for record in records if record.get("val/loss") is not None]
+    speeds = [record["tokens_per_sec"] for record in records if "tokens_per_sec" in record]
+    summary: dict[str, Any] = {key: records[-1][key] for key in ("step", "elapsed_s") if records}
+    if evaluations:
+        summary["best_val_loss"] = min(record.get("val/sampled_loss") or record["val/loss"] for record in evaluations)
+        summary["final_val_loss"] = evaluations[-1]["val/loss"]
+    if speeds:
+        summary["tokens"] = max(record.get("tokens", 0) for record in records)
+        summary["tokens_per_sec"] = statistics.median(speeds)
+    return summary

@@ -55,6 +55,17 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self.hf.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def start_id(self) -> int:
+        """What an empty prompt starts from: the end-of-text token where there is one, else a newline (or, in a
+        vocabulary without, token 0)."""
+        if self.eot_id is not None:
+            return self.eot_id
+        try:
+            return int(self.encode("\n")[0])
+        except ValueError:
+            return 0
+
     def encode(self, text: str) -> np.ndarray:
         """Text of any length -> ids, uint32. Raises ValueError naming characters that the vocabulary lacks."""
         return np.concatenate([self._encode_piece(piece) for piece in cut_text(text)])

@@ -56,7 +56,7 @@ from data import (
 )
 from device import DeviceConfig, pick_attention
 from distributed import Job, ParallelConfig
-from metrics import LogConfig, Reporter, describe_losses, validation_losses
+from metrics import LogConfig, Reporter, describe_losses, validation_losses, write_samples
 from model import GPTConfig, LanguageModel
 from optim import OptimConfig, StepJudge
 
@@ -126,6 +126,9 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     # 1) The data. What is wrong with it, the options or the run folder is said before anything is written.
     data = open_mixture(config.data.dataset, config.model.vocab_size, config.data.tokenizer)
     train_splits, val_splits = data.splits("train"), data.splits("val")
+    if config.log.sample_interval and data.tokenizer is None:
+        raise ValueError(f"sample_interval={config.log.sample_interval} needs a tokenizer, and {config.data.dataset} "
+                         "has none: --tokenizer=gpt2 says that it is GPT-2's")
     attention = pick_attention(config.attention, here.device, here.dtype, config.model.block_size)
     distributed.check_agreement(settings.flatten(config) | {
         "the code": files.code_fingerprint(), "the data": data.fingerprint, "torch": torch.__version__,
@@ -177,10 +180,10 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     if trainer["folder"]:
         checkpoint.load_training_state(trainer, model, optimizer, scaler, judge, here)
     distributed.on_rank0(lambda: run.open(options, is_new=trainer["folder"] is None), here)
-    report.start(model, trainer["step"], trainer["elapsed_s"], options)
+    now, tokens_per_step = Progress.of(trainer), plan.seqs_per_step * block_size
+    report.start(model, now.step, trainer["elapsed_s"], options | {"tokens_per_step": tokens_per_step})
 
     # 5) The loop. The next step reads the S sequences from now.next_seq on.
-    now, tokens_per_step = Progress.of(trainer), plan.seqs_per_step * block_size
     batches = prefetch(partial(read_step, train_order, plan, here.rank, here.device),
                        itertools.count(now.next_seq, plan.seqs_per_step))
     done_at = now.step if trainer["folder"] else None  # the step that was evaluated and saved before
@@ -202,6 +205,12 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
                     if is_last and not all(order.is_whole for order in sample_orders.values()):
                         losses, sampled = evaluate(whole_orders), losses
                     report.validation(now.step, now.step * tokens_per_step, losses, sampled)
+
+            # Once in a while: read what it writes (all ranks).
+            interval = config.log.sample_interval
+            if interval and now.step and (now.step % interval == 0 or is_last) and now.step != done_at:
+                with report.excluded():
+                    report.samples(now.step, write_samples(model, data.tokenizer, config.log.sample_tokens, here))
 
             # Once in a while: save (all ranks hand in their part, rank 0 writes). Not amid bad steps: what is saved is
             # what the run may have to go back to.
@@ -292,6 +301,8 @@ def check_options(config: TrainConfig) -> None:
         ("eval_interval", config.eval_interval, config.eval_interval > 0, "positive"),
         ("eval_iters", config.eval_iters, config.eval_iters >= 0, "0 or more"),
         ("log_interval", config.log.log_interval, config.log.log_interval > 0, "positive"),
+        ("sample_interval", config.log.sample_interval, config.log.sample_interval >= 0, "0 or more"),
+        ("sample_tokens", config.log.sample_tokens, config.log.sample_tokens > 0, "positive"),
         ("save_interval", config.run.save_interval, config.run.save_interval >= 0, "0 or more"),
         ("keep_last", config.run.keep_last, config.run.keep_last >= 0, "0 or more"),
         ("keep_every", config.run.keep_every, config.run.keep_every >= 0, "0 or more"),

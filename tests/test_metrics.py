@@ -7,19 +7,22 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TEXT, TINY_RUN, records_of, write_shard
+from test_faults import start_ranks
 
 from baselines import build
 from data import EvalOrder
 from distributed import Job
-from metrics import cut_metrics, flops_per_token, peak_flops, validation_loss
+from metrics import cut_metrics, flops_per_token, peak_flops, validation_loss, write_samples
 from model import GPT, GPTConfig
 from shards import Split
+from tokenizer import CharTokenizer, load_tokenizer
 
 HERE = Job(0, 1, torch.device("cpu"), torch.float32)
 
@@ -99,7 +102,56 @@ def test_a_terminal_gets_a_bar_with_speed_and_time_left(tiny_data, tmp_path):
     assert "step 2/30: loss" not in shown  # the bar says it
 
 
-def test_wandb_gets_the_run_offline(cli, tiny_data, monkeypatch):
-    result = cli("train", *TINY_RUN, "--wandb_log=True", "--wandb_project=flat", "--wandb_run_name=tiny")
-    assert result.code == 0, result.err
-    assert list(Path("out/tiny/wandb").glob("offline-run-*/run-*.wandb"))
+SAMPLES = ("--sample_interval=2", "--sample_tokens=40")  # more than block_size
+
+
+@pytest.mark.parametrize(("layout", "nproc"), [("ddp", 1), ("ddp", 2), ("fsdp", 2)])
+def test_a_run_that_writes_samples_ends_as_one_that_does_not(cli, tiny_data, tmp_path, layout, nproc):
+    run = (*TINY_RUN, "--dropout=0.1", "--batch_size=2", f"--parallel={layout}", "--max_iters=7")
+    for name, options in (("silent", ()), ("writes", SAMPLES)):
+        code, log = start_ranks(nproc, tmp_path, *run, *options, f"--out_dir=out/{name}")
+        assert code == 0, log
+    silent, writes = Path("out/silent"), Path("out/writes")
+    for file in ("model.safetensors", "training/optimizer.safetensors"):
+        ours, theirs = (run / "checkpoints/latest" / file for run in (writes, silent))
+        assert ours.read_bytes() == theirs.read_bytes()
+    records = [record for record in records_of(writes) if "samples" in record]
+    assert [record["step"] for record in records] == [2, 4, 6, 7]
+    assert all(record.keys() == {"step", "samples", "elapsed_s"} for record in records)
+    model, tokenizer = GPT.from_pretrained(writes), load_tokenizer(writes / "checkpoints/latest")
+    assert records[-1]["samples"] == write_samples(model, tokenizer, 40, HERE)
+    assert [len(text) for record in records for text in record["samples"]] == [40] * 8
+    assert log.count("step 6: sample 1 of 2") == 1  # rank 0 alone speaks
+    assert records[-1]["samples"][1] in log
+
+
+def test_a_run_that_goes_on_writes_no_sample_twice(cli, tiny_data):
+    assert cli("train", *TINY_RUN, *SAMPLES, "--max_iters=4", "--save_interval=4").code == 0
+    first = records_of("out/tiny")
+    assert cli("train", *TINY_RUN, *SAMPLES).code == 0
+    assert [r["step"] for r in records_of("out/tiny") if "samples" in r] == [2, 4, 6]
+    assert records_of("out/tiny")[:len(first)] == first
+
+
+def test_samples_do_not_count_as_training(cli, tiny_data, monkeypatch):
+    monkeypatch.setattr("train.write_samples", lambda *args: time.sleep(0.5) or ["text"])
+    assert cli("train", *TINY_RUN, "--sample_interval=1").code == 0
+    speeds = [record["tokens_per_sec"] for record in records_of("out/tiny") if "tokens_per_sec" in record]
+    assert min(speeds[1:]) > 128 / 0.5
+
+
+def test_samples_do_not_meet_the_compiler(model):
+    met = []
+    for block in model.h:
+        block.compile(backend=lambda graph, inputs: met.append(graph) or graph.forward)
+    tokenizer = CharTokenizer(list("abcdefghij\n"))
+    write_samples(model, tokenizer, 12, HERE)
+    assert not met
+    model(torch.zeros(1, 8, dtype=torch.long))
+    assert met  # and training does
+
+
+def test_samples_need_a_tokenizer_and_sound_numbers(refused, cli, tiny_data):
+    (tiny_data / "tokenizer.json").unlink()
+    assert "sample_interval=2 needs a tokenizer, and tiny has none" in refused("train", *TINY_RUN, *SAMPLES)
+    assert "sample_tokens=0 must be positive" in refused("train", *TINY_RUN, "--sample_tokens=0")

@@ -1,0 +1,311 @@
+"""A clean Hugging Face folder of a run's checkpoint, with a model card made from what the run recorded.
+
+    python export.py --run=out/run --to=folder                              the best checkpoint
+    python export.py --run=out/run --to=folder --checkpoint=step_5000       or latest, or any step that is kept
+    python export.py --run=out/run --to=folder --push=owner/name            and upload it, private at first
+
+The folder holds weights, configuration, tokenizer, README.md and the loss curve, and nothing that only a resume needs.
+It is there whole or not at all. The card names files without the folders that they lay in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import settings
+
+if __name__ == "__main__":
+    settings.help_early(__file__, "ExportConfig")  # before torch is imported, which takes seconds
+
+import checkpoint
+import files
+import weights
+from checkpoint import RunConfig
+from data import Mixture, open_mixture
+from device import one_line
+from metrics import LogConfig, read_metrics, summarize
+from model import LanguageModel
+from shards import Dataset
+from sources import SOURCES
+from tokenizer import load_tokenizer
+
+PARTS = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+UNSHOWN = {"dataset", "init_from", "eval_only", "max_minutes", "backend", "timeout_s"}  # options; the card has its own
+TABLE_ROWS = 12  # of a loss curve that could not be drawn
+CURVE_POINTS = 2000
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+@dataclass
+class ExportConfig:
+    run: str = "out"  # run folder
+    to: str = ""  # folder to make; it must not exist
+    checkpoint: str = "best"  # best, latest, or a step that is kept: step_5000
+    push: str = ""  # upload the folder to this repository on the Hugging Face hub: owner/name
+    public: bool = False  # make that repository public; else it is private
+
+
+def main(argv: list[str]) -> None:
+    config, _ = settings.parse(ExportConfig, argv, usage=__doc__)
+    check_options(config)
+    run, to = Path(config.run), Path(config.to)
+    folder = find_checkpoint(run, config.checkpoint)
+    export(run, folder, to, config.push or to.name)
+    print(f"{to}: step {checkpoint.step_of(folder):,} of {run}, a model folder; its README.md still needs a licence")
+    if config.push:
+        print(f"pushed to {push(to, config.push, config.public)}")
+
+
+def check_options(config: ExportConfig) -> None:
+    """Raises ValueError for options that cannot work, before anything is written."""
+    if not config.to:
+        raise ValueError("--to=FOLDER says where the model folder is to be made")
+    if os.path.lexists(config.to):
+        raise ValueError(f"{config.to} exists already: choose another --to, or remove it")
+    if config.public and not config.push:
+        raise ValueError("public=True is for --push=owner/name")
+    if not config.push:
+        return
+    if not HUB_ID.fullmatch(config.push):
+        raise ValueError(f"push={config.push!r} is no name of a repository: owner/name")
+    from huggingface_hub import get_token
+
+    if not get_token():
+        raise ValueError("pushing needs a token of the Hugging Face hub that may write: run `hf auth login`, or set "
+                         "HF_TOKEN")
+
+
+def find_checkpoint(run: Path, which: str) -> Path:
+    """The checkpoint of a run that is meant. Raises ValueError that names those there are."""
+    folder = run / "checkpoints"
+    steps = {checkpoint.step_of(path): path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)}
+    if not steps:
+        raise ValueError(f"{run} is no run folder with checkpoints: --run names the --out_dir of train.py")
+    found = re.fullmatch(r"step_(\d+)", which)
+    if found and int(found[1]) in steps:
+        return steps[int(found[1])]
+    if which in ("best", "latest") and (folder / which).is_dir():
+        return folder / (folder / which).resolve().name  # the checkpoint itself: a run under way moves the link
+    there = [name for name in ("best", "latest") if (folder / name).is_dir()] + [f"step_{n}" for n in sorted(steps)]
+    raise ValueError(f"checkpoint={which!r} is not there; {run} has {', '.join(there)}")
+
+
+def export(run: Path, folder: Path, to: Path, name: str) -> None:
+    """Make `to` out of a checkpoint; `name` is what its card calls it. Raises ValueError when the checkpoint is
+    damaged, OSError when the folder cannot be written."""
+    model = checkpoint.load_model(str(folder))  # its checksums are verified there
+    to.parent.mkdir(parents=True, exist_ok=True)
+    hidden = to.with_name(f".{to.name}.tmp")
+    shutil.rmtree(hidden, ignore_errors=True)  # what a killed export left
+    hidden.mkdir()
+    try:
+        for part in PARTS:
+            if (folder / part).is_file():
+                with files.named_errors(to / part):
+                    shutil.copyfile(folder / part, hidden / part)
+        records = read_metrics(run / "metrics.jsonl")
+        has_curve = draw_losses(records, hidden / "loss.png")
+        files.write_text(hidden / "README.md", card(folder, name, model, records, has_curve))
+        for path in [*hidden.iterdir(), hidden]:
+            files.sync(path)
+        os.rename(hidden, to)
+    except BaseException:
+        shutil.rmtree(hidden)
+        raise
+    files.sync(to.parent)
+
+
+def push(folder: Path, repo_id: str, public: bool) -> str:
+    """Upload a folder; the address it has then. Raises OSError, the folder being complete."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        address = api.create_repo(repo_id, private=not public, exist_ok=True)
+        is_exposed = not public and not api.repo_info(repo_id).private
+        if not is_exposed:
+            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Export of flatGPT")
+    except Exception as error:  # the hub's client, and what it stands on, have no error in common
+        raise OSError(f"{folder} is complete, but could not be pushed to {repo_id}: {one_line(error)}; to try again: "
+                      f"hf upload {repo_id} {folder} .{'' if public else ' --private'}") from None
+    if is_exposed:
+        raise OSError(f"{folder} is complete, but was not pushed: {repo_id} exists, and is public. If that is meant: "
+                      f"hf upload {repo_id} {folder} .")
+    return str(address)
+
+
+# The model card
+
+
+def card(folder: Path, name: str, model: LanguageModel, records: list[dict[str, Any]], has_curve: bool) -> str:
+    """README.md, in Markdown, with the header that the hub reads."""
+    trainer = checkpoint.read_trainer(folder)
+    options = trainer["options"]
+    data = open_data(options, trainer)
+    is_ours = files.read_json(folder / "config.json")["model_type"] == "flatgpt"
+    base = base_model(options)
+    header = {"library_name": "" if is_ours else "transformers", "pipeline_tag": "text-generation",
+              "base_model": base if HUB_ID.fullmatch(base) else "", "tags": ["flatgpt"],
+              "datasets": hub_ids(data) if data else []}
+    sections = [
+        f"# {name}", describe(model, base), table(facts(model, trainer, records)),
+        f"## Loss\n\n{losses_section(records, has_curve)}", f"## Data\n\n{data_section(options, data)}",
+        f"## Use\n\n{use_section(name, is_ours, folder, model.config.block_size)}",
+        f"## Options\n\nflatGPT's, as the run had them:\n\n{table(shown_options(options))}",
+        "## Licence\n\nNot stated yet. Whoever publishes this model says here, and as `license:` in the header, under "
+        "which terms; the data's own terms have a say in them."]
+    return f"---\n{yaml(header)}---\n\n" + "\n\n".join(section.strip() for section in sections) + "\n"
+
+
+def yaml(header: Mapping[str, Any]) -> str:
+    """Plain texts and lists of them; what is empty is left out."""
+    return "".join(f"{key}: {value}\n" if isinstance(value, str) else
+                   f"{key}:\n" + "".join(f"- {item}\n" for item in value) for key, value in header.items() if value)
+
+
+def table(rows: Mapping[str, Any]) -> str:
+    return "| | |\n| --- | --- |\n" + "".join(f"| {key} | {value} |\n" for key, value in rows.items())
+
+
+def describe(model: LanguageModel, base: str) -> str:
+    c = model.config
+    shape = "GPT-2" if weights.is_gpt2(c) else "Llama" if weights.is_llama(c) else f"flatGPT's {c.model}"
+    return (f"A language model in the shape of {shape}, "
+            + (f"trained further from {base}" if base else "trained from scratch") + " with flatGPT.")
+
+
+def base_model(options: Mapping[str, Any]) -> str:
+    """What the run started from: a hub id, the name of a file or folder, or "" for a fresh model."""
+    source = options["init_from"]
+    if source == "scratch":
+        return ""
+    source = weights.HUB_ALIASES.get(source, source)
+    return source if HUB_ID.fullmatch(source) and not Path(source).exists() else Path(source).name
+
+
+def facts(model: LanguageModel, trainer: Mapping[str, Any], records: list[dict[str, Any]]) -> dict[str, str]:
+    c, step, came_to = model.config, trainer["step"], summarize(records)
+    here = [record["val/loss"] for record in records if record["step"] == step and record.get("val/loss") is not None]
+    losses = {"validation loss": here[-1] if here else None,
+              "best validation loss of the run": came_to.get("best_val_loss"),
+              "final validation loss of the run": came_to.get("final_val_loss")}
+    return {
+        "parameters": f"{model.num_params(non_embedding=False):,}",
+        "layers, heads, channels": f"{c.n_layer}, {c.n_head}, {c.n_embd}",
+        "context": f"{c.block_size:,} tokens",
+        "vocabulary": f"{c.vocab_size:,} tokens",
+        "step": f"{step:,} of {trainer['options']['max_iters']:,}",
+        "tokens seen": f"{trainer['tokens']:,}",
+    } | {text: f"{loss:.4f}" for text, loss in losses.items() if loss is not None}
+
+
+def shown_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that made the model what it is: not where it was written or reported to, which is nobody's business."""
+    unshown = {field.name for room in (RunConfig, LogConfig) for field in fields(room)} | UNSHOWN
+    return {key: value for key, value in options.items() if key not in unshown}
+
+
+def losses_section(records: list[dict[str, Any]], has_curve: bool) -> str:
+    """Nats a token: the curve, or where that could not be drawn the evaluations."""
+    rows = [record for record in records if record.get("val/loss") is not None]
+    if not rows:
+        return "No evaluation was recorded."
+    what = "Cross-entropy in nats a token."
+    if any("val/sampled_loss" in row for row in rows):
+        what += (" The last validation loss is that of the whole validation split; those before, among which the best "
+                 "is sought, are of the same sample of it each time.")
+    if has_curve:
+        return f"![loss over tokens](loss.png)\n\n{what}"
+    rows = rows[:-1:-(-len(rows) // TABLE_ROWS)] + rows[-1:]
+    return f"{what}\n\n| step | tokens | validation loss |\n| --- | --- | --- |\n" + "".join(
+        f"| {row['step']:,} | {row['tokens']:,} | {row['val/loss']:.4f} |\n" for row in rows)
+
+
+def draw_losses(records: list[dict[str, Any]], path: Path) -> bool:
+    """The training and validation loss over tokens as a PNG; False without matplotlib, or without a loss."""
+    curves = {name: [(record["tokens"], record[key]) for record in records if record.get(key) is not None]
+              for name, key in (("training", "train/loss"), ("validation", "val/loss"))}
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    if not curves["validation"]:
+        return False
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for (name, points), marker in zip(curves.items(), ("", ".")):
+        if points:
+            axes.plot(*zip(*points[::-(-len(points) // CURVE_POINTS)]), label=name, linewidth=0.8, marker=marker)
+    axes.set(xlabel="tokens", ylabel="loss (nats a token)")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=100)
+    return True
+
+
+def open_data(options: Mapping[str, Any], trainer: Mapping[str, Any]) -> Mixture | None:
+    """The data sets that the run was trained on, if they are still here and as they were."""
+    try:
+        data = open_mixture(options["dataset"], options["vocab_size"], options["tokenizer"])
+    except (OSError, ValueError):
+        return None
+    return data if data.fingerprint == trainer["data_fingerprint"] else None
+
+
+def hub_id(dataset: Dataset) -> str:
+    """Of the data set on the hub that it was made from, or ""."""
+    source = dataset.manifest.get("arguments", {}).get("source", "")
+    source = SOURCES[source].hf if source in SOURCES else source
+    return source if source and HUB_ID.fullmatch(source) and not Path(source).exists() else ""
+
+
+def hub_ids(data: Mixture) -> list[str]:
+    return [source for source in map(hub_id, data.datasets.values()) if source]
+
+
+def data_section(options: Mapping[str, Any], data: Mixture | None) -> str:
+    if data is None:
+        names = ", ".join(Path(part).name for part in options["dataset"].split(","))
+        return f"`{names}`; where it came from was not known any more when this card was made."
+    lines = []
+    for (name, dataset), share in zip(data.datasets.items(), data.shares):
+        made, source = dataset.manifest.get("arguments", {}), hub_id(dataset)
+        origin = f"[{source}](https://huggingface.co/datasets/{source})" if source else ", ".join(
+            Path(made[key]).name for key in ("source", "input") if made.get(key)) or "an unknown source"
+        about = "".join(f", {key} {made[key]}" for key in ("subset", "commit") if made.get(key))
+        tokens = ", ".join(f"{sum(map(int, split.lengths)):,} {key}" for key, split in dataset.splits.items())
+        kind = f", tokenizer {dataset.tokenizer.kind}" if dataset.tokenizer else ""
+        lines.append(f"- `{Path(name).name}`" + (f", {share:.1%} of the sequences" if len(data.shares) > 1 else "")
+                     + f": made from {origin}{about}; tokens: {tokens}{kind}")
+    return "\n".join(lines)
+
+
+def use_section(name: str, is_ours: bool, folder: Path, block_size: int) -> str:
+    if is_ours:
+        return ("transformers has no model of this shape; flatGPT has:\n\n"
+                f"```sh\npython sample.py --init_from={name} --prompt=\"\"\n```\n\n"
+                f"```python\nfrom model import GPT\n\nmodel = GPT.from_pretrained(\"{name}\")\n```")
+    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", "",
+             f"model = AutoModelForCausalLM.from_pretrained(\"{name}\")"]
+    if (folder / "tokenizer.json").is_file():
+        tokenizer, prompt = load_tokenizer(folder), "The "
+        try:
+            num_tokens = len(tokenizer.encode(prompt))
+        except ValueError:  # it does not know these characters
+            prompt, num_tokens = tokenizer.decode([tokenizer.start_id]), 1
+        new = max(1, min(50, block_size - num_tokens))
+        lines += [f"tokenizer = AutoTokenizer.from_pretrained(\"{name}\")",
+                  f"inputs = tokenizer({json.dumps(prompt)}, return_tensors=\"pt\")",
+                  f"print(tokenizer.decode(model.generate(**inputs, max_new_tokens={new}, do_sample=True)[0]))"]
+    code = "\n".join(lines)
+    return f"```python\n{code}\n```\n\nflatGPT reads it too: `python sample.py --init_from={name}`."
+
+
+if __name__ == "__main__":
+    settings.run(main)
