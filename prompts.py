@@ -32,19 +32,10 @@ def read(prompt: str) -> str:
 
 
 def encode(tokenizer: Tokenizer, prompt: str) -> torch.Tensor:
-    """Ids (1, T) of the prompt; an empty one starts from end-of-text where there is such a token, else a newline (or,
-    in a vocabulary without one, token 0). Raises ValueError for text that cannot be encoded."""
+    """Ids (1, T) of the prompt, of an empty one `start_id`. Raises ValueError for text that cannot be encoded."""
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise ValueError("the prompt is no valid text: the terminal did not send it as UTF-8")
-    if prompt:
-        ids = tokenizer.encode_prompt(prompt)
-    elif tokenizer.eot_id is not None:
-        ids = np.array([tokenizer.eot_id])
-    else:
-        try:
-            ids = tokenizer.encode("\n")
-        except ValueError:
-            ids = np.array([0])
+    ids = tokenizer.encode_prompt(prompt) if prompt else np.array([tokenizer.start_id])
     return torch.from_numpy(ids.astype(np.int64))[None, :]
 
 
