@@ -1,4 +1,12 @@
-"""The best loss in the fewest steps."""
+"""The loss of config/shakespeare_char_cpu.py in a fifth of its steps: the best recipe found for so few tokens.
+
+    python prepare_data.py shakespeare_char
+    python train.py config/shakespeare_char_fast.py
+
+A quarter of a minute or so on two cores; val loss 1.82 to 1.84 on the whole validation split (seeds 1337, 2, 3: 1.824,
+1.838, 1.835), where nanoGPT's model reads 1.898 after its 2,000 steps. Behind each choice stands what the loss is
+without it, all others kept; what differs by less than 0.015 may be the seed's doing.
+"""
 
 out_dir = "out/shakespeare_char_fast"
 eval_interval = 100
@@ -14,21 +22,21 @@ block_size = 64
 n_layer = 4
 n_head = 4
 n_embd = 128
-pos = "rope"
-norm = "rmsnorm"
-qk_norm = True
-mlp = "relu2"
+pos = "rope"  # learned positions: 1.961
+qk_norm = True  # without: 1.915
+norm = "rmsnorm"  # layernorm: 1.843
+mlp = "relu2"  # gelu: 1.821, at more time a step
 
-optimizer = "muon"
-muon_lr = 2e-2
-learning_rate = 1e-2
-schedule = "linear"
+optimizer = "muon"  # adamw with its best learning rate of those tried, 4e-3: 1.968
+muon_lr = 2e-2  # 3e-2: 1.843
+learning_rate = 1e-2  # of the embeddings and norms; 6e-3: 1.838, 2e-2: 1.839
+schedule = "linear"  # cosine: 1.841
 max_iters = 400
 lr_decay_iters = 400
 min_lr = 0.0
 warmup_iters = 20
 beta2 = 0.99
-weight_decay = 0.0
+weight_decay = 0.0  # it sees no token twice
 
 device = "cpu"
 compile = False
