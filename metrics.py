@@ -2,7 +2,8 @@
 
 Owns every number that leaves a run. Only rank 0 reports; the other ranks hold a Reporter that says nothing, so that
 train.py needs no `if` for it. metrics.jsonl has one JSON object a line, with `step` = updates made; a resume cuts the
-lines past its checkpoint, so the file reads as if the run had never been interrupted.
+lines past its checkpoint and adds one that says `resumed`, so that but for those the file reads as if the run had never
+been interrupted.
 
 Throughput counts training only: the time spent within `excluded()` (evaluation, saving) is left out of it.
 """
@@ -136,6 +137,8 @@ class Reporter:
                 self._bar = tqdm(total=self._max_iters, initial=step, unit="step", ncols=columns, nrows=lines)
             if self._config.wandb_log:
                 self._wandb = _start_wandb(self._config, self._path.parent, options)
+        if step:
+            self.record({"step": step, "resumed": True, "elapsed_s": elapsed_s})
         self._restart_clock()
 
     def say(self, line: str) -> None:
