@@ -1,4 +1,4 @@
-"""Files on disk: text and JSON that are replaced whole, checksums, syncing.
+"""Files on disk: small ones that are replaced whole, checksums, syncing.
 
 Owns how small files are written so that a kill or a full disk leaves the old one or the new one, never half of either.
 """
@@ -30,11 +30,16 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """See `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write or replace a file: under a hidden name, synced, renamed. Raises OSError that names it."""
     hidden = path.with_name(f".{path.name}.tmp")
     try:
-        with named_errors(path), open(hidden, "w", encoding="utf-8") as file:
-            file.write(text)
+        with named_errors(path), open(hidden, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(hidden, path)

@@ -2,7 +2,8 @@
 
 Owns every number that leaves a run; trackers.py hands them on to wandb and TensorBoard. Only rank 0 reports; the other
 ranks hold a Reporter that says nothing, so that train.py needs no `if` for it. metrics.jsonl has one JSON object a
-line, with `step` = updates made; a resume cuts the lines past its checkpoint, so the file reads as if the run had never
+line, with `step` = updates made; a resume cuts the lines past its checkpoint and adds one that says `resumed`, so that
+but for those the file reads as if the run had never
 been interrupted.
 
 Throughput counts training only: the time spent within `excluded()` (evaluation, samples, saving) is left out of it.
@@ -160,6 +161,8 @@ class Reporter:
                 self._bar = tqdm(total=self._max_iters, initial=step, unit="step", ncols=columns, nrows=lines)
             self._start_trackers(step, options | {
                 "parameters": model.num_params(non_embedding=False), "world_size": self._here.world_size})
+        if step:
+            self.record({"step": step, "resumed": True, "elapsed_s": elapsed_s})
         self._restart_clock()
 
     def _start_trackers(self, step: int, facts: dict[str, Any]) -> None:

@@ -7,7 +7,8 @@ and all keys are flat, so no key may exist twice. A command line reads
 
 left to right, later wins. A config file is plain Python; its public names that are not modules, functions or classes
 are keys. Its assignments become arguments in the place where the file stood, so that one validator (tyro, on the
-dataclass) serves both. `--key value`, `--some-key=value`, and `--key` for `--key=True` are understood too.
+dataclass) serves both. `--key value`, `--some-key=value`, and `--key` for `--key=True` are understood too. A key whose
+type is a tuple takes all words up to the next --key (`--runs a b`, as a shell writes out/*), and adds to those before.
 """
 
 from __future__ import annotations
@@ -58,13 +59,15 @@ def parse(options: type[T], argv: list[str], usage: str = "", aliases: dict[str,
         hint = closest(argument.key, known) or "--help lists the keys"
         faults.append(f"{argument.where}: unknown key {argument.key!r}; {hint}")
     given = {a.key: a.value for a in arguments}
+    effective = [a for a in {a.key: a for a in arguments}.values() if not _is_many(known[a.key])]
+    effective += [a for a in arguments if _is_many(known[a.key])]
     # All at once first: one by one would take ten times as long. An overridden value has to be right as well.
     suspects = arguments if not _accepts(options, arguments) else [a for a in arguments if given[a.key] != a.value]
     faults += [f"{a.where}: {a.key}={a.value!r} is not {_describe(known[a.key])}" for a in suspects
                if not _accepts(options, [a])]
     if faults:
         raise ValueError("; ".join(faults))
-    return _tyro(options, [f"--{key}={value}" for key, value in given.items()], usage), given
+    return _tyro(options, [f"--{a.key}={a.value}" for a in effective], usage), given
 
 
 def help_early(script: str, options: str) -> None:
@@ -131,7 +134,8 @@ def _expand(argv: list[str], bare_word: str, known: dict[str, Any]) -> list[Argu
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
-            if bare_word and any(argument.where == argument.value for argument in arguments):
+            is_second = any(argument.where == argument.value for argument in arguments)
+            if bare_word and is_second and not _is_many(known[bare_word]):
                 raise ValueError(f"{arguments[0].where} and {word}: only one {bare_word} can be named")
             arguments += [Argument(bare_word, word, word)] if bare_word else _read_config(word, known)
             continue
@@ -143,7 +147,14 @@ def _expand(argv: list[str], bare_word: str, known: dict[str, Any]) -> list[Argu
                 raise ValueError(f"{word} has no value; write {word}=VALUE")
             value = rest.pop(0)
         arguments.append(Argument(key.replace("-", "_"), value, f"--{key}"))
+        while _is_many(known.get(arguments[-1].key)) and rest and not rest[0].startswith("--"):
+            arguments.append(Argument(arguments[-1].key, rest.pop(0), f"--{key}"))
     return arguments
+
+
+def _is_many(kind: Any) -> bool:
+    """Whether an option of this type takes several values."""
+    return typing.get_origin(kind) is tuple
 
 
 def _read_config(path: str, known: Iterable[str]) -> list[Argument]:
@@ -192,7 +203,8 @@ def _tyro(options: type[T], arguments: list[str], usage: str = "") -> T:
     import tyro
 
     return tyro.cli(options, args=arguments, prog=Path(sys.argv[0]).name, description=usage or None,
-                    use_underscores=True, config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes))
+                    use_underscores=True, config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes,
+                                               tyro.conf.UseAppendAction))
 
 
 def _describe(kind: Any) -> str:

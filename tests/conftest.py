@@ -180,6 +180,14 @@ def tiny_data(cli, tmp_path) -> Path:
     return tmp_path / "data" / "tiny"
 
 
+def write_run(folder: Path, records: list[dict], options: dict | None = None, torn: str = "") -> Path:
+    """A run folder as train.py leaves it, without checkpoints; `torn` is the line that it has begun to write."""
+    folder.mkdir(parents=True)
+    (folder / "train_config.json").write_text(json.dumps(options or {}))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + torn)
+    return folder
+
+
 TINY_RUN = ("--dataset=tiny", "--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4",
             "--gradient_accumulation_steps=2", "--max_iters=6", "--eval_interval=3", "--eval_iters=2",
             "--warmup_iters=2", "--lr_decay_iters=6", "--learning_rate=1e-2", "--out_dir=out/tiny", "--device=cpu",

@@ -333,3 +333,24 @@ def test_help_is_the_same_without_the_rooms_and_imports_no_torch(script):
         shown.append(done.stdout)
     assert shown[0] == shown[1]
     assert "--dtype" in shown[0]
+
+
+@dataclass
+class Many:
+    runs: tuple[str, ...] = ()
+    out: str = "page"
+    is_fast: bool = False
+
+
+@pytest.mark.parametrize("argv", [
+    "--runs a b --out=x", "--runs=a --runs=b --out=x", "--runs=a b --out x", "a b --out=x", "a --out=x b",
+    "--out=x --runs a --runs b"])
+def test_a_key_of_many_values_takes_all_words_up_to_the_next_key(argv):
+    assert parse(*argv.split(), options=Many, bare_word="runs") == {"runs": ("a", "b"), "out": "x", "is_fast": False}
+
+
+def test_a_key_of_many_values_may_have_none():
+    assert parse(options=Many)["runs"] == ()
+    assert parse("--runs", "a b", "--is_fast", options=Many) == {"runs": ("a b",), "out": "page", "is_fast": True}
+    with pytest.raises(ValueError, match="--runs has no value"):
+        parse("--runs", "--out=x", options=Many)
