@@ -102,6 +102,7 @@ def evaluate(config: EvaluateConfig, here: Job) -> None:
     path = weights.resolve(source)
     model = load_model(config, path, here)
     tokenizer = prompts.find_tokenizer(path, model.config.vocab_size)
+    splits = find_splits(config, path, model, tokenizer)
     block_size, stride = model.config.block_size, config.stride or model.config.block_size
     report: dict[str, Any] = {"model": source, "parameters": model.num_params(non_embedding=False),
                               "dtype": str(here.dtype).removeprefix("torch."), "block_size": block_size,
@@ -114,7 +115,7 @@ def evaluate(config: EvaluateConfig, here: Job) -> None:
     say(f"{source}: {report['parameters']:,} parameters on {here.device}, {here.dtype}, windows of {block_size} tokens "
         f"every {stride}")
     results = report["results"] = {}
-    for name, split in find_splits(config, path, model, tokenizer).items():
+    for name, split in splits.items():
         results[name] = measure(model, split, tokenizer, config, here)
         say("{}: loss {loss:.4f} nats per token, perplexity {perplexity:.4f}, {bits_per_byte:.4f} bits per byte "
             "({tokens:,} tokens, {bytes:,} bytes)".format(name, **results[name]))

@@ -3,8 +3,7 @@
 Owns every number that leaves a run; trackers.py hands them on to wandb and TensorBoard. Only rank 0 reports; the other
 ranks hold a Reporter that says nothing, so that train.py needs no `if` for it. metrics.jsonl has one JSON object a
 line, with `step` = updates made; a resume cuts the lines past its checkpoint and adds one that says `resumed`, so that
-but for those the file reads as if the run had never
-been interrupted.
+but for those the file reads as if the run had never been interrupted.
 
 Throughput counts training only: the time spent within `excluded()` (evaluation, samples, saving) is left out of it.
 """
