@@ -122,8 +122,8 @@ def run(script: str, *args: str, cwd: str | None = None) -> str:
 
 
 def run_baseline(way: str, bench: BenchConfig, *args: str, cwd: str | None = None) -> dict[str, float]:
-    out = run("bench.py", way, f"--config={Path(bench.config).resolve()}", f"--options={bench.options}", "--json=True",
-              *args, cwd=cwd)
+    out = run("bench.py", way, f"--config={Path(bench.config).resolve()}", f"--options={bench.options}",
+              f"--dtype={bench.dtype}", "--json=True", *args, cwd=cwd)
     return json.loads(out.splitlines()[-1])
 
 

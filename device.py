@@ -79,6 +79,8 @@ def _flash3_fault(device: torch.device, dtype: torch.dtype) -> str:
         return f"FlashAttention-3 is for Hopper GPUs, and this is {device}"
     if dtype == torch.float32:
         return "FlashAttention-3 is for dtype=bfloat16 and float16"
+    if torch.are_deterministic_algorithms_enabled():
+        return "FlashAttention-3's backward pass does not give the same bits each time, as deterministic=True wants"
     try:
         from flash_attn_interface import flash_attn_func
     except ImportError as error:

@@ -71,6 +71,7 @@ def job(config: DeviceConfig, parallel: ParallelConfig | None = None) -> Iterato
         torch.cuda.set_device(device)
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with its own
+            os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # kernels chosen by timing differ between runs
             torch.use_deterministic_algorithms(True)
         torch.set_float32_matmul_precision("high")  # what stays float32 is multiplied as tf32
     if not under_torchrun:
@@ -146,10 +147,12 @@ def wrap(model: nn.Module, here: Job, batch_size: int) -> nn.Module:
 def _try_pass(wrapped: nn.Module, model: nn.Module, here: Job, batch_size: int) -> None:
     """A forward and backward pass over zeros, whose gradients are forgotten."""
     nothing = torch.zeros(batch_size, model.config.block_size, dtype=torch.long, device=here.device)
-    with here.autocast():
-        _, loss = wrapped(nothing, nothing)
-    loss.backward()
-    zero_grad(model, here)
+    try:
+        with here.autocast():
+            _, loss = wrapped(nothing, nothing)
+        loss.backward()
+    finally:
+        zero_grad(model, here)
 
 
 def zero_grad(model: nn.Module, here: Job) -> None:
@@ -200,8 +203,14 @@ def compile_parts(model: nn.Module, wanted: str, here: Job, batch_size: int) -> 
     failure = None
     for part in model.compiled_parts():
         part.compile()
+    import torch._functorch.config  # a second to import
+
+    # Else the compiler keeps an activation beside what it is made from, where a matrix product reads it.
+    torch._functorch.config.ban_recompute_materialized_backward = False
     try:
         _try_pass(model, model, here, batch_size)
+    except torch.OutOfMemoryError:  # no fault of the compiler's
+        raise
     except Exception as error:  # whatever the compiler trips over: training without it is better than none
         failure = one_line(error)
     failures = [f for f in gather(failure, here) if f]

@@ -62,7 +62,8 @@ def flops_per_token(model: LanguageModel) -> int:
     models of baselines.py have none. (A bigram multiplies nothing: its MFU is of a product with its whole table.)"""
     c = model.config
     attention = 12 * c.n_layer * c.n_embd * c.block_size if model.h else 0
-    return 6 * model.num_params() + attention
+    looked_up = model.wte.weight.numel() if model.lm_head is not None else 0  # a table that is not the head as well
+    return 6 * (model.num_params() - looked_up) + attention
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -22,7 +22,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import torch
 import torch.nn as nn
@@ -64,7 +64,10 @@ class GPTConfig:
 
     def validate(self) -> None:
         """Raises ValueError, naming every bad value."""
-        faults = [f"{key}={getattr(self, key)} must be positive"
+        choices = {key: get_args(kind) for key, kind in get_type_hints(type(self)).items() if get_args(kind)}
+        faults = [f"{key}={getattr(self, key)!r} must be one of {', '.join(names)}" for key, names in choices.items()
+                  if getattr(self, key) not in names]
+        faults += [f"{key}={getattr(self, key)} must be positive"
                   for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "window", "rope_theta")
                   if getattr(self, key) <= 0]
         faults += [f"{key}={getattr(self, key)} must be 0 or more" for key in ("n_kv_head", "mlp_hidden")
@@ -152,7 +155,7 @@ class Look(NamedTuple):
     """Where T queries stand and what they see, the same in every layer."""
 
     rotation: tuple[torch.Tensor, torch.Tensor] | None = None  # cosines and sines (T, D) of pos=rope
-    mask: torch.Tensor | None = None  # true where a query sees a key (T, S); or what is added to the scores (H, T, S)
+    mask: torch.Tensor | None = None  # true where a query sees a key (T, S); or is added to the scores (1, H, T, S)
 
 
 def rotation(at: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,7 +192,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
            how: Attention) -> torch.Tensor:
     """softmax(q k^T / sqrt(D)) v, for queries (B, H, T, D), keys and values (B, H, S, D) -> (B, H, T, D).
 
-    A query sees the keys for which `mask` (T, S) is true, or a mask of numbers (H, T, S) is added to its scores.
+    A query sees the keys for which `mask` (T, S) is true, or a mask of numbers (1, H, T, S) is added to its scores.
     Without one the T queries are the last T of the S positions and see all up to their own, and T has to be S or 1."""
     is_causal = mask is None and q.size(2) > 1
     if how == "flash3" and is_causal and not dropout and q.dtype != torch.float32:
@@ -253,6 +256,7 @@ class CausalSelfAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if look.rotation is not None:
             q, k = rotate(q, *look.rotation), rotate(k, *look.rotation)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # CUDA's autocast norms in float32
         if past is not None:
             k, v = past.k.index_copy_(2, past.at, k), past.v.index_copy_(2, past.at, v)
         if self.n_kv_head < self.n_head:  # (B, K, S, D) -> (B, H, S, D)
@@ -420,10 +424,13 @@ class LanguageModel(nn.Module):
 
     def _loss(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Summed cross-entropy, float32, of what the head reads (B, T, C) against targets (B, T)."""
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        return LinearCrossEntropy.apply(x.flatten(0, 1), self.head, targets.flatten(), self.config.vocab_size, dtype,
-                                        torch.is_grad_enabled(), self.chunk_loss)
+        return LinearCrossEntropy.apply(x.flatten(0, 1), self.head, targets.flatten(), self.config.vocab_size,
+                                        self._product_dtype(), torch.is_grad_enabled(), self.chunk_loss)
+
+    def _product_dtype(self) -> torch.dtype:
+        """The number type of matrix products: autocast's, or else the weights'."""
+        device = self.head.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.head.dtype
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None,
                 num_targets: torch.Tensor | int | None = None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -593,12 +600,12 @@ class GPT(LanguageModel):
     def _look(self, at: torch.Tensor, num_keys: int, masked: bool = False) -> Look:
         """Of queries at positions (T,) on the keys at 0, 1, ...; `masked` where `attend` needs to be told which."""
         c, turned, mask = self.config, None, None
-        distance = at[:, None] - torch.arange(num_keys, device=at.device)  # (T, S)
-        if masked:
+        if masked or c.pos == "alibi":
+            distance = at[:, None] - torch.arange(num_keys, device=at.device)  # (T, S)
             mask = distance >= 0
         if c.pos == "alibi":
             penalty = alibi_slopes(c.n_head, at.device)[:, None, None] * distance
-            mask = (-penalty).masked_fill(distance < 0, -math.inf)
+            mask = (-penalty).masked_fill(~mask, -math.inf)[None].to(self._product_dtype())
         if c.pos == "rope":
             turned = rotation(at, c.n_embd // c.n_head, c.rope_theta)
         return Look(turned, mask)
@@ -629,10 +636,9 @@ class GPT(LanguageModel):
 
     def make_cache(self, batch_size: int, num_tokens: int) -> KVCache:
         """On the model's device, in the type that its keys and values will have."""
-        device, limit = self.wte.weight.device, self.config.max_positions
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else self.wte.weight.dtype
-        return KVCache(self.config, batch_size, min(num_tokens, limit) if limit else num_tokens, device, dtype)
+        limit = self.config.max_positions
+        return KVCache(self.config, batch_size, min(num_tokens, limit) if limit else num_tokens, self.head.device,
+                       self._product_dtype())
 
     def _next_logits(self, idx: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
         if cache is None or idx.size(1) > 1 or not (self.compile_decoding or idx.is_cuda):
@@ -650,6 +656,7 @@ class Decoder:
 
     def __init__(self, model: GPT, cache: KVCache):
         self.model, self.cache = model, cache
+        self._check_room()
         device = cache.k.device
         self.token = torch.zeros(cache.k.size(1), 1, dtype=torch.long, device=device)
         self.at = torch.full((1,), cache.length, dtype=torch.long, device=device)
@@ -663,8 +670,14 @@ class Decoder:
                 warnings.warn(f"torch.compile failed, going on without it: {error}", stacklevel=2)
                 self.run = Block.forward
         self.graph = None
+        # Not under autocast: it keeps copies of the weights for as long as its block, and a recording for good.
         if device.type == "cuda" and not torch.is_autocast_enabled("cuda"):
-            self._record()
+            with torch.cuda.device(device):
+                self._record()
+
+    def _check_room(self) -> None:
+        if self.cache.length == self.cache.capacity:
+            raise ValueError(f"the cache is full: it has room for {self.cache.capacity} positions")
 
     def _logits(self) -> torch.Tensor:
         look = self.model._look(self.at, self.cache.capacity, masked=True)
@@ -686,8 +699,7 @@ class Decoder:
 
     def step(self, token: torch.Tensor) -> torch.Tensor:
         """Tokens (B, 1), which stand behind those in the cache, -> logits (B, V) of the next."""
-        if self.cache.length == self.cache.capacity:
-            raise ValueError(f"the cache is full: it has room for {self.cache.capacity} positions")
+        self._check_room()
         self.token.copy_(token)
         self.at.fill_(self.cache.length)
         self.cache.length += 1

@@ -74,6 +74,7 @@ def fit_batch_size(model: LanguageModel, seqs_per_rank: int, here: Job) -> int:
         fitting = list(itertools.takewhile(partial(_fits_gpu, model, here), sizes))
         del means
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(here.device)  # the trial that failed is no part of the run
     else:
         most = BatchPlan(seqs_per_rank * here.world_size, 1, seqs_per_rank, here.world_size)
         room = 0.8 * free_memory_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - state_bytes(model, most, here)
@@ -134,9 +135,10 @@ def activation_bytes(model: LanguageModel, micro_batch: int, here: Job) -> int:
     rows = micro_batch * c.block_size
     if not model.h:
         return _activation_bytes_without_blocks(model, rows, here)
-    # A block keeps the inputs of both norms (float32), and 11 C values a position in the type of the products: both
-    # norms' outputs, q, k and v, attention's output twice, the MLP's hidden layer before its activation.
-    block = rows * c.n_embd * (2 * 4 + 11 * (4 if here.dtype == torch.float32 else 2))
+    # A block keeps the inputs of both norms (float32), and in the type of the products 7 C values a position (both
+    # norms' outputs, q, k and v, attention's output twice) and the MLP's hidden layer before its activation.
+    hidden = c.hidden * (2 if c.mlp == "swiglu" else 1)
+    block = rows * (2 * 4 * c.n_embd + (7 * c.n_embd + hidden) * (4 if here.dtype == torch.float32 else 2))
     blocks = c.n_layer * block
     if model.activation_checkpointing:
         blocks = c.n_layer * rows * c.n_embd * 4 + block

@@ -25,6 +25,8 @@ from typing import NamedTuple
 
 import torch
 
+MASS = 2**40  # probabilities are summed up as whole numbers of 1 / MASS: in any order, and on any device, to the same
+
 
 class Stage(NamedTuple):
     """The distribution behind a filter: the softmax of logits (B, V) / temperature, -inf for what is filtered out."""
@@ -125,7 +127,8 @@ def keep_top_p(logits: torch.Tensor, p: float, temperature: float, most: int) ->
     2019, arXiv:1904.09751); no more than `most` are not -inf yet."""
     ordered = logits.topk(most, dim=1).values  # likeliest first
     probs = distances(ordered, temperature).softmax(dim=1)
-    before = probs.cumsum(dim=1) - probs  # mass of the likelier tokens: below p, this one is still needed
+    mass = (probs * MASS).long()
+    before = (mass.cumsum(dim=1) - mass) / MASS  # of the likelier tokens: below p, this one is still needed
     count = (before < p).sum(dim=1, keepdim=True)
     return _keep(logits, ordered.gather(1, count - 1), count)
 
@@ -146,9 +149,10 @@ def _keep(logits: torch.Tensor, least: torch.Tensor, count: int | torch.Tensor) 
 def draw(probs: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
     """One token a row, (B, 1), from probabilities (B, V), each with one random number (torch.multinomial needs V)."""
     wide = probs.dtype if probs.device.type == "mps" else torch.float64  # MPS has no float64
-    below = probs.to(wide).cumsum(dim=1)
+    below = (probs * MASS).long().cumsum(dim=1)
     at = torch.rand(probs.size(0), 1, dtype=wide, device=probs.device, generator=generator) * below[:, -1:]
-    return torch.searchsorted(below, at, right=True).clamp(max=probs.size(1) - 1)  # never one of probability 0
+    at = torch.minimum(at.long(), below[:, -1:] - 1)  # a random number next to 1 may have been rounded up
+    return torch.searchsorted(below, at, right=True)  # never a token of probability 0
 
 
 def table(stages: list[Stage], token: torch.Tensor, num_rows: int, spell: Callable[[int], str]) -> str:

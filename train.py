@@ -129,10 +129,9 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     if config.log.sample_interval and data.tokenizer is None:
         raise ValueError(f"sample_interval={config.log.sample_interval} needs a tokenizer, and {config.data.dataset} "
                          "has none: --tokenizer=gpt2 says that it is GPT-2's")
-    attention = pick_attention(config.attention, here.device, here.dtype, config.model.block_size)
     distributed.check_agreement(settings.flatten(config) | {
         "the code": files.code_fingerprint(), "the data": data.fingerprint, "torch": torch.__version__,
-        "the kind of device": here.device.type, "the number type": str(here.dtype), "attention": attention}, here)
+        "the kind of device": here.device.type, "the number type": str(here.dtype)}, here)
 
     # 2) Where the run stands: rank 0 looks into the run folder, and the others hear of it. An evaluation of other
     # weights does not look at it.
@@ -145,7 +144,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
         adopt_shape(config, given, model)
     block_size = model.config.block_size
     model.activation_checkpointing = config.activation_checkpointing
-    model.set_attention(attention)
+    model.set_attention(pick_attention(config.attention, here.device, here.dtype, block_size))
     plan = plan_batches(config.data, given, block_size, here.world_size, lambda seqs: (
         trainer["options"]["batch_size"] if trainer["folder"] else preflight.fit_batch_size(model, seqs, here)))
     options = settings.flatten(config)
@@ -334,7 +333,7 @@ def check_options(config: TrainConfig) -> None:
 
 def check_same_run(config: TrainConfig, trainer: Mapping[str, Any], now: Mapping[str, Any], report: Reporter) -> None:
     """Say which options changed since the checkpoint. Raises ValueError that lists those which must not."""
-    before = trainer["options"] | trainer
+    before = settings.flatten(TrainConfig()) | trainer["options"] | trainer  # an option newer than the run: its default
     changed = {key: "the tokens or the shares of the data sets changed" if key == "data_fingerprint" else
                f"{key} was {before[key]}, is {value}" for key, value in now.items()
                if key in before and before[key] != value and key not in ("init_from", "resume", "eval_only")}

@@ -1,8 +1,9 @@
-"""As config/gpt2_124m.py, in fewer steps: the recipe that won on the small bench (config/shakespeare_char_fast.py).
+"""As config/gpt2_124m.py, in half the steps: the recipe that won on the small bench, config/shakespeare_char_fast.py.
 
     torchrun --nproc_per_node=8 train.py config/gpt2_124m_fast.py
 
-What each choice gained is said there, for a model of 0.8 million parameters; at this size it was not measured.
+Behind each choice stands what it gained there, for a model of 0.8 million parameters, in nats of val loss after 400
+steps. At this size it was not measured, and its learning rates are a guess.
 """
 
 out_dir = "out/gpt2_124m_fast"
@@ -21,16 +22,16 @@ block_size = 1024
 n_layer = 12
 n_head = 12
 n_embd = 768
-pos = "rope"
-norm = "rmsnorm"
-qk_norm = True
-mlp = "relu2"
+pos = "rope"  # 0.136, against learned positions
+norm = "rmsnorm"  # 0.018, against layernorm
+qk_norm = True  # 0.091
+mlp = "relu2"  # nothing, against gelu, but it takes less time and memory bandwidth
 bias = False
 
-optimizer = "muon"
+optimizer = "muon"  # 0.143, against adamw
 muon_lr = 2e-2
 learning_rate = 3e-3  # of the embeddings and norms
-schedule = "linear"
+schedule = "linear"  # 0.017, against cosine
 max_iters = 9536
 lr_decay_iters = 9536
 min_lr = 0.0

@@ -4,7 +4,7 @@ tokens and steps as config/shakespeare_char_cpu.py.
     python prepare_data.py shakespeare_char
     python train.py config/lstm.py
 
-About two minutes on two cores; val loss 1.59 on the whole validation split (the GPT's is 1.90).
+About two minutes on two cores; val loss 1.66 on the whole validation split (the GPT's is 1.90).
 """
 
 out_dir = "out/lstm"

@@ -326,6 +326,15 @@ def test_rotated_products_depend_on_the_distance_alone_and_equal_complex_ones():
     torch.testing.assert_close(products[0], wanted, atol=1e-4, rtol=1e-4)
 
 
+def test_norms_that_autocast_widens_leave_keys_in_the_values_type(monkeypatch):
+    layer_norm = F.layer_norm  # CUDA's autocast has it in float32
+    monkeypatch.setattr("torch.nn.functional.layer_norm", lambda x, *args: layer_norm(x.float(), *(
+        arg.float() if isinstance(arg, torch.Tensor) else arg for arg in args)))
+    model, idx = make_model(qk_norm=True), torch.randint(37, (2, 5))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.generate(idx, 8).shape == (2, 13)
+
+
 def test_sinusoids_are_the_papers_and_as_large_as_a_token():
     table = sinusoids(torch.arange(50), 6)
     for position, channel in ((0, 0), (7, 2), (49, 4)):
@@ -359,6 +368,7 @@ def test_positions_that_go_on_read_more_than_block_size_and_learned_ones_say_tha
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"n_kv_head": 3, "n_head": 4}, "n_head=4 is not divisible by n_kv_head=3"), ({"n_kv_head": -1}, "n_kv_head=-1"),
+    ({"pos": "rotary"}, "pos='rotary' must be one of learned, sinusoidal"),
     ({"pos": "rope", "n_embd": 6}, "n_embd / n_head=3 is odd"), ({"rope_theta": 0.0}, "rope_theta=0.0"),
     ({"pos": "sinusoidal", "n_embd": 9, "n_head": 3}, "needs an even n_embd"), ({"mlp_hidden": -4}, "mlp_hidden=-4")])
 def test_bad_shapes_are_named(changes, message):

@@ -1,5 +1,6 @@
 """train.py in one process: where a run starts, how it goes on, and what it refuses."""
 
+import hashlib
 import json
 import math
 import pickle
@@ -494,6 +495,23 @@ def test_a_block_that_does_not_compile_falls_back_to_eager(cli, tiny_data, monke
     result = cli("train", *TINY_RUN, "--compile=True")
     assert result.code == 0, result.err
     assert "torch.compile failed, going on without it: RuntimeError: no compiler here" in result.out
+
+
+def test_a_run_older_than_an_option_goes_on_with_its_default_alone(cli, tiny_data, refused):
+    assert cli("train", *TINY_RUN, "--max_iters=3").code == 0
+    [checkpoint] = Path("out/tiny/checkpoints").glob("step_*")
+    trainer = checkpoint / "training" / "trainer.json"
+    state = json.loads(trainer.read_text())
+    for key in ("pos", "norm", "optimizer"):  # as a run has it that never heard of them
+        del state["options"][key]
+    before = trainer.read_bytes()
+    trainer.write_text(json.dumps(state))
+    sums = checkpoint / "SHA256SUMS"
+    old, new = (hashlib.sha256(content).hexdigest() for content in (before, trainer.read_bytes()))
+    sums.write_text(sums.read_text().replace(old, new))
+    line = refused("train", *TINY_RUN, "--pos=rope", "--norm=rmsnorm")
+    assert "pos was learned, is rope; norm was layernorm, is rmsnorm" in line
+    assert cli("train", *TINY_RUN).code == 0
 
 
 def val_loss_at(cli, run: str, block_size: int) -> float:
