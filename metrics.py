@@ -111,10 +111,14 @@ def write_samples(model: LanguageModel, tokenizer: Tokenizer, num_tokens: int, h
 
     Every rank takes part and gets the same texts. Training does not notice: the generator is a separate one."""
     start = torch.full((NUM_SAMPLES, 1), tokenizer.start_id, device=here.device)
-    sampler = Sampler(temperature=0.8, top_k=200, generator=torch.Generator(here.device).manual_seed(0))
+    sampler = Sampler(temperature=0.8, top_k=200, generator=torch.Generator().manual_seed(0))
+
+    def choose(logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        return sampler(logits.cpu(), seen.cpu()).to(here.device)  # CUDA's cumulative sum is not deterministic
+
     # No cache: on CUDA that is read by a recorded graph, which FSDP's parts of weights are no good for.
     with here.autocast(), eager(model):
-        tokens = torch.stack([*model.stream(start, num_tokens, sampler, use_cache=False)], dim=1)
+        tokens = torch.stack([*model.stream(start, num_tokens, choose, use_cache=False)], dim=1)
     reshard(model)
     return [tokenizer.decode(row) for row in tokens.tolist()]
 

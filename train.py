@@ -437,11 +437,11 @@ def go_back(run: RunFolder, now: Progress, fault: str) -> dict[str, Any]:
 def finish(run: RunFolder, report: Reporter, now: Progress, stopped_by: str) -> None:
     """Wait for the last save and say how the run has ended. Raises OSError when that save failed."""
     run.finish()
-    report.close()
     if stopped_by:
         report.say(f"stopped by {stopped_by} at step {now.step:,}, and saved: the same command goes on from there")
     else:
         report.say(f"done. Read what it writes: python sample.py --out_dir={run.path}")
+    report.close()  # wandb may take its time to upload, and a run that is told to stop has not much
 
 
 def versions() -> dict[str, str]:

@@ -67,11 +67,23 @@ def test_a_resumed_run_ends_byte_identical(cli, tiny_data, options):
     assert weights[0] == weights[1]
 
 
+@pytest.mark.parametrize("options", [(), ("--dtype=float32",)])
+def test_a_compiled_run_that_writes_samples_ends_as_one_that_does_not(cli, tiny_data, options):
+    for name, samples in (("silent", ()), ("writes", ("--sample_interval=2", "--sample_tokens=40"))):
+        result = cli("train", *RUN, *options, *samples, "--deterministic=True", f"--out_dir=out/{name}")
+        assert result.code == 0, result.err
+    weights = [(tiny_data.parent.parent / "out" / run / "checkpoints/latest/model.safetensors").read_bytes()
+               for run in ("silent", "writes")]
+    assert weights[0] == weights[1]
+    assert [record["step"] for record in records_of("out/writes") if "samples" in record] == [2, 4, 6]
+
+
 @two_gpus
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_gpus_train_as_one_does(tiny_data, tmp_path, cli, parallel):
     assert cli("train", *RUN, "--dtype=float32", "--out_dir=out/one").code == 0
-    torchrun(2, ROOT / "train.py", *RUN, "--dtype=float32", f"--parallel={parallel}", cwd=tmp_path)
+    torchrun(2, ROOT / "train.py", *RUN, "--dtype=float32", "--sample_interval=3", f"--parallel={parallel}",
+             cwd=tmp_path)
     np.testing.assert_allclose(val_losses("out/tiny"), val_losses("out/one"), rtol=1e-2)
 
 

@@ -267,3 +267,9 @@ def test_gpt2s_missing_files_are_named_when_there_is_no_network(tmp_path, monkey
 def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="'word' is none of gpt2, char, byte, bpe"):
         make_tokenizer("word", [TEXT], 300)
+
+
+def test_an_empty_prompt_starts_from_the_end_of_text_a_newline_or_token_0():
+    for kind, text, start in (("byte", "", 256), ("bpe", "ab", 0), ("char", "b\na", 0), ("char", "\tb\na", 1),
+                              ("char", "ab", 0)):
+        assert make_tokenizer(kind, [text], 300).start_id == start

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import ROOT, TINY_RUN, records_of, run_process
-from test_faults import start_ranks
+from test_faults import start_ranks, until
 
 import trackers
 from model import GPT
@@ -42,17 +42,25 @@ def wandb_files(run: Path = TINY) -> list[Path]:
 
 
 def read_wandb(path: Path) -> list:
-    """The protocol buffers in a .wandb file: LevelDB's log format behind a header of seven bytes."""
+    """The records of a run that is over; wandb's own process may still be writing the last of them."""
+    until(lambda: any(record.HasField("exit") for record in parse_wandb(path)), lambda: f"no end in {path}", limit_s=60)
+    return parse_wandb(path)
+
+
+def parse_wandb(path: Path) -> list:
+    """The protocol buffers in a .wandb file so far: LevelDB's log format behind a header of seven bytes."""
     from wandb.proto import wandb_internal_pb2
 
     content, at, record, records = path.read_bytes(), 7, b"", []
-    assert content.startswith(b":W&B")
+    assert not content or content.startswith(b":W&B")
     while at + 7 <= len(content):
         if 32768 - at % 32768 < 7:  # a header is not cut in two
             at += 32768 - at % 32768
         length, kind = int.from_bytes(content[at + 4:at + 6], "little"), content[at + 6]
         record += content[at + 7:at + 7 + length]
         at += 7 + length
+        if at > len(content):  # torn
+            break
         if kind in (1, 4):  # whole, or the last part of one
             records.append(wandb_internal_pb2.Record.FromString(record))
             record = b""
