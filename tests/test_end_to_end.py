@@ -53,6 +53,10 @@ def test_readmes_commands_run_and_shakespeare_reaches_its_loss(clone, shakespear
     last = records_of(clone / "out" / "shakespeare_char_cpu")[-1]
     assert last["step"] == 2000
     assert last["val/loss"] <= 1.92
+    assert "python train.py config/shakespeare_char_fast.py" in run
+    last = records_of(clone / "out" / "shakespeare_char_fast")[-1]
+    assert last["step"] == 400
+    assert last["val/loss"] < 1.88
 
 
 def test_make_demo_ends_with_a_sample(clone):
