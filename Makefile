@@ -2,7 +2,7 @@
 # make test      lint, tests, and the README's commands
 # make soak      every way to kill, hang and starve a run that the tests know (eight minutes on two cores)
 # make test-gpu  the main job on a machine with an NVIDIA GPU; make bench-gpu measures it there
-# make zoo       what every model and option is worth, as the table in docs/models.md (half an hour on two cores)
+# make zoo       what every model and option is worth, as the table in docs/models.md (a quarter of an hour on two cores)
 # make install   .venv with all that the program and the tests need
 # Each makes .venv first where it is missing. PYTHON=python3.12 picks another interpreter, 3.10 or newer.
 

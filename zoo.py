@@ -56,7 +56,7 @@ ROWS = {  # the first is what the others are measured against
 
 @dataclass
 class ZooConfig:
-    steps: int = 500  # of 768 tokens, for every row
+    steps: int = 300  # of 768 tokens, for every row
     dataset: str = "shakespeare_char"  # data set to train on
     page: str = "docs/models.md"  # the page that holds the table; empty: only print it
 
