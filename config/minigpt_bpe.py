@@ -4,8 +4,8 @@
     python train.py config/minigpt_bpe.py
     python sample.py --out_dir=out/minigpt_bpe --prompt="ROMEO:"
 
-About five minutes on two CPU cores. A token is about three characters here, so a loss of 4.0 nats a token is one of 1.4
-a character: losses of different vocabularies compare only so.
+Losses of different vocabularies do not compare, because their tokens hold different amounts of text; bits per byte do:
+`python evaluate.py --out_dir=out/minigpt_bpe` prints them.
 """
 
 out_dir = "out/minigpt_bpe"
