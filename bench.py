@@ -298,6 +298,7 @@ NEW_TOKENS = 128
 
 
 def bench_sample(bench: BenchConfig) -> dict:
+    """Rounds of sample.py and its baselines on random weights, then what a token past block_size takes."""
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         GPT(SAMPLED).save_pretrained(folder)

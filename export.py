@@ -191,6 +191,7 @@ def base_model(options: Mapping[str, Any]) -> str:
 
 
 def facts(model: LanguageModel, trainer: Mapping[str, Any], records: list[dict[str, Any]]) -> dict[str, str]:
+    """The card's table: what the model is, and what its run came to."""
     c, step, came_to = model.config, trainer["step"], summarize(records)
     here = [record["val/loss"] for record in records if record["step"] == step and record.get("val/loss") is not None]
     losses = {"validation loss": here[-1] if here else None,
@@ -270,6 +271,7 @@ def hub_ids(data: Mixture) -> list[str]:
 
 
 def data_section(options: Mapping[str, Any], data: Mixture | None) -> str:
+    """What it was trained on, and where that came from; its name alone when the data are no longer here."""
     if data is None:
         names = ", ".join(Path(part).name for part in options["dataset"].split(","))
         return f"`{names}`; where it came from was not known any more when this card was made."
@@ -287,6 +289,7 @@ def data_section(options: Mapping[str, Any], data: Mixture | None) -> str:
 
 
 def use_section(name: str, is_ours: bool, folder: Path, block_size: int) -> str:
+    """How to load it: with transformers, or a model of our own shape with flatGPT."""
     if is_ours:
         return ("transformers has no model of this shape; flatGPT has:\n\n"
                 f"```sh\npython sample.py --init_from={name} --prompt=\"\"\n```\n\n"

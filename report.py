@@ -73,6 +73,7 @@ def labels(folders: list[Path]) -> list[str]:
 
 
 def page(runs: list[Run], figures: dict[Picture, Figure]) -> str:
+    """The whole HTML page, which asks nothing of a network."""
     title = " · ".join(run.label for run in runs) if len(runs) <= 4 else f"{len(runs)} runs"
     sections = {"Summary": summary_table(runs) + events(runs), "Curves": curves(figures),
                 "Options": options(runs), "Samples": samples(runs)}
