@@ -1,6 +1,6 @@
 """What a run folder has to show: its numbers as curves, and pictures of several runs in one.
 
-Owns how metrics.jsonl is read back: a torn line is left out, null is a gap. A run of more than MAX_POINTS reports is
+Owns what the lines of metrics.jsonl mean as curves: null is a gap. A run of more than MAX_POINTS reports is
 drawn through the means of neighbouring ones, in a band from their lowest to their highest. The validation loss is that
 of the windows which every evaluation of a run reads; the loss over the whole split, which a run ends with, is a point
 of its own (`whole/val/loss` among the curves).
@@ -13,11 +13,10 @@ of its own (`whole/val/loss` among the curves).
 from __future__ import annotations
 
 import io
-import json
 import math
 import statistics
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -167,21 +166,10 @@ def read_run(folder: Path, label: str) -> Run:
         if not path.is_file():
             raise FileNotFoundError(f"{folder} has no {path.name}: it is not the out_dir of a run of train.py, or that "
                                     "run has not reported anything yet")
-    records = list(read_records(metrics))
+    records = files.read_records(metrics)
     if not records:
         raise ValueError(f"{metrics} holds no report yet")
     return Run(label, folder, records, files.read_json(options), count_parameters(folder / "checkpoints" / "latest"))
-
-
-def read_records(path: Path) -> Iterator[Record]:
-    """The lines of a metrics.jsonl, without one that a kill, or a run that is just writing it, has left torn."""
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            yield record
 
 
 def count_parameters(checkpoint: Path) -> int | None:

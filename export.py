@@ -28,9 +28,10 @@ import checkpoint
 import files
 import weights
 from checkpoint import RunConfig
+from curves import PICTURES, Run, picture_of, render
 from data import Mixture, open_mixture
 from device import one_line
-from metrics import LogConfig, read_metrics, summarize
+from metrics import LogConfig, summarize
 from model import LanguageModel
 from shards import Dataset
 from sources import SOURCES
@@ -38,8 +39,6 @@ from tokenizer import load_tokenizer
 
 PARTS = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 UNSHOWN = {"dataset", "init_from", "eval_only", "max_minutes", "backend", "timeout_s"}  # options; the card has its own
-TABLE_ROWS = 12  # of a loss curve that could not be drawn
-CURVE_POINTS = 2000
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -110,9 +109,11 @@ def export(run: Path, folder: Path, to: Path, name: str) -> None:
             if (folder / part).is_file():
                 with files.named_errors(to / part):
                     shutil.copyfile(folder / part, hidden / part)
-        records = read_metrics(run / "metrics.jsonl")
-        has_curve = draw_losses(records, hidden / "loss.png")
-        files.write_text(hidden / "README.md", card(folder, name, model, records, has_curve))
+        records = files.read_records(run / "metrics.jsonl")
+        curve = picture_of(PICTURES[0], [Run(name, run, records, {}, None)])
+        if curve:
+            files.write_bytes(hidden / "loss.png", render(curve, "png"))
+        files.write_text(hidden / "README.md", card(folder, name, model, records, curve is not None))
         for path in [*hidden.iterdir(), hidden]:
             files.sync(path)
         os.rename(hidden, to)
@@ -144,7 +145,8 @@ def push(folder: Path, repo_id: str, public: bool) -> str:
 # The model card
 
 
-def card(folder: Path, name: str, model: LanguageModel, records: list[dict[str, Any]], has_curve: bool) -> str:
+def card(folder: Path, name: str, model: LanguageModel, records: list[dict[str, Any]],
+         has_curve: bool) -> str:
     """README.md, in Markdown, with the header that the hub reads."""
     trainer = checkpoint.read_trainer(folder)
     options = trainer["options"]
@@ -214,40 +216,14 @@ def shown_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def losses_section(records: list[dict[str, Any]], has_curve: bool) -> str:
-    """Nats a token: the curve, or where that could not be drawn the evaluations."""
-    rows = [record for record in records if record.get("val/loss") is not None]
-    if not rows:
-        return "No evaluation was recorded."
+    """The curve, with what it is of."""
+    if not has_curve:
+        return "No loss was recorded."
     what = "Cross-entropy in nats a token."
-    if any("val/sampled_loss" in row for row in rows):
+    if any("val/sampled_loss" in record for record in records):
         what += (" The last validation loss is that of the whole validation split; those before, among which the best "
                  "is sought, are of the same sample of it each time.")
-    if has_curve:
-        return f"![loss over tokens](loss.png)\n\n{what}"
-    rows = rows[:-1:-(-len(rows) // TABLE_ROWS)] + rows[-1:]
-    return f"{what}\n\n| step | tokens | validation loss |\n| --- | --- | --- |\n" + "".join(
-        f"| {row['step']:,} | {row['tokens']:,} | {row['val/loss']:.4f} |\n" for row in rows)
-
-
-def draw_losses(records: list[dict[str, Any]], path: Path) -> bool:
-    """The training and validation loss over tokens as a PNG; False without matplotlib, or without a loss."""
-    curves = {name: [(record["tokens"], record[key]) for record in records if record.get(key) is not None]
-              for name, key in (("training", "train/loss"), ("validation", "val/loss"))}
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    if not curves["validation"]:
-        return False
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for (name, points), marker in zip(curves.items(), ("", ".")):
-        if points:
-            axes.plot(*zip(*points[::-(-len(points) // CURVE_POINTS)]), label=name, linewidth=0.8, marker=marker)
-    axes.set(xlabel="tokens", ylabel="loss (nats a token)")
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=100)
-    return True
+    return f"![loss over tokens](loss.png)\n\n{what}"
 
 
 def open_data(options: Mapping[str, Any], trainer: Mapping[str, Any]) -> Mixture | None:

@@ -1,4 +1,4 @@
-"""Files on disk: small ones that are replaced whole, checksums, syncing.
+"""Files on disk: small ones that are replaced whole, records a line each, checksums, syncing.
 
 Owns how small files are written so that a kill or a full disk leaves the old one or the new one, never half of either.
 """
@@ -22,6 +22,19 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{path} should hold a JSON object")
     return value
+
+
+def read_records(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl, without one that a kill, or a run that is just writing it, has left torn; none when
+    there is no such file."""
+    records = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                record = json.loads(line)
+                if isinstance(record, dict) and isinstance(record.get("step"), int):
+                    records.append(record)
+    return records
 
 
 def write_json(path: Path, value: dict) -> None:

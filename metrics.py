@@ -31,7 +31,7 @@ from tqdm import tqdm
 import trackers
 from data import EvalOrder, pin, prefetch
 from distributed import Job, eager, reshard, sum_over_ranks
-from files import named_errors
+from files import read_records, write_text
 from model import LanguageModel
 from sampling import Sampler
 from tokenizer import Tokenizer
@@ -286,34 +286,15 @@ class Reporter:
         if self._bar is not None:
             self._bar.close()
         if self._trackers:
-            self._trackers.close(summarize(read_metrics(self._path)))
+            self._trackers.close(summarize(read_records(self._path)))
 
 
 def cut_metrics(path: Path, step: int) -> None:
     """Drop the lines past `step` (all, for a new run at step 0), and a line torn by a kill."""
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    fresh = path.with_name(".metrics.jsonl")
-    with named_errors(path):
-        fresh.write_text("".join(kept if step else []), encoding="utf-8")
-    os.replace(fresh, path)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, without a line torn by a kill; none when there is no such file."""
-    records = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                records.append(json.loads(line))
-    return records
+    kept = [record for record in read_records(path) if record["step"] <= step] if step else []
+    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -127,14 +126,6 @@ def test_a_data_set_of_the_hub_is_named_and_one_that_is_gone_is_not_made_up(cli,
     header, text = card_of("two")
     assert "datasets" not in header
     assert "`tiny`; where it came from was not known any more" in text
-
-
-def test_without_matplotlib_the_losses_are_a_table(cli, run, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert cli("export", f"--run={run}", "--to=folder").code == 0
-    assert not Path("folder/loss.png").exists()
-    rows = re.findall(r"^\| (\d+) \| [\d,]+ \| \d\.\d{4} \|$", card_of("folder")[1], re.M)
-    assert rows == ["0", "3", "6"]
 
 
 def test_a_shape_of_our_own_is_exported_for_flatgpt(cli, tiny_data):
