@@ -76,6 +76,18 @@ def load_model(source: str, **overrides: Any) -> LanguageModel:
     return LanguageModel.from_pretrained(str(path), **overrides)
 
 
+@contextlib.contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """What fails in here because a run under way has deleted the checkpoint, an older one by now, says so."""
+    try:
+        yield
+    except (OSError, ValueError):
+        if folder.exists():
+            raise
+        raise FileNotFoundError(f"{folder} was deleted meanwhile by the run that goes on there: the same command again "
+                                "finds a newer checkpoint") from None
+
+
 def verify(folder: Path) -> None:
     """Raises ValueError unless every file of SHA256SUMS is there with the content it had when it was saved."""
     sums = folder / "SHA256SUMS"
@@ -164,17 +176,20 @@ class RunFolder:
                                 "--out_dir)" if (self.path / "ckpt.pt").is_file() else ""))
         return folder
 
-    def open(self, options: dict[str, Any], is_new: bool) -> None:
+    def open(self, options: dict[str, Any], is_new: bool) -> bool:
         """Make the folder this run's: lock it, delete what a killed save left (`overwrite`: the whole old run), and
-        write train_config.json. Raises OSError when another run writes here, or has done so since `find`."""
+        write train_config.json. Returns whether the run is new still, and no restart of one that had saved nothing.
+        Raises OSError when another run writes here, or has done so since `find`."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._take_lock()
-        overwrite = is_new and self.config.overwrite and not self._is_of_this_launch()
+        is_restart = self._is_of_this_launch()
+        overwrite = is_new and self.config.overwrite and not is_restart
         if is_new and self.steps() and not overwrite:
             raise OSError(f"another run has begun in {self.path} meanwhile: choose another --out_dir")
         for leftover in [*self.checkpoints.glob("*" if overwrite else ".*")]:
             _remove(leftover)
         files.write_json(self.path / "train_config.json", options)
+        return is_new and not is_restart
 
     def _is_of_this_launch(self) -> bool:
         """Whether the run that lies here was begun by the torchrun, or the Slurm job, that has started us again: then

@@ -32,7 +32,7 @@ from typing import Literal, TypeVar
 import numpy as np
 import torch
 
-from shards import UNKNOWN_VOCAB_SIZE, Dataset, Split, open_dataset
+from shards import Dataset, Split, open_dataset
 from tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -157,8 +157,6 @@ def open_mixture(spec: str, vocab_size: int = 0, tokenizer: str = "auto") -> Mix
         raise ValueError(f"dataset={spec!r}: a share below 1 in {PERIOD:,} cannot be drawn; leave that data set out")
     mixture = Mixture({name: open_dataset(name, vocab_size, tokenizer) for name in weights}, shares)
     first, *others = mixture.datasets.values()
-    if first.vocab_size == UNKNOWN_VOCAB_SIZE:
-        raise ValueError(f"{first.folder} holds 32-bit tokens and does not say of which vocabulary: add --vocab_size=N")
     for other in others:
         if other.vocab_size != first.vocab_size or not _same_tokenizer(first, other):
             raise ValueError(f"{first.folder} and {other.folder} were made with different tokenizers: their ids mean "

@@ -38,7 +38,6 @@ from tqdm import tqdm
 import checkpoint
 import distributed
 import prompts
-import weights
 from data import EvalOrder
 from device import DeviceConfig, pick_attention
 from distributed import Job
@@ -97,14 +96,15 @@ def check_options(config: EvaluateConfig) -> None:
 
 def evaluate(config: EvaluateConfig, here: Job) -> None:
     """Print what was asked for, on rank 0; every rank takes its share of the work."""
-    source = config.out_dir if config.init_from == "resume" else config.init_from
     asked = {name: load_questions(name, questions_file(config, name)) for name in task_names(config)}
-    path = weights.resolve(source)
-    model = load_model(config, path, here)
-    tokenizer = prompts.find_tokenizer(path, model.config.vocab_size)
-    splits = find_splits(config, path, model, tokenizer)
+    path, called = prompts.find_model(config.init_from, config.out_dir)
+    with checkpoint.reading(path):
+        model = load_model(config, path, here)
+        find = prompts.need_tokenizer if config.text or asked else prompts.find_tokenizer
+        tokenizer = find(path, model.config.vocab_size)
+    splits, shares = find_splits(config, path, model, tokenizer)
     block_size, stride = model.config.block_size, config.stride or model.config.block_size
-    report: dict[str, Any] = {"model": source, "parameters": model.num_params(non_embedding=False),
+    report: dict[str, Any] = {"model": called, "parameters": model.num_params(non_embedding=False),
                               "dtype": str(here.dtype).removeprefix("torch."), "block_size": block_size,
                               "stride": stride}
 
@@ -112,13 +112,19 @@ def evaluate(config: EvaluateConfig, here: Job) -> None:
         if here.rank == 0 and not config.json:
             print(line, flush=True)
 
-    say(f"{source}: {report['parameters']:,} parameters on {here.device}, {here.dtype}, windows of {block_size} tokens "
-        f"every {stride}")
+    say(f"{called}: {report['parameters']:,} parameters on {here.device}, {here.dtype}"
+        + (f", windows of {block_size} tokens every {stride}" if splits else ""))
     results = report["results"] = {}
     for name, split in splits.items():
         results[name] = measure(model, split, tokenizer, config, here)
-        say("{}: loss {loss:.4f} nats per token, perplexity {perplexity:.4f}, {bits_per_byte:.4f} bits per byte "
-            "({tokens:,} tokens, {bytes:,} bytes)".format(name, **results[name]))
+        in_bytes = ", {bits_per_byte:.4f} bits per byte" if tokenizer else ""
+        say(("{}: loss {loss:.4f} nats per token, perplexity {perplexity:.4f}" + in_bytes
+             + " ({tokens:,} tokens, {bytes:,} bytes)").format(name, **results[name]))
+    if len(shares) > 1:  # what train.py reports as the validation loss
+        loss = sum(share * results[name]["loss"] for name, share in shares.items())
+        results["mixture"] = {"loss": loss, "perplexity": perplexity(loss)}
+        say("mixture, each by its share: loss {loss:.4f} nats per token, perplexity {perplexity:.4f}".format(
+            **results["mixture"]))
     for name, questions in asked.items():
         results[name] = answer(model, questions, tokenizer, config, here)
         say("{}: acc {acc:.4f} +- {acc_stderr:.4f}, acc_norm {acc_norm:.4f} +- {acc_norm_stderr:.4f} "
@@ -146,35 +152,43 @@ def without_nan(values: dict[str, float]) -> dict[str, float | None]:
 # Loss
 
 
-def find_splits(config: EvaluateConfig, path: Path, model: LanguageModel, tokenizer: Tokenizer) -> dict[str, Split]:
-    """The tokens to measure the loss on, by name: the text's, and those of each data set. Raises ValueError or OSError
-    for a text that is none or empty, and for data that is not there or not the model's kind."""
-    splits = {}
+def find_splits(config: EvaluateConfig, path: Path, model: LanguageModel,
+                tokenizer: Tokenizer | None) -> tuple[dict[str, Split], dict[str, float]]:
+    """The tokens to measure the loss on, by name: the text's, and those of each data set; and the shares of the data
+    sets. Raises ValueError or OSError for a text that is none or empty, and for data that is not there or not the
+    model's kind."""
+    splits, shares = {}, {}
     if config.text:
         ids = tokenizer.encode(prompts.read(f"FILE:{config.text}"))
         splits[config.text] = Split([Path(config.text)], model.config.vocab_size, [ids])
     if config.dataset or not (config.text or config.tasks):
-        splits |= prompts.open_data(path, config.dataset, model.config.vocab_size, tokenizer).splits(config.split)
+        data = prompts.open_data(path, config.dataset, model.config.vocab_size, tokenizer)
+        splits |= data.splits(config.split)
+        shares = dict(zip(data.datasets, data.shares))
     for name, split in splits.items():
         if split.lengths.max(initial=0) < 2:
             raise ValueError(f"{name} has nothing to measure a loss on: that takes a text of two tokens or more")
-    return splits
+    return splits, shares
 
 
-def measure(model: LanguageModel, split: Split, tokenizer: Tokenizer, config: EvaluateConfig,
+def measure(model: LanguageModel, split: Split, tokenizer: Tokenizer | None, config: EvaluateConfig,
             here: Job) -> dict[str, float]:
-    """Loss (nats a token), perplexity and bits per byte, with the tokens and bytes that they are of."""
+    """Loss (nats a token), perplexity and, with a tokenizer, bits per byte; with the tokens and bytes they are of."""
     order = EvalOrder(split, model.config.block_size, config.eval_iters * config.batch_size, config.stride)
     num_tokens, num_bytes = count_targets(order, byte_lengths(tokenizer, model.config.vocab_size))
     loss = validation_loss(model, order, config.batch_size, here)
-    return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf,
+    return {"loss": loss, "perplexity": perplexity(loss),
             "bits_per_byte": loss / math.log(2) * num_tokens / num_bytes if num_bytes else math.nan,
             "tokens": num_tokens, "bytes": num_bytes}
 
 
-def byte_lengths(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
+def perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def byte_lengths(tokenizer: Tokenizer | None, vocab_size: int) -> np.ndarray:
     """(vocab_size,) int64: see Tokenizer.byte_lengths. A model may have ids that its tokenizer never makes."""
-    lengths = tokenizer.byte_lengths()
+    lengths = tokenizer.byte_lengths() if tokenizer else {}
     return np.array([lengths.get(i, 0) for i in range(vocab_size)], dtype=np.int64)
 
 

@@ -39,7 +39,6 @@ from tokenizer import load_tokenizer
 
 PARTS = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 UNSHOWN = {"dataset", "init_from", "eval_only", "max_minutes", "backend", "timeout_s"}  # options; the card has its own
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 @dataclass
@@ -72,7 +71,7 @@ def check_options(config: ExportConfig) -> None:
         raise ValueError("public=True is for --push=owner/name")
     if not config.push:
         return
-    if not HUB_ID.fullmatch(config.push):
+    if not files.HUB_ID.fullmatch(config.push):
         raise ValueError(f"push={config.push!r} is no name of a repository: owner/name")
     from huggingface_hub import get_token
 
@@ -154,7 +153,7 @@ def card(folder: Path, name: str, model: LanguageModel, records: list[dict[str, 
     is_ours = files.read_json(folder / "config.json")["model_type"] == "flatgpt"
     base = base_model(options)
     header = {"library_name": "" if is_ours else "transformers", "pipeline_tag": "text-generation",
-              "base_model": base if HUB_ID.fullmatch(base) else "", "tags": ["flatgpt"],
+              "base_model": base if files.HUB_ID.fullmatch(base) else "", "tags": ["flatgpt"],
               "datasets": hub_ids(data) if data else []}
     sections = [
         f"# {name}", describe(model, base), table(facts(model, trainer, records)),
@@ -186,10 +185,7 @@ def describe(model: LanguageModel, base: str) -> str:
 def base_model(options: Mapping[str, Any]) -> str:
     """What the run started from: a hub id, the name of a file or folder, or "" for a fresh model."""
     source = options["init_from"]
-    if source == "scratch":
-        return ""
-    source = weights.HUB_ALIASES.get(source, source)
-    return source if HUB_ID.fullmatch(source) and not Path(source).exists() else Path(source).name
+    return "" if source == "scratch" else source if files.HUB_ID.fullmatch(source) else Path(source).name
 
 
 def facts(model: LanguageModel, trainer: Mapping[str, Any], records: list[dict[str, Any]]) -> dict[str, str]:
@@ -239,7 +235,7 @@ def hub_id(dataset: Dataset) -> str:
     """Of the data set on the hub that it was made from, or ""."""
     source = dataset.manifest.get("arguments", {}).get("source", "")
     source = SOURCES[source].hf if source in SOURCES else source
-    return source if source and HUB_ID.fullmatch(source) and not Path(source).exists() else ""
+    return source if source and files.HUB_ID.fullmatch(source) and not Path(source).exists() else ""
 
 
 def hub_ids(data: Mixture) -> list[str]:

@@ -1,4 +1,4 @@
-"""Files on disk: small ones that are replaced whole, records a line each, checksums, syncing.
+"""Files on disk: small ones that are replaced whole, records a line each, checksums, syncing, the hub's cache.
 
 Owns how small files are written so that a kill or a full disk leaves the old one or the new one, never half of either.
 """
@@ -9,8 +9,11 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name on the Hugging Face hub
 
 
 def read_json(path: Path) -> dict:
@@ -70,6 +73,20 @@ def named_errors(path: Path) -> Iterator[None]:
         if error.errno is None or error.filename:
             raise
         raise OSError(f"could not write {path}: {error.strerror}") from None
+
+
+def fetch_snapshot(repo_id: str, patterns: list[str]) -> Path:
+    """Folder of a hub repository's files that fit one of the patterns; what is in the cache is not fetched again.
+    Raises OSError."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(f"could not get {repo_id} from the hub, and the cache does not hold it: {reason} "
+                      "(without network: copy its folder here, and name that in its place)") from None
 
 
 def sha256_file(path: Path) -> str:

@@ -151,9 +151,10 @@ class Reporter:
         self._bar: tqdm | None = None
         self._trackers = trackers.Trackers(self.say)
 
-    def start(self, model: LanguageModel, step: int, elapsed_s: float, options: dict[str, Any]) -> None:
+    def start(self, model: LanguageModel, step: int, elapsed_s: float, options: dict[str, Any], is_new: bool) -> None:
         """Begin to report at `step`, after `elapsed_s` of earlier work: cut what a killed run wrote past it, open the
-        progress bar (on a terminal), and what else was asked for: that is told the `options`."""
+        progress bar (on a terminal), and what else was asked for: that is told the `options`, and whether it `is_new`.
+        """
         self._flops_per_token, self._peak_flops = flops_per_token(model), peak_flops(self._here.device)
         self._step = step
         self._began = time.perf_counter() - elapsed_s
@@ -163,24 +164,37 @@ class Reporter:
                 # A terminal of unknown size counts as 80 x 24; tqdm by itself would show nothing there.
                 columns, lines = shutil.get_terminal_size()
                 self._bar = tqdm(total=self._max_iters, initial=step, unit="step", ncols=columns, nrows=lines)
-            self._start_trackers(step, options | {
+            self._start_trackers(step, is_new, options | {
                 "parameters": model.num_params(non_embedding=False), "world_size": self._here.world_size})
         if step:
             self.record({"step": step, "resumed": True, "elapsed_s": elapsed_s})
         self._restart_clock()
 
-    def _start_trackers(self, step: int, facts: dict[str, Any]) -> None:
+    def _start_trackers(self, step: int, is_new: bool, facts: dict[str, Any]) -> None:
         config, folder = self._config, self._path.parent
         if config.wandb_log:
             self._trackers.add("wandb", lambda: trackers.Wandb(
-                folder, config.wandb_project, config.wandb_run_name, step, facts, self.say))
+                folder, config.wandb_project, config.wandb_run_name, is_new, facts, self.say))
         if config.tensorboard:
             self._trackers.add("TensorBoard", lambda: trackers.TensorBoard(folder, step, facts))
 
     def say(self, line: str) -> None:
         if self._speaks:
-            tqdm.write(line)
-            sys.stdout.flush()
+            with self._heard_or_not():
+                tqdm.write(line)
+                sys.stdout.flush()
+
+    @contextlib.contextmanager
+    def _heard_or_not(self) -> Iterator[None]:
+        """A reader that has left, as `tee` does at a Ctrl-C and a terminal that is closed, does not end the run."""
+        try:
+            yield
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for stream in (sys.stdout, sys.stderr) if self._bar else (sys.stdout,):
+                os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+            self._bar = None
 
     @contextlib.contextmanager
     def excluded(self) -> Iterator[None]:
@@ -201,7 +215,8 @@ class Reporter:
         """A step over `tokens` was made (not waited for)."""
         self._tokens_since += tokens
         if self._bar is not None:
-            self._bar.update(1)
+            with self._heard_or_not():
+                self._bar.update(1)
 
     def train(self, step: int, tokens: int, loss: float, grad_norm: float, lr: float, batch_hash: int, skipped: int,
               fault: str) -> None:
@@ -226,7 +241,8 @@ class Reporter:
         if fault:
             self.say(f"warning: step {step}: {fault}; its update was skipped ({skipped} so far)")
         elif self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_sec:,.0f} tok/s")
+            with self._heard_or_not():
+                self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_sec:,.0f} tok/s")
         else:
             self.say(f"step {step}/{self._max_iters}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.2f}, "
                      f"{ms_per_step:.1f} ms, {tokens_per_sec:,.0f} tok/s, "
@@ -284,7 +300,8 @@ class Reporter:
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.close()
+            with self._heard_or_not():
+                self._bar.close()
         if self._trackers:
             self._trackers.close(summarize(read_records(self._path)))
 

@@ -29,7 +29,7 @@ from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExec
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -50,7 +50,7 @@ FEW_DOCUMENTS, FEW_BYTES = 1000, 64 << 20  # a source below both is small: see p
 class TokensConfig:
     """What to make of it"""
 
-    tokenizer: Literal["auto", "gpt2", "char", "byte", "bpe"] = "auto"  # auto = the source's own; else gpt2
+    tokenizer: str = "auto"  # gpt2, char, byte, bpe, or a folder or hub id that holds one; auto = the source's, or gpt2
     vocab_size: int = 2048  # vocabulary of a bpe, which is trained on (the first 500 MB of) the text
     val_fraction: float | None = None  # share of the documents for validation; None = the source's own, or 0.1
     test_fraction: float = 0.0  # share of the documents for a test split
@@ -190,9 +190,9 @@ class Encoder:
 def start_method(kind: str) -> str:
     """How worker processes are started: "spawn", as on every system, or "fork" where that is safe. Forking takes no
     time and shares the tokenizer's tables, but a lock that a library's thread holds would stay locked in the child for
-    ever: it is for Linux, before any of those libraries is there, and not behind the training of a bpe."""
+    ever: it is for Linux, before any of those libraries is there, and not behind a bpe's training or a download."""
     alone = threading.active_count() == 1 and not {"pyarrow", "datasets", "torch"} & sys.modules.keys()
-    return "fork" if sys.platform == "linux" and alone and kind != "bpe" else "spawn"
+    return "fork" if sys.platform == "linux" and alone and kind in ("gpt2", "char", "byte") else "spawn"
 
 
 class Workers:

@@ -5,6 +5,7 @@
     python prepare_data.py fineweb_edu                          10 billion tokens of FineWeb-Edu, from the hub
     python prepare_data.py --hf=owner/name --text_column=body   any other data set of the hub
     python prepare_data.py --input='texts/*.jsonl.gz' --name=mine --tokenizer=bpe
+    python prepare_data.py --input=texts --name=more --tokenizer=out/run/checkpoints/best   in that model's tokens
     python prepare_data.py shakespeare_char --input=input.txt   a named source, from a file that is already here
     python prepare_data.py --verify=data/mine                   is the folder what was written?
     python prepare_data.py --info=data/mine                     what is in it?
@@ -56,7 +57,7 @@ from pipeline import (
 )
 from shards import DATA_DIR
 from sources import SOURCES, Part, SourceConfig, text_of
-from tokenizer import Tokenizer, load_tokenizer, make_tokenizer
+from tokenizer import Tokenizer, check_kind, load_tokenizer, make_tokenizer
 from unfinished import Unfinished, describe, plural, wait_for
 
 BPE_BYTES = 500 << 20  # text that a bpe is trained on, at most
@@ -126,6 +127,10 @@ def check_options(config: PrepareConfig, given: Mapping[str, str]) -> None:
         faults.append(f"shard_tokens={tokens.shard_tokens} must be positive, and below 2**31, which its header can say")
     if config.show_merges and not looking and (kind := kind_of(config)) != "bpe":
         faults.append(f"show_merges: the {kind} tokenizer learns no merges from the text, --tokenizer=bpe does")
+    try:
+        check_kind(kind_of(config))
+    except ValueError as error:
+        faults.append(str(error))
     if tokens.workers < 0:
         faults.append(f"workers={tokens.workers} must be 0 or more")
     if "name" in given and not FOLDER_NAME.fullmatch(config.name):
@@ -207,7 +212,7 @@ def write_shards(config: PrepareConfig, parts: list[Part], site: Unfinished) -> 
     source, tokens, rank = config.source, config.tokens, site.rank
     if not site.begin():
         return
-    if tokens.tokenizer in ("char", "bpe") and not site.tokenizer.exists():
+    if tokens.tokenizer not in ("gpt2", "byte") and not site.tokenizer.exists():
         if rank == 0:
             learned = texts(parts, config, BPE_BYTES if tokens.tokenizer == "bpe" else float("inf"))
             keep_tokenizer(make_tokenizer(tokens.tokenizer, learned, tokens.vocab_size), site.tokenizer)
@@ -218,7 +223,7 @@ def write_shards(config: PrepareConfig, parts: list[Part], site: Unfinished) -> 
     with Workers(num_workers(config, mine), encoder) as workers, ThreadPoolExecutor(1) as aside:
         keeping = aside.submit(keep_tokenizer, encoder.tokenizer, site.tokenizer) if rank == 0 else None
         rule = plan_splits(parts, source.text_column, tokens.val_fraction, tokens.test_fraction)
-        expected_bytes = int(sum(part.text_bytes for part in parts) * TOKENS_PER_BYTE[tokens.tokenizer]
+        expected_bytes = int(sum(part.text_bytes for part in parts) * TOKENS_PER_BYTE.get(tokens.tokenizer, 0.25)
                              * encoder.dtype.itemsize)
         with Output(site.work, tokens, encoder.tokenizer.vocab_size, expected_bytes, site.arguments) as output:
             if output.cursor == Cursor() and rank == 0:

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # what schedulers, people and clouds send
+# What schedulers, people, clouds and a terminal that closes send.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
 _LOADED_S = time.monotonic()
 
@@ -71,7 +72,9 @@ def stop_requests() -> Iterator[list[str]]:
         asked.append(name)
         last_s = now_s
 
-    before = {number: signal.signal(number, remember) for number in STOP_SIGNALS}
+    is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    before = {number: signal.signal(number, remember) for number in STOP_SIGNALS
+              if not (number == signal.SIGHUP and is_nohup)}
     try:
         yield asked
     finally:

@@ -15,10 +15,21 @@ import torch
 import files
 import weights
 from data import MixedOrder, Mixture, TrainOrder, open_mixture
-from shards import DATA_DIR, folder_tokenizer
-from tokenizer import GPT2_VOCAB_SIZE, GPT2Tokenizer, Tokenizer, load_tokenizer
+from shards import DATA_DIR, UNKNOWN_VOCAB_SIZE, folder_tokenizer
+from tokenizer import GPT2_VOCAB_SIZE, GPT2Tokenizer, Tokenizer, has_tokenizer, load_tokenizer
 
 NANOGPT_VOCAB_SIZE = 50304  # GPT-2's 50,257 tokens, rounded up
+
+
+def find_model(init_from: str, out_dir: str) -> tuple[Path, str]:
+    """Where the model lies that these options name (see weights.resolve), and what to call it: of a run, with the
+    checkpoint. Raises FileNotFoundError, also for a run folder that is not there: it is not looked for on the hub."""
+    if init_from == "resume" and not Path(out_dir).is_dir():
+        raise FileNotFoundError(f"there is no run folder {out_dir}: --out_dir names one that train.py has made, "
+                                "--init_from another model")
+    source = out_dir if init_from == "resume" else init_from
+    path = weights.resolve(source)
+    return path, f"{source} ({path.name})" if path.parent.name == "checkpoints" else source
 
 
 def read(prompt: str) -> str:
@@ -47,35 +58,49 @@ def options_of(path: Path) -> Mapping[str, Any]:
     return files.read_json(record) if record.is_file() else {}
 
 
-def find_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer of the model at path: beside it, nanoGPT's by the data set it was trained on, or GPT-2's.
-
-    Raises ValueError when there is none for a vocabulary that is not GPT-2's."""
-    looked_in = path
-    if (path / "tokenizer.json").is_file():
+def find_tokenizer(path: Path, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer of the model at path: beside it, nanoGPT's by the data set it was trained on, or GPT-2's where the
+    vocabulary is; None when it is not known."""
+    if path.is_dir() and has_tokenizer(path):
         return load_tokenizer(path)
     if path.is_file():
         looked_in = DATA_DIR / str(options_of(path).get("dataset"))
         tokenizer = folder_tokenizer(looked_in, vocab_size) if looked_in.is_dir() else None
         if tokenizer and tokenizer.vocab_size <= vocab_size:
             return tokenizer
-    if GPT2_VOCAB_SIZE <= vocab_size <= NANOGPT_VOCAB_SIZE:
-        return GPT2Tokenizer()
-    raise ValueError(f"no tokenizer for the model's {vocab_size} tokens: {looked_in} has no tokenizer.json"
-                     + (" and no meta.pkl" if path.is_file() else ""))
+    return GPT2Tokenizer() if GPT2_VOCAB_SIZE <= vocab_size <= NANOGPT_VOCAB_SIZE else None
 
 
-def open_data(path: Path, dataset: str, vocab_size: int, tokenizer: Tokenizer) -> Mixture:
+def need_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    """As `find_tokenizer`, but raises ValueError when it is not known."""
+    tokenizer = find_tokenizer(path, vocab_size)
+    if tokenizer is None:
+        looked_in = path if path.is_dir() else DATA_DIR / str(options_of(path).get("dataset"))
+        raise ValueError(f"no tokenizer for the model's {vocab_size} tokens: {looked_in} has no tokenizer.json"
+                         + (" and no meta.pkl" if path.is_file() else ""))
+    return tokenizer
+
+
+def has_the_ids(tokenizer: Tokenizer | None, data: Mixture) -> bool:
+    """Whether the data's tokens mean the same to a model with this tokenizer; what is not known is taken for the same.
+    The model's may have more, one for padding say."""
+    if tokenizer is None or data.tokenizer is None:
+        return True
+    return data.tokenizer.hf.get_vocab().items() <= tokenizer.hf.get_vocab().items()
+
+
+def open_data(path: Path, dataset: str, vocab_size: int, tokenizer: Tokenizer | None) -> Mixture:
     """`dataset`, or if that is empty what the model at path was trained on. Raises ValueError when that is not known,
     or holds the ids of another tokenizer than the model's; and as data.open_mixture does."""
     if dataset:
         data = open_mixture(dataset)
+        if data.vocab_size == UNKNOWN_VOCAB_SIZE:
+            data = open_mixture(dataset, vocab_size)
     elif (run := options_of(path)).get("dataset"):
         data = open_mixture(str(run["dataset"]), run.get("vocab_size", 0), run.get("tokenizer", "auto"))
     else:
         raise ValueError(f"{path} does not say what data it was trained on: add --dataset=NAME")
-    theirs = data.tokenizer
-    if data.vocab_size > vocab_size or (theirs and theirs.hf.get_vocab() != tokenizer.hf.get_vocab()):
+    if data.vocab_size > vocab_size or not has_the_ids(tokenizer, data):
         raise ValueError(f"{' and '.join(data.datasets)}: made with another tokenizer than the model's, so that the "
                          "ids mean different things; name another --dataset")
     return data

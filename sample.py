@@ -33,7 +33,6 @@ import torch
 import checkpoint
 import distributed
 import prompts
-import weights
 from device import DeviceConfig
 from distributed import Job
 from model import Cache, LanguageModel
@@ -72,15 +71,15 @@ def main(argv: list[str]) -> None:
 
 def sample(config: SampleConfig, here: Job) -> None:
     """Print the samples, and the speed they were written at."""
-    source = config.out_dir if config.init_from == "resume" else config.init_from
     prompt = prompts.read(config.prompt)
-    path = weights.resolve(source)
-    model = checkpoint.load_model(str(path)).to(here.device, here.dtype)  # what costs time is reading the weights
+    path, name = prompts.find_model(config.init_from, config.out_dir)
+    with checkpoint.reading(path):
+        model = checkpoint.load_model(str(path)).to(here.device, here.dtype)  # what costs time is reading the weights
+        tokenizer = prompts.need_tokenizer(path, model.config.vocab_size)
     model.compile_decoding = config.compile == "True" or (config.compile == "auto" and here.device.type == "cuda")
-    tokenizer = prompts.find_tokenizer(path, model.config.vocab_size)
     windows = draw_windows(config, path, model, tokenizer) if config.split else None
     ids = prompts.encode(tokenizer, prompt)
-    print(f"{source}: {model.num_params(non_embedding=False):,} parameters on {here.device}, {here.dtype}", flush=True)
+    print(f"{name}: {model.num_params(non_embedding=False):,} parameters on {here.device}, {here.dtype}", flush=True)
     torch.manual_seed(config.seed)
     began = time.perf_counter()
     if config.interactive:

@@ -26,10 +26,11 @@ import numpy as np
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
-from files import read_json, write_json
+from files import HUB_ID, fetch_snapshot, read_json, write_json
 
 EOT = "<|endoftext|>"
 KINDS = ("gpt2", "char", "byte", "bpe")
+TOKENIZER_FILES = ["tokenizer*.json", "vocab.json", "merges.txt"]  # of a hub repository
 GPT2_VOCAB_SIZE = 50257
 PIECE_CHARACTERS = 1 << 20
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # how SentencePiece spells a byte that is no whole character
@@ -138,7 +139,9 @@ class Tokenizer:
     def save(self, folder: str | Path, model_max_length: int | None = None) -> None:
         """Write tokenizer.json and tokenizer_config.json into a folder that exists."""
         folder = Path(folder)
-        config: dict = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        config: dict = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+                        # Else transformers 4 adds token_type_ids, whose embeddings GPT-2 takes from the token table.
+                        "model_input_names": ["input_ids", "attention_mask"]}
         if self.eot_id is not None:
             eot = self.hf.id_to_token(self.eot_id)
             config |= {"bos_token": eot, "eos_token": eot, "unk_token": eot}
@@ -240,7 +243,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A tokenizer of one of KINDS; `char` and `bpe` learn from texts, `vocab_size` is bpe's."""
+    """A tokenizer of one of KINDS, or that of a folder, a run or a hub repository; `char` and `bpe` learn from texts,
+    `vocab_size` is bpe's. Raises as `load_tokenizer` and `files.fetch_snapshot` do."""
     if kind == "gpt2":
         return GPT2Tokenizer()
     if kind == "byte":
@@ -249,13 +253,33 @@ def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenize
         return CharTokenizer(sorted({character for text in texts for character in set(text)}))
     if kind == "bpe":
         return train_bpe(texts, vocab_size)
-    raise ValueError(f"tokenizer={kind!r} is none of {', '.join(KINDS)}")
+    check_kind(kind)
+    folder = Path(kind) if Path(kind).is_dir() else fetch_snapshot(kind, TOKENIZER_FILES)
+    newest = folder / "checkpoints" / "latest"
+    return load_tokenizer(newest if newest.is_dir() else folder)
+
+
+def check_kind(kind: str) -> None:
+    """Raises ValueError for what `make_tokenizer` cannot know."""
+    if not (kind in KINDS or Path(kind).is_dir() or HUB_ID.fullmatch(kind)):
+        raise ValueError(f"tokenizer={kind!r} is none of {', '.join(KINDS)}, no folder, and no hub id (owner/name)")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether `load_tokenizer` finds something there."""
+    return (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer saved in a folder. Raises FileNotFoundError without tokenizer.json, ValueError if it is broken."""
+    """The tokenizer saved in a folder: tokenizer.json, or vocab.json and merges.txt, as GPT-2's were once written.
+
+    Raises FileNotFoundError when there is none, ValueError when it is broken."""
     folder = Path(folder)
     path = folder / "tokenizer.json"
+    if not has_tokenizer(folder):
+        raise FileNotFoundError(f"{folder} holds no tokenizer: neither tokenizer.json nor vocab.json and merges.txt")
+    if not path.is_file():
+        return _load_vocab_and_merges(folder)
     description = read_json(path)
     try:
         hf = HFTokenizer.from_str(json.dumps(description))
@@ -271,6 +295,16 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             return CharTokenizer(characters)
     if vocab == _byte_vocab():
         return ByteTokenizer()
+    return Tokenizer(hf, _find_eot(hf, folder))
+
+
+def _load_vocab_and_merges(folder: Path) -> Tokenizer:
+    vocab, merges = folder / "vocab.json", folder / "merges.txt"
+    try:
+        model = models.BPE.from_file(str(vocab), str(merges))
+    except Exception as error:  # tokenizers raises nothing more specific
+        raise ValueError(f"{vocab} and {merges} are no tokenizer: {error}") from None
+    hf = _byte_level(model, EOT if model.token_to_id(EOT) is not None else None)
     return Tokenizer(hf, _find_eot(hf, folder))
 
 

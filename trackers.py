@@ -72,7 +72,7 @@ class Wandb:
     drops those that come with a number it has seen; so our step is a value like the others, and is named as the axis
     of all curves. What was logged past a checkpoint that a run goes on from stays, as wandb's history only grows."""
 
-    def __init__(self, folder: Path, project: str, name: str, step: int, options: dict[str, Any],
+    def __init__(self, folder: Path, project: str, name: str, is_new: bool, options: dict[str, Any],
                  say: Callable[[str], None]):
         # Its own patience at the end has no limit, and is the job's time.
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", "120")
@@ -81,11 +81,11 @@ class Wandb:
 
         self._wandb = wandb
         id_file = folder / "wandb_id"
-        if step == 0 or not id_file.is_file():
+        if is_new or not id_file.is_file():
             write_text(id_file, secrets.token_hex(4) + "\n")
         how = {"project": project, "name": name, "id": id_file.read_text(encoding="utf-8").strip(), "dir": folder,
                "resume": "allow"}
-        mode = os.environ.get("WANDB_MODE", "online")
+        mode = wandb.setup().settings.mode  # of the environment, or of wandb's own files
         if mode == "online" and not wandb.login(prompt=False, verify=False):
             mode = "offline"
             say(f"wandb knows no key: the run is kept in {folder}/wandb, for `wandb sync` to upload")

@@ -39,6 +39,8 @@ import distributed
 import files
 import optim
 import preflight
+import prompts
+import weights
 from baselines import build, count_pairs, fit_bigram
 from checkpoint import Progress, RunConfig, RunFolder
 from data import (
@@ -59,6 +61,7 @@ from distributed import Job, ParallelConfig
 from metrics import LogConfig, Reporter, describe_losses, validation_losses, write_samples
 from model import GPTConfig, LanguageModel
 from optim import OptimConfig, StepJudge
+from shards import UNKNOWN_VOCAB_SIZE
 
 UNFINISHED = 75  # exit status of a run that was asked to stop: EX_TEMPFAIL, start it again
 SAVING_FAILS = "failed saves"  # a reason to stop without another save
@@ -102,7 +105,7 @@ class TrainConfig:
 def main(argv: list[str]) -> None:
     config, given = settings.parse(TrainConfig, argv, usage=__doc__)
     if config.init_from == "resume":
-        config.init_from, config.run.resume = "scratch", "must"
+        config.run.resume = "must"
     check_options(config)
     if config.bigram_counts:
         config.max_iters = 0
@@ -125,6 +128,9 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     """One run, from the options to the last checkpoint; returns what stopped it before that, or ""."""
     # 1) The data. What is wrong with it, the options or the run folder is said before anything is written.
     data = open_mixture(config.data.dataset, config.model.vocab_size, config.data.tokenizer)
+    if data.vocab_size == UNKNOWN_VOCAB_SIZE:
+        raise ValueError(f"{config.data.dataset} holds 32-bit tokens and does not say of which vocabulary: add "
+                         "--vocab_size=N")
     train_splits, val_splits = data.splits("train"), data.splits("val")
     if config.log.sample_interval and data.tokenizer is None:
         raise ValueError(f"sample_interval={config.log.sample_interval} needs a tokenizer, and {config.data.dataset} "
@@ -135,13 +141,15 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
 
     # 2) Where the run stands: rank 0 looks into the run folder, and the others hear of it. An evaluation of other
     # weights does not look at it.
-    elsewhere = config.eval_only and config.init_from != "scratch"
+    elsewhere = config.eval_only and config.init_from not in ("scratch", "resume")
     trainer = checkpoint.fresh_state() if elsewhere else run.start(lock=not config.eval_only)
 
     # 3) The model: weights from the run's checkpoint, from elsewhere, or fresh. Then the batch, which needs its shape.
     model = build_model(config, given, data, trainer["folder"], report, here)
     if config.init_from != "scratch":
         adopt_shape(config, given, model)
+    # What the weights were at first: a run that goes on has been told before. A folder's whole path is no hub id.
+    config.init_from = trainer["options"]["init_from"] if trainer["folder"] else weights.full_name(config.init_from)
     block_size = model.config.block_size
     model.activation_checkpointing = config.activation_checkpointing
     model.set_attention(pick_attention(config.attention, here.device, here.dtype, block_size))
@@ -178,9 +186,9 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     scaler = torch.amp.GradScaler(here.device.type, enabled=here.dtype == torch.float16)
     if trainer["folder"]:
         checkpoint.load_training_state(trainer, model, optimizer, scaler, judge, here)
-    distributed.on_rank0(lambda: run.open(options, is_new=trainer["folder"] is None), here)
+    is_new = distributed.on_rank0(lambda: run.open(options, is_new=trainer["folder"] is None), here)
     now, tokens_per_step = Progress.of(trainer), plan.seqs_per_step * block_size
-    report.start(model, now.step, trainer["elapsed_s"], options | {"tokens_per_step": tokens_per_step})
+    report.start(model, now.step, trainer["elapsed_s"], options | {"tokens_per_step": tokens_per_step}, is_new)
 
     # 5) The loop. The next step reads the S sequences from now.next_seq on.
     batches = prefetch(partial(read_step, train_order, plan, here.rank, here.device),
@@ -199,7 +207,8 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
                 with report.excluded():
                     losses, sampled = evaluate(sample_orders), None
                     best = math.inf if now.best_val_loss is None else now.best_val_loss
-                    if losses["val/loss"] < best and not now.bad_steps:
+                    # A start is not saved, and so is not the best that there is to go back to.
+                    if losses["val/loss"] < best and not now.bad_steps and (now.step or is_last):
                         is_best, now.best_val_loss = True, losses["val/loss"]
                     if is_last and not all(order.is_whole for order in sample_orders.values()):
                         losses, sampled = evaluate(whole_orders), losses
@@ -286,7 +295,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
                               rollbacks=now.rollbacks + 1)
                 done_at = now.step
                 report.went_back(now.step, now.rollbacks, now.skipped, now.next_seq)
-        distributed.on_rank0(partial(finish, run, report, now, stopped_by), here)
+        distributed.on_rank0(partial(finish, run, report, now, stopped_by, data.tokenizer is not None), here)
     return stopped_by
 
 
@@ -399,6 +408,10 @@ def adapt(model: LanguageModel, config: TrainConfig, given: Mapping[str, str], d
               and getattr(config.model, key) != getattr(model.config, key)]
     if model.config.vocab_size < data.vocab_size:
         faults.append(f"its vocabulary is {model.config.vocab_size}, and {config.data.dataset} has {data.vocab_size}")
+    elif data.tokenizer and not prompts.has_the_ids(
+            prompts.find_tokenizer(weights.resolve(config.init_from), model.config.vocab_size), data):
+        faults.append(f"its tokenizer gives other ids than that of {config.data.dataset}: prepare the data with "
+                      f"--tokenizer={weights.full_name(config.init_from)}")
     if faults:
         raise ValueError(f"init_from={config.init_from} does not fit: {'; '.join(faults)}")
     if "block_size" in given:
@@ -433,13 +446,13 @@ def go_back(run: RunFolder, now: Progress, fault: str) -> dict[str, Any]:
     return run.state_in(folder)
 
 
-def finish(run: RunFolder, report: Reporter, now: Progress, stopped_by: str) -> None:
+def finish(run: RunFolder, report: Reporter, now: Progress, stopped_by: str, has_text: bool) -> None:
     """Wait for the last save and say how the run has ended. Raises OSError when that save failed."""
     run.finish()
     if stopped_by:
         report.say(f"stopped by {stopped_by} at step {now.step:,}, and saved: the same command goes on from there")
     else:
-        report.say(f"done. Read what it writes: python sample.py --out_dir={run.path}")
+        report.say("done." + (f" Read what it writes: python sample.py --out_dir={run.path}" if has_text else ""))
     report.close()  # wandb may take its time to upload, and a run that is told to stop has not much
 
 
@@ -448,4 +461,4 @@ def versions() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    settings.run(record(main))
+    record(settings.run)(main)  # what settings.run does not answer for, torchrun reports

@@ -27,8 +27,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from baselines import build
-from files import read_json, write_json
+from files import HUB_ID, fetch_snapshot, read_json, write_json
 from model import GPTConfig
+from tokenizer import TOKENIZER_FILES
 
 HUB_ALIASES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
@@ -43,6 +44,7 @@ LLAMA_BLOCK = {  # of a block, and where there are several their rows lie below 
     "attn.c_proj.weight": ["self_attn.o_proj.weight"], "mlp.c_proj.weight": ["mlp.down_proj.weight"],
     "mlp.c_fc.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"]}
 
+WEIGHT_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json"]  # of a hub repository
 TABLES = ("wte.weight", "lm_head.weight")  # a row a token: padded here, not in files
 State = dict[str, torch.Tensor]
 
@@ -67,26 +69,19 @@ def resolve(source: str) -> Path:
                 return folder.resolve()  # the checkpoint itself: a run that is under way moves the link
         if (path / "ckpt.pt").is_file():  # nanoGPT's out_dir
             return path / "ckpt.pt"
+        if (path / "checkpoints").is_dir():
+            raise FileNotFoundError(f"{source} holds a run that has saved no checkpoint yet")
         raise FileNotFoundError(f"{source} holds no model: no config.json, no checkpoints/, no ckpt.pt")
     repo_id = HUB_ALIASES.get(source, source)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id) or source.endswith(".pt"):
+    if not HUB_ID.fullmatch(repo_id) or source.endswith(".pt"):
         raise FileNotFoundError(f"no model at {source!r}: neither a file, a folder, a hub id (owner/name) nor one of "
                                 f"{', '.join(HUB_ALIASES)}")
-    return _download(repo_id)
+    return fetch_snapshot(repo_id, [*WEIGHT_FILES, *TOKENIZER_FILES])
 
 
-def _download(repo_id: str) -> Path:
-    """Snapshot folder of a hub repository; files already in the cache are not fetched again."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    files = ["config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*.json"]
-    try:
-        return Path(snapshot_download(repo_id, allow_patterns=files))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise OSError(f"could not get {repo_id} from the hub, and the cache does not hold it: {reason} "
-                      f"(without network: copy its folder here and pass --init_from=FOLDER)") from None
+def full_name(source: str) -> str:
+    """A source as it reads from any folder: with the whole path of what lies on this disk, and a hub id as it is."""
+    return str(Path(source).absolute()) if Path(source).exists() else HUB_ALIASES.get(source, source)
 
 
 def load_huggingface(folder: Path) -> tuple[GPTConfig, State]:

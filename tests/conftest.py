@@ -6,6 +6,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -67,6 +68,14 @@ def refused(cli):
         return lines[0]
 
     return call
+
+
+@pytest.fixture
+def hears_hang_ups():
+    """Also where the tests themselves run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def run_process(*args: object, cwd: Path, **env: str) -> str:

@@ -107,4 +107,4 @@ def plant(env: Mapping[str, str], put: Callable[[Any, str, Any], None] = setattr
 
 if __name__ == "__main__":
     plant(os.environ)
-    settings.run(record(train.main))
+    record(settings.run)(train.main)

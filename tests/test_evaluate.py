@@ -6,6 +6,7 @@ import io
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from tokenizers import processors
 
 import evaluate
 from model import GPT, GPTConfig
+from shards import shard_header
 from tokenizer import ByteTokenizer, Tokenizer, train_bpe
 
 TEXT = "Ein Baum, zwei Bäume — und 3 Wälder; so weiter.\n" * 5
@@ -115,7 +117,7 @@ def test_a_run_is_measured_on_its_own_data(cli, tiny_data):
     found = results(cli("evaluate", "--out_dir=out/tiny", *FP32))["tiny"]
     trained = json.loads(Path("out/tiny/metrics.jsonl").read_text().splitlines()[-1])
     assert found["loss"] == pytest.approx(trained["val/loss"], abs=1e-6)
-    assert lines[0].startswith("out/tiny: 7,")
+    assert lines[0].startswith("out/tiny (step_00000006): 7,")
     assert lines[1] == (f"tiny: loss {found['loss']:.4f} nats per token, perplexity {found['perplexity']:.4f}, "
                         f"{found['bits_per_byte']:.4f} bits per byte ({found['tokens']:,} tokens, "
                         f"{found['bytes']:,} bytes)")
@@ -343,3 +345,30 @@ def test_a_model_without_a_tokenizer(refused, tmp_path):
     save_hf(tmp_path / "bare")
     Path("text.txt").write_text("a text")
     assert "no tokenizer for the model's 101 tokens" in refused("evaluate", "--init_from=bare", "--text=text.txt")
+
+
+def test_loss_needs_no_tokenizer_and_32_bit_ids_are_the_models(cli, tmp_path):
+    """Shards that say nothing of themselves, and a model beside which no tokenizer lies."""
+    save_hf(tmp_path / "bare", vocab_size=300, bos_token_id=None, eos_token_id=None)
+    (tmp_path / "data" / "plain").mkdir(parents=True)
+    ids = np.random.default_rng(1).integers(300, size=100)
+    for split in ("train", "val"):
+        (tmp_path / f"data/plain/{split}_000000.bin").write_bytes(
+            shard_header(len(ids), np.dtype(np.uint32)) + ids.astype(np.uint32).tobytes())
+    found = results(cli("evaluate", "--init_from=bare", "--dataset=plain", *FP32))["plain"]
+    assert (found["tokens"], found["bytes"], found["bits_per_byte"]) == (99, 0, None)
+    assert found["loss"] == pytest.approx(naive_loss(
+        transformers.GPT2LMHeadModel.from_pretrained("bare").eval(), ids.tolist(), 32, 32), abs=1e-4)
+    assert " (99 tokens, 0 bytes)" in cli("evaluate", "--init_from=bare", "--dataset=plain", *FP32[:2]).out
+
+
+def test_a_mixtures_loss_is_the_one_that_training_reports(cli, tiny_data):
+    shutil.copytree("data/tiny", "data/more")
+    Path("data/more/val_000000.bin").write_bytes(Path("data/tiny/train_000000.bin").read_bytes())
+    Path("data/more/dataset.json").unlink()
+    assert cli("train", *TINY_RUN, "--dataset=tiny:3,more:1", "--vocab_size=43").code == 0
+    trained = json.loads(Path("out/tiny/metrics.jsonl").read_text().splitlines()[-1])
+    found = results(cli("evaluate", "--out_dir=out/tiny", *FP32))
+    assert found["mixture"]["loss"] == pytest.approx(trained["val/loss"], abs=1e-6)
+    assert found["mixture"]["loss"] == pytest.approx(0.75 * found["tiny"]["loss"] + 0.25 * found["more"]["loss"])
+    assert found["more"]["loss"] == pytest.approx(trained["val/loss/more"], abs=1e-6)

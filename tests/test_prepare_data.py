@@ -33,7 +33,7 @@ import sources
 import unfinished
 from files import read_json
 from shards import open_shard
-from tokenizer import EOT, load_tokenizer
+from tokenizer import EOT, load_tokenizer, train_bpe
 
 
 @pytest.fixture
@@ -297,7 +297,7 @@ def test_a_folder_of_somebody_else_is_left_alone(refused):
     (["--input=broken.jsonl", "--tokenizer=bpe"], "broken.jsonl:2 is not JSON"),
     (["--input=short.txt", "--tokenizer=char"], "train split came out empty"),
     (["--input=text.txt", "--tokenizer=bpe", "--vocab_size=100"], "vocab_size=100"),
-    (["--input=text.txt", "--tokenizer=word"], "one of auto, gpt2, char, byte, bpe"),
+    (["--input=text.txt", "--tokenizer=word"], "none of gpt2, char, byte, bpe, no folder, and no hub id"),
     (["--input=text.txt", "--val_fraction=0"], "val_fraction=0.0 must be above 0"),
     (["--input=text.txt", "--val_fraction=-0.1"], "val_fraction=-0.1 must be above 0"),
     (["--input=text.txt", "--test_fraction=-0.1"], "test_fraction=-0.1"),
@@ -972,3 +972,19 @@ def test_show_merges_is_for_bpe(refused, kind):
     assert f"show_merges: the {kind} tokenizer learns no merges from the text, --tokenizer=bpe does" in refused(
         "prepare_data", "--input=text.txt", "--name=made", f"--tokenizer={kind}", "--show_merges")
     assert not Path("data").exists()
+
+
+def test_data_in_the_tokens_of_a_model_that_is_there(cli, refused, tmp_path):
+    learned = train_bpe(["to be or not to be, that is the question " * 20], 300)
+    (tmp_path / "model").mkdir()
+    learned.save(tmp_path / "model")
+    text = "to be, or to question\n" * 500
+    (tmp_path / "text.txt").write_text(text)
+    result = cli("prepare_data", "--input=text.txt", "--name=more", "--tokenizer=model", "--workers=2")
+    assert result.code == 0, result.err
+    data = shards.open_dataset("more")
+    assert data.tokenizer.hf.get_vocab() == learned.hf.get_vocab()
+    ids = np.concatenate([np.array(tokens) for split in ("train", "val") for tokens in data.splits[split].shards])
+    assert data.tokenizer.decode(ids).replace("<|endoftext|>", "") == text
+    assert "is sound" in cli("prepare_data", "--verify=data/more").out
+    assert "data holds no tokenizer" in refused("prepare_data", "--input=text.txt", "--name=x", "--tokenizer=data")

@@ -12,8 +12,16 @@ from conftest import ROOT
 import process
 
 
+def test_under_nohup_a_terminal_that_closes_is_not_heard(hears_hang_ups):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with process.stop_requests() as asked:
+        signal.raise_signal(signal.SIGHUP)
+        assert asked == []
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
 @pytest.mark.parametrize("number", process.STOP_SIGNALS)
-def test_signals_are_recorded_and_handlers_put_back(number):
+def test_signals_are_recorded_and_handlers_put_back(hears_hang_ups, number):
     before = [signal.getsignal(n) for n in process.STOP_SIGNALS]
     with process.stop_requests() as asked:
         assert asked == []

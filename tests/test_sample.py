@@ -3,6 +3,7 @@
 import ast
 import io
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,6 +129,26 @@ def test_a_nanogpt_checkpoint_samples_with_its_data_sets_characters(cli, tmp_pat
 def test_bad_input_is_one_line(refused, trained, monkeypatch, options, message):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert message in refused("sample", "--out_dir=out/tiny", *options)
+
+
+def test_a_run_folder_without_a_model_is_told_from_one_that_is_not_there(refused, tmp_path):
+    """And neither is looked for on the hub."""
+    for script in ("sample", "evaluate"):
+        assert "there is no run folder out/nowhere" in refused(script, "--out_dir=out/nowhere")
+    (tmp_path / "out" / "begun" / "checkpoints").mkdir(parents=True)
+    assert "out/begun holds a run that has saved no checkpoint yet" in refused("sample", "--out_dir=out/begun")
+
+
+def test_a_checkpoint_that_a_run_deletes_meanwhile_is_called_that(refused, trained, monkeypatch):
+    folder = Path("out/tiny/checkpoints/best").resolve()
+
+    def load_late(source, **_overrides):
+        shutil.rmtree(folder)
+        return GPT.from_pretrained(source)
+
+    monkeypatch.setattr("checkpoint.load_model", load_late)
+    line = refused("sample", "--out_dir=out/tiny")
+    assert f"{folder} was deleted meanwhile by the run that goes on there" in line
 
 
 def test_a_model_without_any_tokenizer_says_where_one_was_looked_for(refused, tmp_path):

@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, normalizers, processors
 
-from tokenizer import EOT, GPT2_FILES, KINDS, GPT2Tokenizer, Tokenizer, load_tokenizer, make_tokenizer, train_bpe
+from tokenizer import (
+    EOT,
+    GPT2_FILES,
+    KINDS,
+    ByteTokenizer,
+    GPT2Tokenizer,
+    Tokenizer,
+    load_tokenizer,
+    make_tokenizer,
+    train_bpe,
+)
 
 quick = hypothesis.settings(max_examples=50, deadline=None,
                             suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
@@ -262,6 +272,47 @@ def test_gpt2s_missing_files_are_named_when_there_is_no_network(tmp_path, monkey
         GPT2Tokenizer()
     for url, name in GPT2_FILES.items():
         assert f"{url} as {name}" in str(caught.value)
+
+
+def test_vocab_and_merges_of_an_older_gpt2_give_the_ids_that_transformers_gives(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    learned = train_bpe([TEXT * 20], 300)
+    description = json.loads(learned.hf.to_str())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(description["vocab"]))
+    (tmp_path / "merges.txt").write_text(
+        "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in description["merges"]))
+    ours, theirs = load_tokenizer(tmp_path), transformers.GPT2Tokenizer.from_pretrained(tmp_path)
+    assert ours.eot_id == theirs.eos_token_id == 0
+    for text in (TEXT.replace(EOT, ""), " the  end", EOT[:5], "é\n\n"):
+        assert ours.encode(text).tolist() == theirs(text).input_ids
+        assert ours.decode(ours.encode(text)) == text
+    (tmp_path / "merges.txt").unlink()
+    with pytest.raises(ValueError, match=r"merges\.txt are no tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_transformers_4_is_told_which_inputs_there_are(tmp_path):
+    """Its default for this class has token_type_ids, which a GPT-2 embeds with the token table."""
+    ByteTokenizer().save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["model_input_names"] == ["input_ids", "attention_mask"]
+
+
+def test_a_tokenizer_comes_from_a_folder_a_run_or_the_hubs_cache(tmp_path, monkeypatch):
+    learned = train_bpe([TEXT * 20], 300)
+    run = tmp_path / "run" / "checkpoints" / "latest"
+    hub = tmp_path / "cache" / "models--owner--name"
+    for folder in (tmp_path / "folder", run, hub / "snapshots" / "abc"):
+        folder.mkdir(parents=True)
+        learned.save(folder)
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for source in (f"{tmp_path}/folder", f"{tmp_path}/run", "owner/name"):
+        assert make_tokenizer(source, [], 0).hf.get_vocab() == learned.hf.get_vocab()
+    with pytest.raises(OSError, match="could not get owner/other from the hub"):
+        make_tokenizer("owner/other", [], 0)
 
 
 def test_an_unknown_kind_is_refused():

@@ -157,6 +157,28 @@ def test_a_run_that_goes_on_is_the_same_at_wandb_and_a_new_one_is_not(cli, tiny_
     assert (TINY / "wandb_id").read_text().strip() != ids[0]
 
 
+def test_a_restart_by_torchrun_before_the_first_checkpoint_is_the_same_run_at_wandb(cli, tiny_data, monkeypatch):
+    def fail(*_args):
+        raise RuntimeError("before anything is saved")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("train.write_samples", fail)
+        with pytest.raises(RuntimeError):
+            cli("train", *RUN, *BOTH[:3], "--sample_interval=1")
+    first = (TINY / "wandb_id").read_text()
+    monkeypatch.setattr("process.UNDER_TORCHRUN", True)
+    monkeypatch.setattr("process.seconds_since_launch", lambda: 1e6)
+    monkeypatch.setattr("process.end_torchrun", lambda: None)
+    assert cli("train", *RUN, *BOTH[:3]).code == 0
+    assert (TINY / "wandb_id").read_text() == first
+
+
+def test_wandb_that_its_owner_has_turned_off_stays_off(cli, tiny_data, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    result = cli("train", *RUN, *BOTH[:3])
+    assert (result.code, "wandb" in result.out, wandb_files()) == (0, False, [])
+
+
 def test_tensorboard_shows_metrics_jsonl_and_the_texts(cli, tiny_data):
     assert cli("train", *RUN, "--tensorboard=True", "--sample_interval=3", "--sample_tokens=20").code == 0
     assert_tensorboard_has(records_of(TINY))

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import math
+import os
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from data import TrainOrder
 from distributed import Job
 from model import GPT
 from shards import open_dataset
-from tokenizer import load_tokenizer
+from tokenizer import ByteTokenizer, load_tokenizer
 
 LATEST = Path("out/tiny/checkpoints/latest")
 
@@ -122,7 +124,8 @@ def test_only_improvements_are_saved_when_asked(cli, tiny_data):
                "--learning_rate=2.0", "--decay_lr=False", "--grad_clip=0").code == 0  # a loss that goes up and down
     losses = {r["step"]: r.get("val/sampled_loss", r["val/loss"])
               for r in records_of("out/tiny") if "val/loss" in r}
-    best_at = [s for s in range(1, 7) if losses[s] < min(losses[e] for e in range(s))]
+    # The start is evaluated as well, but there is no checkpoint of it.
+    best_at = [s for s in range(1, 7) if losses[s] < min((losses[e] for e in range(1, s)), default=math.inf)]
     saved = [int(p.name[5:]) for p in sorted(Path("out/tiny/checkpoints").glob("step_*"))]
     assert saved == sorted({*best_at, 6})
     assert len(saved) < 6
@@ -147,6 +150,49 @@ def test_fine_tuning_starts_from_the_given_weights(cli, tiny_data, tmp_path):
         far = max((a - b).abs().max().item() for a, b in zip(start.parameters(), tuned.parameters()))
         assert 0 < far < 0.01
         assert "is finished" in cli("train", *options).out
+
+
+def test_init_from_resume_takes_the_shape_from_the_checkpoint_and_keeps_the_start(cli, refused, tiny_data, tmp_path):
+    save_hf(tmp_path / "models" / "base", vocab_size=64, bos_token_id=None, eos_token_id=None)
+    options = [option for option in TINY_RUN if not option.startswith(("--n_", "--block_size"))]
+    assert cli("train", *options, "--init_from=models/base").code == 0
+    shutil.rmtree("models")
+    result = cli("train", *options, "--init_from=resume", "--max_iters=8")
+    assert result.code == 0, result.err
+    assert "resuming out/tiny at step 6; changed: max_iters was 6, is 8" in result.out
+    trainer = read_trainer(LATEST)
+    assert (trainer["step"], trainer["options"]["n_layer"], trainer["options"]["block_size"]) == (8, 2, 32)
+    assert trainer["options"]["init_from"] == f"{tmp_path}/models/base"
+    assert cli("export", "--run=out/tiny", "--to=folder").code == 0
+    card = Path("folder/README.md").read_text()
+    assert "trained further from base with flatGPT" in card
+    assert "base_model" not in card
+    assert str(tmp_path) not in card
+    assert "n_layer was 2, is 12" in refused("train", *options)  # the same command is meant, or init_from=resume
+
+
+def test_a_start_that_training_does_not_improve_leaves_a_best_checkpoint_all_the_same(cli, tiny_data, monkeypatch):
+    losses = iter([1.0, 3.0, 2.0, 2.0])
+    monkeypatch.setattr("metrics.validation_loss", lambda *args, **kwargs: next(losses))
+    assert cli("train", *TINY_RUN).code == 0
+    assert os.readlink("out/tiny/checkpoints/best") == "step_00000006"
+    assert read_trainer(LATEST)["best_val_loss"] == 2.0
+
+
+def test_data_in_another_tokenizers_ids_is_not_fed_to_a_model(cli, refused, tiny_data, tmp_path):
+    """Where both are known. A model with more tokens than the data's, one for padding say, is fine."""
+    save_hf(tmp_path / "model", vocab_size=300, bos_token_id=256, eos_token_id=256)
+    ByteTokenizer().save(tmp_path / "model")
+    base = [option for option in TINY_RUN if not option.startswith("--n_")]
+    line = refused("train", *base, "--init_from=model")
+    assert "its tokenizer gives other ids than that of tiny: prepare the data with --tokenizer=" in line
+    assert line.endswith(f"{tmp_path}/model")
+    (tmp_path / "text.txt").write_text("to be or not to be\n" * 200)
+    assert cli("prepare_data", "--input=text.txt", "--name=bytes", f"--tokenizer={tmp_path}/model").code == 0
+    tokenizer = load_tokenizer("model")
+    tokenizer.hf.add_special_tokens(["[PAD]"])
+    tokenizer.save("model")
+    assert cli("train", *base, "--init_from=model", "--dataset=bytes").code == 0
 
 
 def test_fine_tuning_on_a_shorter_context_crops_and_contradictions_are_listed(cli, refused, tiny_data, tmp_path):
