@@ -162,6 +162,8 @@ class RunFolder:
     def find(self, lock: bool) -> Path | None:
         """The checkpoint that `resume` means, None for a new run; makes nothing. With `lock`, a folder that holds a
         run is locked before anything is read in it. Raises ValueError or OSError."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"out_dir={self.path} is a file")
         if lock and self.checkpoints.is_dir():
             self._take_lock()
         if self.config.resume == "never" and not self._is_of_this_launch():

@@ -253,7 +253,8 @@ def load_questions(name: str, file: str) -> list[Question]:
             if not (context.strip() and all(choices) and 0 <= correct < len(choices)):
                 raise ValueError("the context or a choice is empty, or none is correct")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{where} is no question of {name}: {type(error).__name__}: {error}") from None
+            what = f"it has no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+            raise ValueError(f"{where} is no question of {name}: {what}") from None
         questions.append(Question(where, context, choices, correct))
     if not questions:
         raise ValueError(f"{file or TASKS[name].hub} holds no questions")

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 VOCAB_MULTIPLE = 128
+LOW_FREQ_FACTOR, HIGH_FREQ_FACTOR = 1, 4  # config.json's names; the same in every Llama 3 that Meta has published
 LOGITS_CHUNK_BYTES = 2**27  # of logits at a time; each chunk costs a pass over the head's gradient
 LOGITS_CHUNK_BYTES_CUDA = 2**29  # a GPU wants larger products
 SOFTMAX_ELEMENTS = 2**22  # of these at a time on a CPU: what its last cache holds in float32
@@ -53,6 +54,8 @@ class GPTConfig:
     bias: bool = False  # biases in linear layers and norms (GPT-2 has them; without is a bit better and faster)
     pos: Literal["learned", "sinusoidal", "learned_sinusoidal", "rope", "alibi", "none"] = "learned"  # positions
     rope_theta: float = 10000.0  # the slowest rotation of pos=rope turns once in about 2 pi theta positions
+    rope_factor: float = 1.0  # slow rotations are so many times slower, for a longer context (Llama 3.1: 8, 3.2: 32)
+    rope_original_block_size: int = 0  # the context length before that, in tokens (Llama 3.1: 8192); tells what is slow
     mlp: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"] = "gelu"  # gelu: exact; gelu_tanh: OpenAI's GPT-2's
     mlp_hidden: int = 0  # width of the MLP; 0 = 4 C, with swiglu 8/3 C, which has as many parameters
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # rmsnorm takes off no mean and has no bias
@@ -70,8 +73,13 @@ class GPTConfig:
         faults += [f"{key}={getattr(self, key)} must be positive"
                   for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "window", "rope_theta")
                   if getattr(self, key) <= 0]
-        faults += [f"{key}={getattr(self, key)} must be 0 or more" for key in ("n_kv_head", "mlp_hidden")
-                   if getattr(self, key) < 0]
+        faults += [f"{key}={getattr(self, key)} must be 0 or more"
+                   for key in ("n_kv_head", "mlp_hidden", "rope_original_block_size") if getattr(self, key) < 0]
+        if not self.rope_factor >= 1:
+            faults.append(f"rope_factor={self.rope_factor} must be 1 or more")
+        if not faults and self.rope_factor != 1 and not (self.pos == "rope" and self.rope_original_block_size):
+            faults.append(f"rope_factor={self.rope_factor} needs pos=rope (here {self.pos}) and the context length "
+                          f"before scaling, rope_original_block_size (here {self.rope_original_block_size})")
         if not faults and self.model == "gpt" and self.n_embd % self.n_head:
             faults.append(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
         if not faults and self.n_head % self.num_kv_heads:
@@ -158,10 +166,19 @@ class Look(NamedTuple):
     mask: torch.Tensor | None = None  # true where a query sees a key (T, S); or is added to the scores (1, H, T, S)
 
 
-def rotation(at: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+def rotation(at: torch.Tensor, head_dim: int, theta: float, factor: float = 1.0,
+             original: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines (T, D) of RoPE's angles at positions (T,): channels i and i + D/2 turn as a pair by
-    position * theta^(-2i/D) (Su et al. 2021, arXiv:2104.09864; paired as in Llama's published weights)."""
+    position * theta^(-2i/D) (Su et al. 2021, arXiv:2104.09864; paired as in Llama's published weights).
+
+    With a `factor`, pairs that turn less than once in `original` positions are so many times slower, those that turn
+    more than 4 times keep their speed, and between them it changes smoothly (Llama 3.1's: apply_scaling in Meta's
+    llama-models, rope_type=llama3 in transformers)."""
     speed = theta ** (-torch.arange(0, head_dim, 2, device=at.device) / head_dim)
+    if factor != 1:
+        turns = original * speed / (2 * math.pi)
+        kept = ((turns - LOW_FREQ_FACTOR) / (HIGH_FREQ_FACTOR - LOW_FREQ_FACTOR)).clamp(0, 1)
+        speed = speed * (kept + (1 - kept) / factor)
     angle = (at[:, None] * speed).repeat(1, 2)
     return angle.cos(), angle.sin()
 
@@ -607,7 +624,7 @@ class GPT(LanguageModel):
             penalty = alibi_slopes(c.n_head, at.device)[:, None, None] * distance
             mask = (-penalty).masked_fill(~mask, -math.inf)[None].to(self._product_dtype())
         if c.pos == "rope":
-            turned = rotation(at, c.n_embd // c.n_head, c.rope_theta)
+            turned = rotation(at, c.n_embd // c.n_head, c.rope_theta, c.rope_factor, c.rope_original_block_size)
         return Look(turned, mask)
 
     def _run_blocks(self, idx: torch.Tensor, at: torch.Tensor, look: Look, pasts: list[Past] | list[None],

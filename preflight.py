@@ -26,7 +26,7 @@ from model import LanguageModel
 
 
 def report(model: LanguageModel, plan: BatchPlan, epochs: str, run: RunFolder, steps_between_saves: int, max_iters: int,
-           here: Job) -> Iterator[str]:
+           warmup_iters: int, here: Job) -> Iterator[str]:
     """Lines for people, those that begin with "warning:" about what will fail; every rank has to take part."""
     num_params, block_size = model.num_params(non_embedding=False), model.config.block_size
     how = f", {here.parallel}" if here.world_size > 1 else ""
@@ -46,8 +46,11 @@ def report(model: LanguageModel, plan: BatchPlan, epochs: str, run: RunFolder, s
 
     checkpoint, free = 12 * num_params, free_bytes(run.path)  # float32 weights, AdamW's two means (Muon has one)
     kept = checkpoints_kept(run, steps_between_saves, max_iters)
-    yield (f"saving: {size(checkpoint)} a checkpoint, copied to host memory first; at most {kept} of them at a time, "
+    yield (f"saving: {size(checkpoint)} a checkpoint, copied to host memory first; at most {kept} kept on the disk, "
            f"{size(free)} free for {run.path}")
+    if 0 < max_iters <= warmup_iters:
+        yield (f"warning: the learning rate rises for {warmup_iters:,} steps, and the run has {max_iters:,}: it will "
+               "learn next to nothing; lower --warmup_iters")
     if checkpoint > free_memory_bytes():
         yield "warning: the host's memory will not hold the copy that is saved: use a machine with more"
     if checkpoint * (kept - len(run.steps())) > free:

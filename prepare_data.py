@@ -23,6 +23,7 @@ lies in data/.NAME.partial, and the same command goes on from the last finished 
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import shutil
@@ -191,6 +192,8 @@ def folder_name(config: PrepareConfig) -> str:
         name = path.resolve().name if source.input else path.name
         if path.is_file():
             name = name.removesuffix(sources.ending(path) or path.suffix)
+    if source.input and not glob.glob(source.input, recursive=True):
+        raise FileNotFoundError(f"--input={source.input}: no such file or folder")
     if not FOLDER_NAME.fullmatch(name):
         raise ValueError(f"{name!r} is no name for a folder in {DATA_DIR}/: add --name=NAME")
     return name

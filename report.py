@@ -36,7 +36,7 @@ LOSS_SCALES = ("dataset", "tokenizer", "data_vocab_size")  # options without whi
 @dataclass
 class ReportConfig:
     runs: tuple[str, ...] = ()  # run folders to compare; words without -- are run folders as well
-    out: str = "report.html"  # page to write; its pictures go beside it, into report_files/
+    out: str = "report.html"  # page to write; its pictures go beside it, into NAME_files/
 
 
 def main(argv: list[str]) -> None:

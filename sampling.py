@@ -57,7 +57,7 @@ class Sampler:
             ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
             ("top_k", self.top_k is None or self.top_k >= 1, "1 or more"),
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", self.min_p is None or 0 < self.min_p <= 1, "above 0 and at most 1"),
+            ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "from 0 (all tokens) to 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
         ) if not ok]
         if faults:

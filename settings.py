@@ -163,14 +163,18 @@ def _read_config(path: str, known: Iterable[str]) -> list[Argument]:
     A name that is not assigned in the file itself (`from base import *`) counts when it is a known key; what else an
     import brings along does not."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no config file {path!r} (options are written --key=value)")
+        key = path.strip("-").partition("=")[0].replace("-", "_")
+        hint = f"did you mean --{path.strip('-')}?" if key in known else (
+            closest(path, [str(file) for file in Path(path).parent.glob("*.py")]) or "options are written --key=value")
+        raise FileNotFoundError(f"no config file {path!r}; {hint}")
     try:
         lines = _assignment_lines(path)
         names = runpy.run_path(path)
     except (Exception, SystemExit) as error:  # the file is the user's program: it can fail in any way
         frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         line = error.lineno if isinstance(error, SyntaxError) else frames[-1] if frames else None
-        raise ValueError(f"{path}:{line or ''}: {type(error).__name__}: {error}") from None
+        what = error.msg if isinstance(error, SyntaxError) else error
+        raise ValueError(f"{path}:{line or ''}: {type(error).__name__}: {what}") from None
     return [Argument(name, str(value), f"{path}:{lines[name]}" if name in lines else path)
             for name, value in names.items()
             if (name in lines or name in known) and not name.startswith("_") and not _is_code(value)]

@@ -246,6 +246,8 @@ def find_folder(name: str) -> Path:
     for folder in (DATA_DIR / name, Path(name)):
         if folder.is_dir():
             return folder
+    if "/" in name:
+        raise FileNotFoundError(f"there is no data folder {name}")
     raise FileNotFoundError(
         f"no data set {name!r} in {DATA_DIR}/; make it with: python prepare_data.py {name}   (or from your own text: "
         f"python prepare_data.py --input=FILE_OR_FOLDER --name={Path(name).name})")

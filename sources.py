@@ -306,7 +306,8 @@ def commit_of(repo: str, revision: str) -> str:
     try:
         return HfApi().dataset_info(repo, revision=revision or None).sha
     except Exception as error:  # of many kinds: no network, no such data set, no such revision
-        raise OSError(f"could not open the data set {repo!r}: {type(error).__name__}: {error}") from None
+        raise OSError(f"could not open the data set {repo!r}: {type(error).__name__}: {error} (without network: copy "
+                      "its files here, and pass their folder as --input=FOLDER)") from None
 
 
 def hub_parts(repo: str, subset: str, split: str, commit: str, text_column: str,
@@ -330,7 +331,8 @@ def hub_parts(repo: str, subset: str, split: str, commit: str, text_column: str,
                 setattr(builder.config, key, value)
         rows = builder.as_streaming_dataset(split=split)
     except Exception as error:  # of many kinds: no network, no such data set, subset or split, files of no known format
-        raise OSError(f"could not open the data set {repo!r}: {type(error).__name__}: {error}") from None
+        raise OSError(f"could not open the data set {repo!r}: {type(error).__name__}: {error} (without network: copy "
+                      "its files here, and pass their folder as --input=FOLDER)") from None
     if text_column not in columns:
         raise ValueError(f"{repo} has no column {text_column!r}, but {', '.join(columns)}; --text_column names the one "
                          "with the text")

@@ -176,8 +176,9 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     # 4) What it will take, before it is taken. Then the model's outer shells, compiled blocks and the averaging of
     # gradients over the ranks, and the optimiser.
     save_interval = config.run.save_interval or config.eval_interval
+    warmup_iters = config.optim.warmup_iters if config.optim.decay_lr else 0
     for line in preflight.report(model, plan, describe_epochs(data, train_order), run, save_interval, config.max_iters,
-                                 here):
+                                 warmup_iters, here):
         report.say(line)
     if failure := distributed.compile_parts(model, config.compile, here, plan.micro_batch):
         report.say(f"torch.compile failed, going on without it: {failure}")
@@ -350,7 +351,7 @@ def check_same_run(config: TrainConfig, trainer: Mapping[str, Any], now: Mapping
     if fixed:
         raise ValueError(f"{trainer['folder']} was trained with other settings: {'; '.join(fixed)}. Go on with those, "
                          "or choose another --out_dir")
-    if not config.eval_only:
+    if not config.eval_only and trainer["step"] < config.max_iters:
         report.say(f"resuming {config.run.out_dir} at step {trainer['step']:,}"
                    + (f"; changed: {'; '.join(changed.values())}" if changed else ""))
 

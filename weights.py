@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from baselines import build
 from files import HUB_ID, fetch_snapshot, read_json, write_json
-from model import GPTConfig
+from model import HIGH_FREQ_FACTOR, LOW_FREQ_FACTOR, GPTConfig
 from tokenizer import TOKENIZER_FILES
 
 HUB_ALIASES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
@@ -125,13 +125,11 @@ def _gpt2_config(settings: dict) -> tuple[dict[str, Any], list[str]]:
 
 
 def _llama_config(settings: dict) -> tuple[dict[str, Any], list[str]]:
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    rope, faults = _llama_rope(settings)
     width, n_head = settings.get("hidden_size", 4096), settings.get("num_attention_heads", 32)
     head_dim = settings.get("head_dim") or width // n_head
-    kind, activation = rope.get("rope_type") or rope.get("type") or "default", settings.get("hidden_act", "silu")
-    faults = [key for key in ("attention_bias", "mlp_bias") if settings.get(key)]
-    if kind != "default":
-        faults.append(f"rope_type={kind}")
+    activation = settings.get("hidden_act", "silu")
+    faults += [key for key in ("attention_bias", "mlp_bias") if settings.get(key)]
     if activation != "silu":
         faults.append(f"hidden_act={activation}")
     if head_dim * n_head != width:
@@ -140,9 +138,21 @@ def _llama_config(settings: dict) -> tuple[dict[str, Any], list[str]]:
             "vocab_size": settings.get("vocab_size", 32000), "n_layer": settings.get("num_hidden_layers", 32),
             "n_head": n_head, "n_kv_head": settings.get("num_key_value_heads") or 0, "n_embd": width,
             "mlp_hidden": settings.get("intermediate_size", 11008), "norm_eps": settings.get("rms_norm_eps", 1e-6),
-            "rope_theta": rope.get("rope_theta") or settings.get("rope_theta") or 10000.0,
             "tie_embeddings": settings.get("tie_word_embeddings", False), "dropout": 0.0, "bias": False,
-            "pos": "rope", "norm": "rmsnorm", "mlp": "swiglu"}, faults
+            "pos": "rope", "norm": "rmsnorm", "mlp": "swiglu", **rope}, faults
+
+
+def _llama_rope(settings: dict) -> tuple[dict[str, Any], list[str]]:
+    """As `_llama_config`, of the rotations alone. Where a file has both names, transformers takes `rope_scaling`."""
+    rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    values = {"rope_theta": rope.get("rope_theta") or settings.get("rope_theta") or 10000.0}
+    if kind != "llama3":
+        return values, [] if kind == "default" else [f"rope_type={kind}"]
+    values |= {"rope_factor": rope.get("factor"),
+               "rope_original_block_size": rope.get("original_max_position_embeddings")}
+    return values, [f"{key}={rope.get(key)} (every published Llama 3 has {bound})" for key, bound in (
+        ("low_freq_factor", LOW_FREQ_FACTOR), ("high_freq_factor", HIGH_FREQ_FACTOR)) if rope.get(key) != bound]
 
 
 def _own_config(settings: dict) -> tuple[dict[str, Any], list[str]]:
@@ -310,15 +320,22 @@ def _to_llama(config: GPTConfig, state: State) -> tuple[dict[str, Any], State]:
             tensor = state[f"h.{layer}.{ours}"]
             for name, part in zip(names, tensor.split(rows.get(ours, [tensor.size(0)]))):
                 tensors[f"model.layers.{layer}.{name}"] = part
+    rope = {"rope_type": "default"}
+    if config.rope_original_block_size:
+        rope = {"rope_type": "llama3", "factor": float(config.rope_factor), "low_freq_factor": float(LOW_FREQ_FACTOR),
+                "high_freq_factor": float(HIGH_FREQ_FACTOR),
+                "original_max_position_embeddings": config.rope_original_block_size}
     settings = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": config.vocab_size,
         "max_position_embeddings": config.block_size, "hidden_size": config.n_embd, "head_dim": head_dim,
         "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
         "num_key_value_heads": config.num_kv_heads, "intermediate_size": config.hidden, "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}, "attention_bias": False,
-        "mlp_bias": False, "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True,
+        "rope_parameters": rope | {"rope_theta": config.rope_theta}, "attention_bias": False, "mlp_bias": False,
+        "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True,
         "tie_word_embeddings": config.tie_embeddings}
+    if config.rope_original_block_size:
+        settings["rope_scaling"] = rope  # transformers 4's name; it warns of a rope_theta in there
     return settings, tensors
 
 

@@ -260,7 +260,8 @@ OPTIONS = [{"pos": "sinusoidal"}, {"pos": "learned_sinusoidal"}, {"pos": "rope"}
            {"mlp": "relu"}, {"mlp": "relu2"}, {"mlp": "swiglu", "mlp_hidden": 12}, {"norm": "rmsnorm"},
            {"norm_position": "post"}, {"qk_norm": True, "bias": True}, {"n_kv_head": 1}, {"tie_embeddings": False},
            {"pos": "rope", "norm": "rmsnorm", "mlp": "swiglu", "n_kv_head": 2, "qk_norm": True, "n_head": 4},
-           {"pos": "alibi", "norm_position": "post", "n_kv_head": 1, "mlp": "relu2"}]
+           {"pos": "alibi", "norm_position": "post", "n_kv_head": 1, "mlp": "relu2"},
+           {"pos": "rope", "rope_theta": 10.0, "rope_factor": 8.0, "rope_original_block_size": 12}]
 ids = pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(f"{k}={v}" for k, v in options.items()))
 
 
@@ -326,6 +327,28 @@ def test_rotated_products_depend_on_the_distance_alone_and_equal_complex_ones():
     torch.testing.assert_close(products[0], wanted, atol=1e-4, rtol=1e-4)
 
 
+def test_slow_rotations_are_scaled_as_llama_3_scales_them():
+    bands = set()
+    for i in range(32):  # of Llama 3.1's heads of 64 channels, whose pairs are i and i + 32
+        plain = 500_000.0 ** (-2 * i / 64)
+        wavelength = 2 * math.pi / plain
+        if wavelength < 8192 / 4:
+            band, wanted = "kept", plain
+        elif wavelength > 8192 / 1:
+            band, wanted = "slowed", plain / 8
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            band, wanted = "between", (1 - smooth) * plain / 8 + smooth * plain
+        bands.add(band)
+        cos, sin = rotation(torch.tensor([1000]), 64, 500_000.0, 8.0, 8192)
+        angle = torch.tensor([1000 * wanted] * 2)
+        torch.testing.assert_close(cos[0, [i, i + 32]], angle.cos(), atol=2e-4, rtol=0)  # 1,000 times a float's error
+        torch.testing.assert_close(sin[0, [i, i + 32]], angle.sin(), atol=2e-4, rtol=0)
+    assert bands == {"kept", "between", "slowed"}
+    by_one = rotation(torch.arange(50), 64, 500_000.0, 1.0, 8192)
+    assert all(torch.equal(*pair) for pair in zip(rotation(torch.arange(50), 64, 500_000.0), by_one))
+
+
 def test_norms_that_autocast_widens_leave_keys_in_the_values_type(monkeypatch):
     layer_norm = F.layer_norm  # CUDA's autocast has it in float32
     monkeypatch.setattr("torch.nn.functional.layer_norm", lambda x, *args: layer_norm(x.float(), *(
@@ -370,6 +393,11 @@ def test_positions_that_go_on_read_more_than_block_size_and_learned_ones_say_tha
     ({"n_kv_head": 3, "n_head": 4}, "n_head=4 is not divisible by n_kv_head=3"), ({"n_kv_head": -1}, "n_kv_head=-1"),
     ({"pos": "rotary"}, "pos='rotary' must be one of learned, sinusoidal"),
     ({"pos": "rope", "n_embd": 6}, "n_embd / n_head=3 is odd"), ({"rope_theta": 0.0}, "rope_theta=0.0"),
+    ({"pos": "rope", "rope_factor": 0.5, "rope_original_block_size": 8}, "rope_factor=0.5 must be 1 or more"),
+    ({"pos": "rope", "rope_factor": math.nan, "rope_original_block_size": 8}, "rope_factor=nan must be 1 or more"),
+    ({"pos": "rope", "rope_factor": 8.0}, r"rope_factor=8.0 needs .*rope_original_block_size \(here 0\)"),
+    ({"rope_factor": 8.0, "rope_original_block_size": 8}, r"rope_factor=8.0 needs pos=rope \(here learned\)"),
+    ({"rope_original_block_size": -8}, "rope_original_block_size=-8 must be 0 or more"),
     ({"pos": "sinusoidal", "n_embd": 9, "n_head": 3}, "needs an even n_embd"), ({"mlp_hidden": -4}, "mlp_hidden=-4")])
 def test_bad_shapes_are_named(changes, message):
     with pytest.raises(ValueError, match=message):

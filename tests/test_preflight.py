@@ -24,7 +24,7 @@ def make_model(**options) -> GPT:
 
 def report(tmp_path, model=None, here=HERE, max_iters=100, **run_options) -> list[str]:
     run = RunFolder(RunConfig(str(tmp_path / "run"), **run_options), here)
-    return list(preflight.report(model or make_model(), PLAN, "has 9 sequences", run, 10, max_iters, here))
+    return list(preflight.report(model or make_model(), PLAN, "has 9 sequences", run, 10, max_iters, 50, here))
 
 
 def warnings(lines: list[str]) -> list[str]:
@@ -89,7 +89,7 @@ def test_a_checkpoint_is_as_large_as_was_said(tmp_path):
 @pytest.mark.parametrize(("options", "kept"), [
     ({"keep_last": 3}, 5), ({"keep_last": 0}, 11), ({"keep_last": 3, "keep_every": 50}, 7), ({"keep_last": 30}, 11)])
 def test_the_checkpoints_kept_are_counted(tmp_path, options, kept):
-    assert any(f"at most {kept} of them" in line for line in report(tmp_path, **options))
+    assert any(f"at most {kept} kept" in line for line in report(tmp_path, **options))
 
 
 def test_what_will_fail_is_a_warning(tmp_path, monkeypatch):

@@ -73,11 +73,15 @@ def test_other_shapes_of_gpt2_travel_both_ways(tmp_path, changes):
 
 LLAMA = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2,
          "num_attention_heads": 4, "max_position_embeddings": 48}
+LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 32}  # pairs with 6, 11, 20 and 35 positions a turn, by theta 10:
+LLAMA3 = LLAMA3_ROPE | {"rope_theta": 10.0}  # the first keeps its speed, the last loses all that it can
 
 
 @pytest.mark.parametrize("changes", [
     {}, {"num_key_value_heads": 2, "tie_word_embeddings": True}, {"num_key_value_heads": 1, "rms_norm_eps": 1e-3},
-    {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}])
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    {"rope_parameters": LLAMA3, "num_key_value_heads": 2, "tie_word_embeddings": True}])
 def test_llamas_travel_both_ways_and_generate_the_same(tmp_path, changes):
     torch.manual_seed(1)
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA | changes)).eval()
@@ -94,12 +98,17 @@ def test_llamas_travel_both_ways_and_generate_the_same(tmp_path, changes):
     for logits in (ours(idx)[0], again(idx).logits):
         torch.testing.assert_close(logits, wanted.logits, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ours(idx[:, :-1], idx[:, 1:])[1], wanted.loss, atol=1e-5, rtol=1e-5)
-    text = theirs.generate(idx[:, :5], max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert torch.equal(ours.generate(idx[:, :5], 20, temperature=0), text)
+    text = theirs.generate(idx[:, :5], max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(ours.generate(idx[:, :5], 40, temperature=0), text)
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type=llama3"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope_type=yarn"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type=linear"),
+    ({"rope_parameters": LLAMA3 | {"low_freq_factor": 2.0}}, r"low_freq_factor=2.0 \(every published Llama 3 has 1\)"),
+    ({"rope_scaling": LLAMA3_ROPE | {"high_freq_factor": 8}}, r"high_freq_factor=8 \(every published Llama 3 has 4\)"),
+    ({"rope_parameters": {"rope_type": "llama3"}}, "low_freq_factor=None .*high_freq_factor=None"),
+    ({"rope_parameters": LLAMA3 | {"factor": None}}, r"config\.json: rope_factor is None"),
     ({"attention_bias": True}, "attention_bias"), ({"hidden_act": "gelu"}, "hidden_act=gelu"),
     ({"head_dim": 16}, "head_dim=16 with 4 heads of 32 channels"), ({"num_hidden_layers": 3}, "missing"),
     ({"num_hidden_layers": 1}, "unknown: model.layers.1")])
@@ -109,6 +118,44 @@ def test_a_llama_with_what_we_lack_says_why(tmp_path, change, message):
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=message):
         GPT.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("change", [
+    {"rope_parameters": LLAMA3}, {"rope_parameters": LLAMA3_ROPE, "rope_theta": 10.0},
+    {"rope_scaling": LLAMA3_ROPE, "rope_theta": 10.0}, {"rope_scaling": LLAMA3, "rope_parameters": None},
+    {"rope_scaling": LLAMA3_ROPE, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    {"rope_scaling": None, "rope_theta": 10.0}, {"rope_scaling": {"type": "default"}, "rope_theta": 10.0}, {},
+    {"rope_theta": 10, "head_dim": None, "num_key_value_heads": None, "pretraining_tp": 2, "attention_dropout": 0.1}])
+def test_rotations_are_found_wherever_a_llamas_file_has_them(tmp_path, change):
+    config = LLAMA | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | change
+    torch.manual_seed(1)
+    GPT(GPTConfig(block_size=48, vocab_size=101, n_layer=2, n_head=4, n_embd=32, mlp_hidden=56, pos="rope",
+                  norm="rmsnorm", mlp="swiglu", tie_embeddings=False)).save_pretrained(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ours, idx = GPT.from_pretrained(str(tmp_path)).eval(), torch.randint(101, (3, 48))
+    for model in (theirs, ours):
+        model.load_state_dict({name: p * 8 if p.dim() == 2 else p for name, p in model.state_dict().items()})
+    torch.testing.assert_close(ours(idx)[0], theirs(idx).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_scaled_rotations_are_written_under_the_names_of_old_and_new_readers(tmp_path):
+    llama = {"block_size": 48, "vocab_size": 101, "n_layer": 2, "n_head": 4, "n_embd": 32, "pos": "rope",
+             "norm": "rmsnorm", "mlp": "swiglu", "rope_theta": 10.0, "dropout": 0.0}
+    for factor in (8.0, 1.0):
+        model = GPT(GPTConfig(**llama, rope_factor=factor, rope_original_block_size=32))
+        model.save_pretrained(str(tmp_path))
+        config = json.loads((tmp_path / "config.json").read_text())
+        assert config["rope_scaling"] == LLAMA3_ROPE | {"factor": factor}  # what Meta's own files have
+        assert config["rope_parameters"] == LLAMA3 | {"factor": factor}
+        assert GPT.from_pretrained(str(tmp_path)).config == GPTConfig(**vars(model.config) | {
+            "n_kv_head": 4, "mlp_hidden": model.config.hidden})
+        for absent in ("rope_scaling", "rope_parameters"):
+            (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != absent}))
+            again = transformers.AutoConfig.from_pretrained(tmp_path)
+            assert again.rope_parameters == LLAMA3 | {"factor": factor}
+    GPT(GPTConfig(**llama)).save_pretrained(str(tmp_path))
+    assert "rope_scaling" not in json.loads((tmp_path / "config.json").read_text())
 
 
 @pytest.mark.parametrize("changes", [
@@ -122,6 +169,15 @@ def test_every_other_mix_comes_back_as_it_was(tmp_path, changes):
     idx = torch.randint(101, (3, 32))
     assert again.config == model.config
     assert torch.equal(again(idx)[0], model(idx)[0])
+
+
+def test_a_folder_of_ours_older_than_an_option_has_its_default(tmp_path):
+    model = GPT(GPTConfig(block_size=32, vocab_size=101, pos="rope", **SHAPE))
+    model.save_pretrained(str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["rope_factor"], config["rope_original_block_size"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert GPT.from_pretrained(str(tmp_path)).config == model.config
 
 
 @pytest.mark.parametrize("bias", [True, False])
