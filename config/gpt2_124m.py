@@ -1,5 +1,6 @@
 """GPT-2 small (124M) on FineWeb-Edu, 10 billion tokens once through, on one node of eight GPUs.
 
+    python prepare_data.py fineweb_edu
     torchrun --nproc_per_node=8 train.py config/gpt2_124m.py
 """
 

@@ -1,5 +1,6 @@
 """A Llama of 124M parameters on FineWeb-Edu, 10 billion tokens once through, on one node of eight GPUs.
 
+    python prepare_data.py fineweb_edu
     torchrun --nproc_per_node=8 train.py config/llama_124m.py
 
 As config/gpt2_124m.py, but for the shape: rotary positions, RMSNorm, SwiGLU, no biases. Its checkpoints are

@@ -213,7 +213,7 @@ def parameters() -> Lines:
     """Where the parameters are"""
     with torch.device("meta"):
         small = GPT(GPTConfig(bias=True))
-        llama = GPT(GPTConfig(pos="rope", norm="rmsnorm", mlp="swiglu", n_kv_head=4))
+        llama = GPT(GPTConfig(pos="rope", norm="rmsnorm", mlp="swiglu"))
     block = small.h[0]
     for label, count in (("token table and head", small.config.vocab_size * small.config.n_embd),
                          ("position table", small.wpe.weight.numel()),
