@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, TINY_RUN, records_of, torchrun
 
 from model import GPT
@@ -67,6 +68,21 @@ def test_make_demo_ends_with_a_sample(clone):
     assert len(written) == 2
     assert all(len(text) > 50 for text in written)
     assert "tokens/s" in written[-1]
+
+
+@pytest.mark.parametrize("shape", [
+    (), ("--bias=True", "--mlp=gelu_tanh"), ("--pos=rope", "--norm=rmsnorm", "--mlp=swiglu", "--n_kv_head=1"),
+    ("--pos=rope", "--norm=rmsnorm", "--mlp=swiglu", "--rope_factor=4", "--rope_original_block_size=8")])
+def test_transformers_goes_on_from_a_runs_checkpoint_as_it_is(cli, tiny_data, shape):
+    """The likeliest tokens, one by one, up to the context's end."""
+    transformers = pytest.importorskip("transformers")
+    assert cli("train", *TINY_RUN, *shape).code == 0
+    folder = "out/tiny/checkpoints/best"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = transformers.AutoTokenizer.from_pretrained(folder)("the quick", return_tensors="pt").input_ids
+    mask = torch.ones_like(ids)
+    written = theirs.generate(ids, attention_mask=mask, max_new_tokens=7, do_sample=False, pad_token_id=0)
+    assert written.tolist() == GPT.from_pretrained("out/tiny").generate(ids, 7, temperature=0.0).tolist()
 
 
 TWO_RANKS = ("--eval_iters=0", "--eval_interval=100", "--log_interval=50")
