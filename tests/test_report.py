@@ -234,9 +234,33 @@ def test_a_run_under_way_with_bad_steps_a_rollback_and_restarts(cli, tmp_path):
                                                    "best_step", "skipped", "rollbacks", "restarts", "elapsed_s")} == {
         "steps": 4, "max_iters": 9, "val_loss": 1.75, "val_is_whole": False, "best_val_loss": 1.75, "best_step": 4,
         "skipped": 1, "rollbacks": 1, "restarts": 1, "elapsed_s": 8.0}
-    _, *events = table_rows(Path("report.html").read_text().replace("<details>", "<h2>Events</h2>", 1), "Events")
-    assert events == [["run", "2", "200", "restart"], ["run", "3", "300", "skipped step: the loss is nan"],
-                          ["run", "2", "200", "rollback"]]
+    assert events_in() == [["run", "2", "200", "restart"], ["run", "3", "300", "skipped step: the loss is nan"],
+                           ["run", "2", "200", "rollback"]]
+
+
+def test_the_skipped_steps_that_led_to_a_rollback_are_listed_and_marked(cli, tiny_data, tmp_path):
+    options = (*TINY_RUN, "--max_iters=12", "--save_interval=3", "--max_bad_steps=2")
+    code, log = start_ranks(1, tmp_path, *options, NAN_STEPS="8-9")
+    assert code == 0, log
+    assert cli("report", "out/tiny").code == 0
+    skipped, back = ([["tiny", f"{step}", short(128 * step), what] for step in steps] for steps, what in (
+        ((8, 9), "skipped step: the loss is nan"), ((6,), "rollback")))
+    assert events_in() == skipped + back
+    [shown] = numbers_in()
+    assert shown["curves"]["train/loss"]["step"] == list(range(1, 13))
+    assert (shown["summary"]["skipped"], shown["summary"]["rollbacks"]) == (2, 1)
+    run, records = read_run(Path("out/tiny"), "tiny"), records_of("out/tiny")
+    for name, x in (("loss_over_tokens", "tokens"), ("loss_over_time", "elapsed_s")):
+        marks = drawn(name, run)
+        assert [x for x, _ in marks["skipped step"]] == [r[x] for r in records if "fault" in r]
+        assert len(marks["skipped step"]) == 2
+        assert len(marks["rollback"]) == 1
+    for step in (9, 12):
+        shutil.rmtree(f"out/tiny/checkpoints/step_{step:08d}")
+    assert cli("train", *options).code == 0  # goes on from before the steps that were skipped, but after the rollback
+    assert cli("report", "out/tiny").code == 0
+    assert events_in() == skipped + back + [["tiny", "6", "768", "restart"]]
+    assert numbers_in()[0]["curves"]["train/loss"]["step"] == list(range(1, 13))
 
 
 @pytest.mark.parametrize("records", [
