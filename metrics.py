@@ -249,7 +249,7 @@ class Reporter:
     def samples(self, step: int, texts: list[str]) -> None:
         """Report what the model writes after `step` updates."""
         for number, text in enumerate(texts, 1):
-            self.say(f"step {step}: sample {number} of {len(texts)}\n{text}\n---------------")
+            self.say(f"step {step}: sample {number} of {len(texts)}\n{printable(text)}\n---------------")
         self.record({"step": step, "samples": texts, "elapsed_s": self.elapsed_s()})
 
     def went_back(self, step: int, rollbacks: int, skipped: int, next_seq: int) -> None:
@@ -291,6 +291,11 @@ class Reporter:
             self._bar.close()
         if self._trackers:
             self._trackers.close(summarize(read_records(self._path)))
+
+
+def printable(text: str) -> str:
+    """With control characters, which a terminal would obey, written out as \\x1b; newlines and tabs stay."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def cut_metrics(path: Path, step: int) -> None:

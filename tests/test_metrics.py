@@ -193,6 +193,15 @@ def test_samples_do_not_meet_the_compiler(model):
     assert met  # and training does
 
 
+def test_control_characters_of_a_sample_do_not_reach_the_terminal(tmp_path, model, capsys):
+    reporter = Reporter(tmp_path, LogConfig(), 1, HERE)
+    reporter.start(model, 0, 0.0, {})
+    text = "a\tb\n\x1b[31mred\x00\x07\r\x7f\x9b2J \\x1b \xa0\xe9 end"
+    reporter.samples(1, [text])
+    assert "a\tb\n\\x1b[31mred\\x00\\x07\\x0d\\x7f\\x9b2J \\x1b \xa0\xe9 end\n---" in capsys.readouterr().out
+    assert records_of(tmp_path)[-1]["samples"] == [text]
+
+
 def test_samples_need_a_tokenizer_and_sound_numbers(refused, cli, tiny_data):
     (tiny_data / "tokenizer.json").unlink()
     assert "sample_interval=2 needs a tokenizer, and tiny has none" in refused("train", *TINY_RUN, *SAMPLES)
