@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     if out.suffix not in (".html", ".htm"):
         raise ValueError(f"--out={out}: the name of the page has to end in .html")
     folders = list({Path(folder).resolve(): Path(folder) for folder in config.runs}.values())
-    runs = [read_run(folder, label) for folder, label in zip(folders, labels(folders))]
+    runs = read_runs(folders)
     figures = {picture: figure for picture in PICTURES if (figure := picture_of(picture, runs))}
     beside = out.with_name(f"{out.stem}_files")
     beside.mkdir(parents=True, exist_ok=True)
@@ -58,6 +58,24 @@ def main(argv: list[str]) -> None:
             (beside / f"{picture.name}.png").unlink(missing_ok=True)  # an earlier report's
     files.write_text(out, page(runs, figures))
     print(f"wrote {out}, and {len(figures)} pictures into {beside}")
+
+
+def read_runs(folders: list[Path]) -> list[Run]:
+    """Those of the folders that are runs; out/* names others too, which are left out with a line each. Raises
+    FileNotFoundError for one that is not there, and ValueError when none is a run."""
+    runs, reasons = [], []
+    for folder, label in zip(folders, labels(folders)):
+        try:
+            runs.append(read_run(folder, label))
+        except (FileNotFoundError, ValueError) as error:
+            if not folder.exists():
+                raise
+            reasons.append(str(error))
+    if not runs:
+        raise ValueError("; ".join(reasons))
+    for reason in reasons:
+        print(f"left out: {reason}")
+    return runs
 
 
 def labels(folders: list[Path]) -> list[str]:

@@ -337,6 +337,25 @@ def test_what_is_no_run_is_refused_in_one_line(refused, tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
+def test_what_is_no_run_among_several_is_left_out_with_a_line(cli, refused, tmp_path):
+    for name in ("good", "other"):
+        write_run(tmp_path / "out" / name, [trained(1)])
+    write_run(tmp_path / "out" / "begun", [])
+    (tmp_path / "out" / "model").mkdir()
+    (tmp_path / "out" / "page.html").write_text("of an earlier report")
+    result = cli("report", "--runs", *sorted(Path("out").iterdir()))
+    assert result.code == 0, result.err
+    assert [run["run"] for run in numbers_in()] == ["good", "other"]
+    first, second, third, wrote = result.out.splitlines()
+    assert first == "left out: out/begun/metrics.jsonl holds no report yet"
+    assert second.startswith("left out: out/model has no metrics.jsonl: it is not the out_dir of a run")
+    assert third == "left out: there is no run folder out/page.html"
+    assert wrote.startswith("wrote report.html")
+    error = refused("report", "out/model", "out/begun")
+    assert "out/model has no metrics.jsonl" in error
+    assert "out/begun/metrics.jsonl holds no report yet" in error
+
+
 def test_neither_help_nor_a_report_imports_torch(tmp_path):
     write_run(tmp_path / "run", [trained(1)])
     out = run_process("-X", "importtime", ROOT / "report.py", "run", cwd=tmp_path)
