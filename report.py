@@ -161,7 +161,8 @@ def summary_table(runs: list[Run]) -> str:
         "steps": lambda s: f"{s['steps']:,}" + (f" of {s['max_iters']:,}" if s["max_iters"] else ""),
         "last train loss": lambda s: show(s["train_loss"], ".4f"),
         "last val loss": lambda s: show(s["val_loss"], ".4f") + (
-            "<small>whole split</small>" if s["val_is_whole"] else ""),
+            "<small>whole split</small>" if s["val_is_whole"] else "") + "".join(
+            f"<small>{html.escape(name)} {show(loss, '.4f') or '–'}</small>" for name, loss in s["val_losses"].items()),
         "best val loss": lambda s: show(s["best_val_loss"], ".4f") + (
             "" if s["best_step"] is None else f"<small>step {s['best_step']:,}</small>"),
         "tokens a second": lambda s: show(s["tokens_per_sec"], ",.0f"),

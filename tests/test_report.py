@@ -191,6 +191,18 @@ def test_parameters_are_the_models_in_every_format(cli, tiny_data, options):
     assert count_parameters(Path("out/tiny/checkpoints/latest")) == num_params
 
 
+def test_a_mixtures_last_loss_is_told_for_each_data_set(cli, tiny_data):
+    shutil.copytree("data/tiny", "data/other")
+    assert cli("train", *TINY_RUN, "--dataset=tiny:0.7,other:0.3").code == 0
+    assert cli("report", "out/tiny").code == 0
+    last = records_of("out/tiny")[-1]
+    assert numbers_in()[0]["summary"]["val_losses"] == {name: last[f"val/loss/{name}"] for name in ("tiny", "other")}
+    head, row = table_rows(Path("report.html").read_text(), "Summary")
+    assert dict(zip(head, row))["last val loss"] == (
+        f"{last['val/loss']:.4f}whole splittiny {last['val/loss/tiny']:.4f}other {last['val/loss/other']:.4f}")
+    assert numbers_in()[0]["summary"]["val_loss"] == last["val/loss"]
+
+
 def test_options_that_differ_are_told_and_all_are_there(cli, tmp_path):
     same = {"n_layer": 2, "compile": "auto"}
     write_run(tmp_path / "a", [trained(1)], same | {"lr": 1e-3, "out_dir": "a", "dataset": "x"})
