@@ -208,7 +208,7 @@ def duration(seconds: float) -> str:
         if seconds >= size:
             text = f"{seconds // size:.0f} {unit} {seconds % size // smaller:02.0f} {part}"
             return text.replace(" ", "\u00a0")
-    return f"{seconds:.1f} s"
+    return f"{seconds:.1f}\u00a0s"
 
 
 def options(runs: list[Run]) -> str:
