@@ -119,6 +119,8 @@ class Run:
             "steps": self.records[-1]["step"], "max_iters": max_iters,
             "train_loss": self.trained[-1]["train/loss"] if self.trained else None,
             "val_loss": final.get("val/loss"),
+            "val_losses": {key.removeprefix("val/loss/"): value for key, value in final.items()  # a mixture's
+                           if key.startswith("val/loss/")},
             "val_is_whole": "val/sampled_loss" in final or (bool(final) and final["step"] == max_iters),
             "best_val_loss": None if best is None else float(val["value"][best]),
             "best_step": None if best is None else int(val["step"][best]),

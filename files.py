@@ -40,6 +40,11 @@ def read_records(path: Path) -> list[dict]:
     return records
 
 
+def write_records(path: Path, records: list[dict]) -> None:
+    """See `write_text`."""
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
 def write_json(path: Path, value: dict) -> None:
     """See `write_text`."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -2,8 +2,10 @@
 
 Owns every number that leaves a run; trackers.py hands them on to wandb and TensorBoard. Only rank 0 reports; the other
 ranks hold a Reporter that says nothing, so that train.py needs no `if` for it. metrics.jsonl has one JSON object a
-line, with `step` = updates made; a resume cuts the lines past its checkpoint and adds one that says `resumed`, so that
-but for those the file reads as if the run had never been interrupted.
+line, with `step` = updates made; a resume cuts what was written after its checkpoint and adds a line that says
+`resumed`, so that but for those the file reads as if the run had never been interrupted. A rollback leaves, of the
+lines past its step, what they tell of events (skipped steps above all): those have happened, while the losses of these
+steps are yet to come.
 
 Throughput counts training only: the time spent within `excluded()` (evaluation, samples, saving) is left out of it.
 """
@@ -31,7 +33,7 @@ from tqdm import tqdm
 import trackers
 from data import EvalOrder, pin, prefetch
 from distributed import Job, eager, reshard, sum_over_ranks
-from files import read_records, write_text
+from files import read_records, write_records
 from model import LanguageModel
 from sampling import Sampler
 from tokenizer import Tokenizer
@@ -42,6 +44,7 @@ PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 
               "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "L4": 121e12, "V100": 125e12, "T4": 65e12,
               "RTX 4090(?! )": 165e12, "RTX 3090(?! )": 71e12}
 NUM_SAMPLES = 2  # texts that a run writes at a time
+EVENTS = {"fault", "rollbacks", "resumed"}  # the keys of metrics.jsonl that tell of one
 
 
 @dataclass
@@ -262,16 +265,17 @@ class Reporter:
     def samples(self, step: int, texts: list[str]) -> None:
         """Report what the model writes after `step` updates."""
         for number, text in enumerate(texts, 1):
-            self.say(f"step {step}: sample {number} of {len(texts)}\n{text}\n---------------")
+            self.say(f"step {step}: sample {number} of {len(texts)}\n{printable(text)}\n---------------")
         self.record({"step": step, "samples": texts, "elapsed_s": self.elapsed_s()})
 
     def went_back(self, step: int, rollbacks: int, skipped: int, next_seq: int) -> None:
-        """The run goes on from `step`, an earlier one than before: cut what was reported since, and record that."""
+        """The run goes on from `step`, an earlier one than before: of what was reported since only the
+        events stay, and this is one more."""
         self.say(f"warning: too many bad steps in a row; going back to the checkpoint of step {step}, and on with the "
                  "data that follows")
         self._step = step
         if self._speaks:
-            cut_metrics(self._path, step)
+            cut_to_events(self._path, step)
             self._trackers.go_back(step)
         self.record({"step": step, "rollbacks": rollbacks, "skipped": skipped, "next_seq": next_seq,
                      "elapsed_s": self.elapsed_s()})
@@ -306,12 +310,27 @@ class Reporter:
             self._trackers.close(summarize(read_records(self._path)))
 
 
+def printable(text: str) -> str:
+    """With control characters, which a terminal would obey, written out as \\x1b; newlines and tabs stay."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
 def cut_metrics(path: Path, step: int) -> None:
-    """Drop the lines past `step` (all, for a new run at step 0), and a line torn by a kill."""
+    """Drop the lines that a run has written since it was at `step` (all, for a new run at step 0), and a line torn by a
+    kill. Events past `step` that a rollback has left stay: they lie before it."""
     if not path.is_file():
         return
-    kept = [record for record in read_records(path) if record["step"] <= step] if step else []
-    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+    records = read_records(path)
+    until = max((number for number, record in enumerate(records, 1) if record["step"] <= step), default=0)
+    write_records(path, records[:until] if step else [])
+
+
+def cut_to_events(path: Path, step: int) -> None:
+    """Of the lines past `step` leave those that tell of an event, with its time and place and nothing else."""
+    parts = EVENTS | {"step", "tokens", "elapsed_s"}
+    records = [record if record["step"] <= step else {key: value for key, value in record.items() if key in parts}
+               for record in read_records(path) if record["step"] <= step or record.keys() & EVENTS]
+    write_records(path, records)
 
 
 def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -324,6 +343,7 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
         summary["best_val_loss"] = min(record.get("val/sampled_loss") or record["val/loss"] for record in evaluations)
         summary["final_val_loss"] = evaluations[-1]["val/loss"]
     if speeds:
-        summary["tokens"] = max(record.get("tokens", 0) for record in records)
+        # A step that the run went back from is not one of them, unless it has been made again.
+        summary["tokens"] = max(record.get("tokens", 0) for record in records if record["step"] <= summary["step"])
         summary["tokens_per_sec"] = statistics.median(speeds)
     return summary

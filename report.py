@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     if out.suffix not in (".html", ".htm"):
         raise ValueError(f"--out={out}: the name of the page has to end in .html")
     folders = list({Path(folder).resolve(): Path(folder) for folder in config.runs}.values())
-    runs = [read_run(folder, label) for folder, label in zip(folders, labels(folders))]
+    runs = read_runs(folders)
     figures = {picture: figure for picture in PICTURES if (figure := picture_of(picture, runs))}
     beside = out.with_name(f"{out.stem}_files")
     beside.mkdir(parents=True, exist_ok=True)
@@ -58,6 +58,24 @@ def main(argv: list[str]) -> None:
             (beside / f"{picture.name}.png").unlink(missing_ok=True)  # an earlier report's
     files.write_text(out, page(runs, figures))
     print(f"wrote {out}, and {len(figures)} pictures into {beside}")
+
+
+def read_runs(folders: list[Path]) -> list[Run]:
+    """Those of the folders that are runs; out/* names others too, which are left out with a line each. Raises
+    FileNotFoundError for one that is not there, and ValueError when none is a run."""
+    runs, reasons = [], []
+    for folder, label in zip(folders, labels(folders)):
+        try:
+            runs.append(read_run(folder, label))
+        except (FileNotFoundError, ValueError) as error:
+            if not folder.exists():
+                raise
+            reasons.append(str(error))
+    if not runs:
+        raise ValueError("; ".join(reasons))
+    for reason in reasons:
+        print(f"left out: {reason}")
+    return runs
 
 
 def labels(folders: list[Path]) -> list[str]:
@@ -143,7 +161,8 @@ def summary_table(runs: list[Run]) -> str:
         "steps": lambda s: f"{s['steps']:,}" + (f" of {s['max_iters']:,}" if s["max_iters"] else ""),
         "last train loss": lambda s: show(s["train_loss"], ".4f"),
         "last val loss": lambda s: show(s["val_loss"], ".4f") + (
-            "<small>whole split</small>" if s["val_is_whole"] else ""),
+            "<small>whole split</small>" if s["val_is_whole"] else "") + "".join(
+            f"<small>{html.escape(name)} {show(loss, '.4f') or '–'}</small>" for name, loss in s["val_losses"].items()),
         "best val loss": lambda s: show(s["best_val_loss"], ".4f") + (
             "" if s["best_step"] is None else f"<small>step {s['best_step']:,}</small>"),
         "tokens a second": lambda s: show(s["tokens_per_sec"], ",.0f"),
@@ -189,7 +208,7 @@ def duration(seconds: float) -> str:
         if seconds >= size:
             text = f"{seconds // size:.0f} {unit} {seconds % size // smaller:02.0f} {part}"
             return text.replace(" ", "\u00a0")
-    return f"{seconds:.1f} s"
+    return f"{seconds:.1f}\u00a0s"
 
 
 def options(runs: list[Run]) -> str:

@@ -9,10 +9,13 @@ from typing import ClassVar
 
 import pytest
 import torch
-from conftest import TINY_RUN, files_of
+from conftest import TINY_RUN, files_of, records_of
+from matplotlib.image import imread
 from safetensors import safe_open
+from test_report import coloured_pixels, drawn_in
 
 import files
+from curves import render
 from model import GPT
 
 LLAMA = ("--pos=rope", "--norm=rmsnorm", "--mlp=swiglu")
@@ -110,7 +113,21 @@ def test_the_card_says_what_the_run_recorded_and_no_folder_of_this_machine(cli, 
     assert "## Licence\n\nNot stated yet." in text
     assert str(tmp_path) not in text
     assert "private" not in text
-    assert Path("folder/loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_cards_curve_is_the_runs(cli, run, monkeypatch):
+    figures = []
+    monkeypatch.setattr("export.render", lambda figure, kind: figures.append(figure) or render(figure, kind))
+    assert cli("export", f"--run={run}", "--to=folder").code == 0
+    [figure], records = figures, records_of(run)
+    shown = drawn_in(figure)
+    assert shown["training"].tolist() == [[r["tokens"], r["train/loss"]] for r in records if "train/loss" in r]
+    assert shown["validation"].tolist() == [[r["tokens"], r.get("val/sampled_loss", r["val/loss"])] for r in records
+                                            if "val/loss" in r]
+    assert shown["whole split"].tolist() == [[records[-1]["tokens"], records[-1]["val/loss"]]]
+    assert [len(shown[what]) for what in ("training", "validation")] == [6, 3]
+    assert imread("folder/loss.png").shape[:2] == (740, 1080)
+    assert coloured_pixels(Path("folder/loss.png")) > 300
 
 
 def test_a_data_set_of_the_hub_is_named_and_one_that_is_gone_is_not_made_up(cli, run, tiny_data):

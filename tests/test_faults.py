@@ -734,6 +734,9 @@ def test_bad_steps_in_a_row_take_the_run_back_and_on_behind_the_bad_data(data, u
     assert [event[key] for key in ("step", "rollbacks", "skipped", "next_seq")] == [20, 1, 3, 32 * 8]
     trainer = read_trainer(TINY / "checkpoints" / "latest")
     assert [trainer[key] for key in ("step", "next_seq", "skipped", "bad_steps", "rollbacks")] == [40, 52 * 8, 3, 0, 1]
+    at = records_of(TINY).index(event)
+    assert [[*record] for record in records_of(TINY)[at - 3:at]] == [["step", "tokens", "elapsed_s", "fault"]] * 3
+    assert [r["step"] for r in records_of(TINY) if "fault" in r] == [30, 31, 32]
     # Steps 21 to 32 of the data are left out, as if the run had gone from step 20 to what was step 33.
     ours, theirs = ([r["batch_hash"] for r in records_of(run) if "batch_hash" in r] for run in (TINY, whole))
     assert ours == theirs[:20] + theirs[32:52]

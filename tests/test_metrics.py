@@ -16,10 +16,21 @@ import torch
 from conftest import ROOT, TEXT, TINY_RUN, records_of, write_shard
 from test_faults import start_ranks
 
+import files
 from baselines import build
 from data import EvalOrder
 from distributed import Job
-from metrics import cut_metrics, flops_per_token, peak_flops, validation_loss, write_samples
+from metrics import (
+    LogConfig,
+    Reporter,
+    cut_metrics,
+    cut_to_events,
+    flops_per_token,
+    peak_flops,
+    summarize,
+    validation_loss,
+    write_samples,
+)
 from model import GPT, GPTConfig
 from shards import Split
 from tokenizer import CharTokenizer, load_tokenizer
@@ -74,6 +85,37 @@ def test_lines_past_the_checkpoint_and_a_torn_tail_are_cut(tmp_path):
     assert path.read_text().splitlines() == lines[:3]
     cut_metrics(path, 0)
     assert path.read_text() == ""
+
+
+def test_of_what_a_run_went_back_from_the_events_stay_without_the_losses(tmp_path):
+    def line(step: int, **others: object) -> dict:
+        return {"step": step, "tokens": 8 * step, "train/loss": None, "elapsed_s": 1.0, "skipped": 1} | others
+
+    path = tmp_path / "metrics.jsonl"
+    files.write_records(path, [line(1, fault="f"), line(2), line(3), line(4, fault="f"), {
+        "step": 4, "val/loss": 2.0, "elapsed_s": 1.0}, {"step": 4, "resumed": True, "elapsed_s": 1.0}])
+    cut_to_events(path, 2)
+    kept = [line(1, fault="f"), line(2), {"step": 4, "tokens": 32, "elapsed_s": 1.0, "fault": "f"},
+            {"step": 4, "resumed": True, "elapsed_s": 1.0}]
+    assert files.read_records(path) == kept
+    back = {"step": 2, "rollbacks": 1, "elapsed_s": 1.0}
+    files.write_records(path, [*kept, back, line(3, fault="g"), line(4)])
+    cut_to_events(path, 1)  # and further back
+    again = {"step": 3, "tokens": 24, "elapsed_s": 1.0, "fault": "g"}
+    assert files.read_records(path) == [kept[0], *kept[2:], back, again]
+    files.write_records(path, [*kept, back, line(3), line(4)])
+    cut_metrics(path, 3)
+    assert files.read_records(path) == [*kept, back, line(3)]
+    cut_metrics(path, 2)
+    assert files.read_records(path) == [*kept, back]
+    cut_metrics(path, 1)
+    assert files.read_records(path) == kept[:1]
+
+
+def test_tokens_of_a_run_that_went_back_and_ended_there_are_not_those_it_lost():
+    records = [{"step": 1, "tokens": 8, "train/loss": 2.0, "tokens_per_sec": 5.0, "elapsed_s": 1.0},
+               {"step": 3, "tokens": 24, "fault": "f", "elapsed_s": 3.0}, {"step": 1, "rollbacks": 1, "elapsed_s": 4.0}]
+    assert summarize(records) == {"step": 1, "elapsed_s": 4.0, "tokens": 8, "tokens_per_sec": 5.0}
 
 
 def test_a_run_reports_the_documented_fields(cli, tiny_data):
@@ -149,6 +191,15 @@ def test_samples_do_not_meet_the_compiler(model):
     assert not met
     model(torch.zeros(1, 8, dtype=torch.long))
     assert met  # and training does
+
+
+def test_control_characters_of_a_sample_do_not_reach_the_terminal(tmp_path, model, capsys):
+    reporter = Reporter(tmp_path, LogConfig(), 1, HERE)
+    reporter.start(model, 0, 0.0, {})
+    text = "a\tb\n\x1b[31mred\x00\x07\r\x7f\x9b2J \\x1b \xa0\xe9 end"
+    reporter.samples(1, [text])
+    assert "a\tb\n\\x1b[31mred\\x00\\x07\\x0d\\x7f\\x9b2J \\x1b \xa0\xe9 end\n---" in capsys.readouterr().out
+    assert records_of(tmp_path)[-1]["samples"] == [text]
 
 
 def test_samples_need_a_tokenizer_and_sound_numbers(refused, cli, tiny_data):

@@ -11,8 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, TINY_RUN, records_of, run_process, write_run
+from matplotlib.collections import LineCollection
+from matplotlib.colors import same_color
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+from test_faults import start_ranks
 
-from curves import MAX_POINTS, PICTURES, Run, count_parameters, picture_of, short
+from curves import COLOURS, MAX_POINTS, PICTURES, Run, count_parameters, picture_of, read_run, short
 from model import GPT, LanguageModel
 from report import duration, labels
 
@@ -37,6 +42,37 @@ def table_rows(page: str, heading: str) -> list[list[str]]:
     table = re.search(r"<table.*?</table>", page.partition(f"<h2>{heading}</h2>")[2], re.S)[0]
     rows = [re.findall(r"<t[hd].*?>(.*?)</t[hd]>", row, re.S) for row in re.findall(r"<tr>(.*?)</tr>", table, re.S)]
     return [[html.unescape(re.sub(r"<span>.*?</span>|<.*?>", "", cell)).strip() for cell in row] for row in rows]
+
+
+SIGNS = {"o": "validation", "D": "whole split", "x": "skipped step", "<": "rollback"}  # by the marker
+
+
+def drawn_in(figure: Figure, colour: str = COLOURS[0]) -> dict[str, np.ndarray]:
+    """The points (number, 2) of a run's lines in a picture, by what they stand for; a restart is where its line begins.
+    The colour is the run's."""
+    [axes] = figure.axes
+    lines = {SIGNS.get(line.get_marker(), "training"): line.get_xydata() for line in axes.lines
+             if line.get_color() == colour}
+    restarts = [segment[0] for lines in axes.collections if isinstance(lines, LineCollection)
+                and same_color(lines.get_color(), colour) for segment in lines.get_segments()]
+    return lines | {"restart": np.array(restarts).reshape(-1, 2)}
+
+
+def coloured_pixels(png: Path) -> int:
+    """How many pixels of a picture are neither black, grey nor white: 0 for one with axes and nothing in them."""
+    image = imread(png)[..., :3]
+    return int((image.max(-1) - image.min(-1) > 0.3).sum())
+
+
+def drawn(name: str, *runs: Run, of: int = 0) -> dict[str, list]:
+    """What the picture of that name has of one of the runs; see `drawn_in`."""
+    [picture] = [picture for picture in PICTURES if picture.name == name]
+    return {what: points.tolist() for what, points in drawn_in(picture_of(picture, [*runs]), COLOURS[of]).items()}
+
+
+def events_in(page: str | Path = "report.html") -> list[list[str]]:
+    """The rows of the list of events, folded away in the summary."""
+    return table_rows(Path(page).read_text().replace("<details>", "<h2>Events</h2>", 1), "Events")[1:]
 
 
 @pytest.fixture
@@ -77,6 +113,64 @@ def test_the_page_has_the_numbers_of_the_runs(cli, two_runs):
         picture.name for picture in PICTURES if picture.key != "mfu")
 
 
+def test_the_pictures_draw_what_metrics_jsonl_has(two_runs):
+    runs = [read_run(Path(run), run) for run in two_runs]
+    for picture in PICTURES:
+        if picture.key == "mfu":  # a CPU has none
+            assert picture_of(picture, runs) is None
+            continue
+        for of, run in enumerate(two_runs):
+            records = records_of(run)
+            expected = {"training": [(r[picture.x], r[picture.key]) for r in records if "train/loss" in r],
+                        "restart": []}
+            if picture.is_loss:
+                expected |= {
+                    "validation": [(r[picture.x], r.get("val/sampled_loss", r["val/loss"])) for r in records
+                                   if "val/loss" in r],
+                    "whole split": [(r[picture.x], r["val/loss"]) for r in records if "val/sampled_loss" in r],
+                    "skipped step": [], "rollback": [],
+                    "restart": [({"tokens": 128 * r["step"]}.get(picture.x, r["elapsed_s"]), 0) for r in records
+                                if "resumed" in r]}
+                assert len(expected["validation"]) == 3
+            assert len(expected["training"]) == 6
+            shown = drawn(picture.name, *runs, of=of)
+            assert shown.keys() == expected.keys()
+            for what, points in expected.items():
+                assert shown[what] == [list(point) for point in points], (picture.name, run, what)
+
+
+def test_each_event_is_marked_where_it_happened():
+    """At 100 tokens a step; eight minutes of seconds, drawn as minutes."""
+    run = Run("run", Path("run"), [
+        trained(1, elapsed_s=60.0), trained(2, elapsed_s=120.0), {"step": 2, "resumed": True, "elapsed_s": 150.0},
+        trained(3, None, elapsed_s=300.0, fault="the loss is nan"), {"step": 2, "rollbacks": 1, "elapsed_s": 360.0},
+        trained(3, elapsed_s=420.0), {"step": 3, "resumed": True, "elapsed_s": 420.0}, trained(4, elapsed_s=480.0)],
+        {}, None)
+    for name, skipped, rollback, restarts in (("loss_over_tokens", 300, 200, (200, 300)),
+                                              ("loss_over_time", 5, 6, (2.5, 7))):
+        shown = drawn(name, run)
+        assert [x for x, _ in shown["skipped step"]] == [skipped]
+        assert [x for x, _ in shown["rollback"]] == [rollback]
+        assert [x for x, _ in shown["restart"]] == pytest.approx(restarts)
+    figure = picture_of(PICTURES[0], [run])
+    [axes] = figure.axes
+    of_events = [line for line in axes.lines if line.get_marker() in ("x", "<")]
+    assert [line.get_transform() for line in of_events] == [axes.get_xaxis_transform()] * 2  # y in parts of the height
+    assert all(0 < y < 0.1 for line in of_events for y in line.get_ydata())
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "training", "skipped step", "rollback", "restart"]
+
+
+def test_the_png_files_have_their_size_and_are_not_blank(cli, two_runs):
+    assert cli("report", "out/a").code == 0  # of one run: nothing but its curves is in colour
+    for path in Path("report_files").iterdir():
+        assert imread(path).shape[:2] == (740, 1080)
+        assert coloured_pixels(path) > 300, path
+    assert len([*Path("report_files").iterdir()]) == 6
+    assert cli("report", *two_runs).code == 0
+    assert imread("report_files/loss_over_tokens.png").shape[:2] == (782, 1080)  # the runs' names
+
+
 def test_the_same_runs_give_the_same_bytes_in_place_of_the_old(cli, two_runs):
     Path("report.html").write_text("old")
     Path("report_files").mkdir()
@@ -95,6 +189,18 @@ def test_parameters_are_the_models_in_every_format(cli, tiny_data, options):
     assert cli("train", *TINY_RUN, "--max_iters=1", *options).code == 0
     num_params = LanguageModel.from_pretrained("out/tiny").num_params(non_embedding=False)
     assert count_parameters(Path("out/tiny/checkpoints/latest")) == num_params
+
+
+def test_a_mixtures_last_loss_is_told_for_each_data_set(cli, tiny_data):
+    shutil.copytree("data/tiny", "data/other")
+    assert cli("train", *TINY_RUN, "--dataset=tiny:0.7,other:0.3").code == 0
+    assert cli("report", "out/tiny").code == 0
+    last = records_of("out/tiny")[-1]
+    assert numbers_in()[0]["summary"]["val_losses"] == {name: last[f"val/loss/{name}"] for name in ("tiny", "other")}
+    head, row = table_rows(Path("report.html").read_text(), "Summary")
+    assert dict(zip(head, row))["last val loss"] == (
+        f"{last['val/loss']:.4f}whole splittiny {last['val/loss/tiny']:.4f}other {last['val/loss/other']:.4f}")
+    assert numbers_in()[0]["summary"]["val_loss"] == last["val/loss"]
 
 
 def test_options_that_differ_are_told_and_all_are_there(cli, tmp_path):
@@ -140,9 +246,33 @@ def test_a_run_under_way_with_bad_steps_a_rollback_and_restarts(cli, tmp_path):
                                                    "best_step", "skipped", "rollbacks", "restarts", "elapsed_s")} == {
         "steps": 4, "max_iters": 9, "val_loss": 1.75, "val_is_whole": False, "best_val_loss": 1.75, "best_step": 4,
         "skipped": 1, "rollbacks": 1, "restarts": 1, "elapsed_s": 8.0}
-    _, *events = table_rows(Path("report.html").read_text().replace("<details>", "<h2>Events</h2>", 1), "Events")
-    assert events == [["run", "2", "200", "restart"], ["run", "3", "300", "skipped step: the loss is nan"],
-                          ["run", "2", "200", "rollback"]]
+    assert events_in() == [["run", "2", "200", "restart"], ["run", "3", "300", "skipped step: the loss is nan"],
+                           ["run", "2", "200", "rollback"]]
+
+
+def test_the_skipped_steps_that_led_to_a_rollback_are_listed_and_marked(cli, tiny_data, tmp_path):
+    options = (*TINY_RUN, "--max_iters=12", "--save_interval=3", "--max_bad_steps=2")
+    code, log = start_ranks(1, tmp_path, *options, NAN_STEPS="8-9")
+    assert code == 0, log
+    assert cli("report", "out/tiny").code == 0
+    skipped, back = ([["tiny", f"{step}", short(128 * step), what] for step in steps] for steps, what in (
+        ((8, 9), "skipped step: the loss is nan"), ((6,), "rollback")))
+    assert events_in() == skipped + back
+    [shown] = numbers_in()
+    assert shown["curves"]["train/loss"]["step"] == list(range(1, 13))
+    assert (shown["summary"]["skipped"], shown["summary"]["rollbacks"]) == (2, 1)
+    run, records = read_run(Path("out/tiny"), "tiny"), records_of("out/tiny")
+    for name, x in (("loss_over_tokens", "tokens"), ("loss_over_time", "elapsed_s")):
+        marks = drawn(name, run)
+        assert [x for x, _ in marks["skipped step"]] == [r[x] for r in records if "fault" in r]
+        assert len(marks["skipped step"]) == 2
+        assert len(marks["rollback"]) == 1
+    for step in (9, 12):
+        shutil.rmtree(f"out/tiny/checkpoints/step_{step:08d}")
+    assert cli("train", *options).code == 0  # goes on from before the steps that were skipped, but after the rollback
+    assert cli("report", "out/tiny").code == 0
+    assert events_in() == skipped + back + [["tiny", "6", "768", "restart"]]
+    assert numbers_in()[0]["curves"]["train/loss"]["step"] == list(range(1, 13))
 
 
 @pytest.mark.parametrize("records", [
@@ -167,6 +297,11 @@ def test_long_runs_are_drawn_through_means_within_a_band():
     for part, reduce in (("value", np.nanmean), ("low", np.nanmin), ("high", np.nanmax)):
         np.testing.assert_allclose(curve[part], reduce(groups, axis=1))
     np.testing.assert_allclose(curve["step"][:2], [5.5, 15.5])
+    [axes] = picture_of(PICTURES[0], [run]).axes
+    np.testing.assert_array_equal(axes.lines[0].get_xydata(), np.stack([curve["tokens"], curve["value"]], 1))
+    [band] = axes.collections[:1]
+    corners = {tuple(point) for path in band.get_paths() for point in path.vertices}
+    assert corners >= {*zip(curve["tokens"], curve["low"]), *zip(curve["tokens"], curve["high"])}
 
 
 def test_axes_are_logarithmic_where_runs_reach_far():
@@ -214,6 +349,25 @@ def test_what_is_no_run_is_refused_in_one_line(refused, tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
+def test_what_is_no_run_among_several_is_left_out_with_a_line(cli, refused, tmp_path):
+    for name in ("good", "other"):
+        write_run(tmp_path / "out" / name, [trained(1)])
+    write_run(tmp_path / "out" / "begun", [])
+    (tmp_path / "out" / "model").mkdir()
+    (tmp_path / "out" / "page.html").write_text("of an earlier report")
+    result = cli("report", "--runs", *sorted(Path("out").iterdir()))
+    assert result.code == 0, result.err
+    assert [run["run"] for run in numbers_in()] == ["good", "other"]
+    first, second, third, wrote = result.out.splitlines()
+    assert first == "left out: out/begun/metrics.jsonl holds no report yet"
+    assert second.startswith("left out: out/model has no metrics.jsonl: it is not the out_dir of a run")
+    assert third == "left out: there is no run folder out/page.html"
+    assert wrote.startswith("wrote report.html")
+    error = refused("report", "out/model", "out/begun")
+    assert "out/model has no metrics.jsonl" in error
+    assert "out/begun/metrics.jsonl holds no report yet" in error
+
+
 def test_neither_help_nor_a_report_imports_torch(tmp_path):
     write_run(tmp_path / "run", [trained(1)])
     out = run_process("-X", "importtime", ROOT / "report.py", "run", cwd=tmp_path)
@@ -225,9 +379,22 @@ def test_neither_help_nor_a_report_imports_torch(tmp_path):
 
 
 BROWSER_CHECK = """<script>addEventListener("load", () => {
-  const page = document.documentElement, pictures = [...document.images];
+  const page = document.documentElement;
   for (const fold of document.querySelectorAll("details")) fold.open = true;
-  parent.postMessage({scroll: page.scrollWidth, width: innerWidth, pictures: pictures.map(i => i.naturalWidth)}, "*");
+  const pictures = [...document.images].map(image => {
+    const canvas = document.createElement("canvas"), pen = canvas.getContext("2d");
+    [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
+    pen.drawImage(image, 0, 0);
+    // Above the names of the runs nothing but their curves is in colour.
+    const seen = pen.getImageData(0, 0, canvas.width, 0.75 * canvas.height).data;
+    let coloured = 0;
+    for (let at = 0; at < seen.length; at += 4) {
+      const [red, green, blue] = seen.slice(at, at + 3);
+      coloured += Math.max(red, green, blue) - Math.min(red, green, blue) > 75;
+    }
+    return {aspect: image.naturalWidth / image.naturalHeight, shown: image.width / image.height, coloured};
+  });
+  parent.postMessage({scroll: page.scrollWidth, width: innerWidth, pictures}, "*");
 });</script></body>"""
 
 
@@ -254,4 +421,7 @@ def test_the_page_shows_in_a_browser_wide_and_narrow(cli, two_runs, tmp_path):
     for each in seen:
         assert each["scroll"] <= each["width"]
         assert len(each["pictures"]) == 6
-        assert min(each["pictures"]) > 0
+        for picture in each["pictures"]:
+            assert picture["aspect"] == pytest.approx(1080 / 782, rel=0.02)
+            assert picture["shown"] == pytest.approx(picture["aspect"], rel=0.02)
+            assert picture["coloured"] > 100

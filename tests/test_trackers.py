@@ -207,7 +207,7 @@ def test_after_a_rollback_nothing_stale_is_left_and_nothing_new_is_lost(cli, tin
     assert code == 0, log
     records = records_of(TINY)
     assert [record["step"] for record in records if "rollbacks" in record] == [6]
-    assert_tensorboard_has(records)
+    assert_tensorboard_has([record for record in records if record.keys() != {"step", "tokens", "elapsed_s", "fault"}])
     steps = [line["step"] for line in wandb_history(wandb_files()[0]) if "train/loss" in line or "skipped" in line]
     assert steps == [1, 2, 3, 4, 5, 6, 7, 8, 9, 6, 7, 8, 9, 10, 11, 12]
 
