@@ -55,7 +55,8 @@ def main(argv: list[str]) -> None:
     check_options(config)
     run, to = Path(config.run), Path(config.to)
     folder = find_checkpoint(run, config.checkpoint)
-    export(run, folder, to, config.push or to.name)
+    with checkpoint.reading(folder):
+        export(run, folder, to, config.push or to.name)
     print(f"{to}: step {checkpoint.step_of(folder):,} of {run}, a model folder; its README.md still needs a licence")
     if config.push:
         print(f"pushed to {push(to, config.push, config.public)}")
@@ -144,8 +145,7 @@ def push(folder: Path, repo_id: str, public: bool) -> str:
 # The model card
 
 
-def card(folder: Path, name: str, model: LanguageModel, records: list[dict[str, Any]],
-         has_curve: bool) -> str:
+def card(folder: Path, name: str, model: LanguageModel, records: list[dict[str, Any]], has_curve: bool) -> str:
     """README.md, in Markdown, with the header that the hub reads."""
     trainer = checkpoint.read_trainer(folder)
     options = trainer["options"]
@@ -232,10 +232,10 @@ def open_data(options: Mapping[str, Any], trainer: Mapping[str, Any]) -> Mixture
 
 
 def hub_id(dataset: Dataset) -> str:
-    """Of the data set on the hub that it was made from, or ""."""
-    source = dataset.manifest.get("arguments", {}).get("source", "")
-    source = SOURCES[source].hf if source in SOURCES else source
-    return source if source and files.HUB_ID.fullmatch(source) and not Path(source).exists() else ""
+    """Of the data set on the hub that it was made from, or "": a folder has no commit."""
+    made = dataset.manifest.get("arguments", {})
+    source = made.get("source", "")
+    return (SOURCES[source].hf if source in SOURCES else source) if made.get("commit") else ""
 
 
 def hub_ids(data: Mixture) -> list[str]:
