@@ -195,7 +195,7 @@ def test_samples_do_not_meet_the_compiler(model):
 
 def test_control_characters_of_a_sample_do_not_reach_the_terminal(tmp_path, model, capsys):
     reporter = Reporter(tmp_path, LogConfig(), 1, HERE)
-    reporter.start(model, 0, 0.0, {})
+    reporter.start(model, 0, 0.0, {}, is_new=True)
     text = "a\tb\n\x1b[31mred\x00\x07\r\x7f\x9b2J \\x1b \xa0\xe9 end"
     reporter.samples(1, [text])
     assert "a\tb\n\\x1b[31mred\\x00\\x07\\x0d\\x7f\\x9b2J \\x1b \xa0\xe9 end\n---" in capsys.readouterr().out
