@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from model import GPT, Cache, GPTConfig, LanguageModel, activation, make_norm
 
@@ -32,6 +34,23 @@ def build(config: GPTConfig) -> LanguageModel:
     """The model that `config.model` names, freshly initialised."""
     return {"gpt": GPT, "bigram": Bigram, "mlp": WindowMLP, "rnn": Recurrent, "lstm": Recurrent,
             "gru": Recurrent}[config.model](config)
+
+
+def build_empty(config: GPTConfig) -> LanguageModel:
+    """The same on the meta device: names and shapes, no values."""
+    with torch.device("meta"), _NothingDrawn():
+        return build(config)
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """What would fill a parameter leaves it alone: on the meta device torch imports its compiler to draw, a second and
+    a half for nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.normal_ or getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 class Bigram(LanguageModel):

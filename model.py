@@ -550,14 +550,13 @@ class LanguageModel(nn.Module):
         """Load a model: a hub id (`gpt2` ... `gpt2-xl`, `owner/name`) or Hugging Face folder of a GPT-2 or Llama, a
         checkpoint or run folder of ours, or nanoGPT's ckpt.pt. `overrides` replace fields of the configuration that do
         not change the weights' shapes (dropout). Raises ValueError or OSError in words for a user."""
-        from baselines import build
+        from baselines import build_empty
         from weights import load_pretrained
 
         config, state = load_pretrained(source)
         for key, value in overrides.items():
             setattr(config, key, value)
-        with torch.device("meta"):
-            model = build(config)
+        model = build_empty(config)
         model.load_state_dict(state, assign=True)
         return model
 

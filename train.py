@@ -41,7 +41,7 @@ import optim
 import preflight
 import prompts
 import weights
-from baselines import build, count_pairs, fit_bigram
+from baselines import build, build_empty, count_pairs, fit_bigram
 from checkpoint import Progress, RunConfig, RunFolder
 from data import (
     DataConfig,
@@ -376,9 +376,7 @@ def build_model(config: TrainConfig, given: Mapping[str, str], data: Mixture, fo
     model_config = distributed.on_rank0(make, here)
     if here.world_size == 1:
         return made[0].to(here.device)
-    with torch.device("meta"):
-        model = build(model_config)
-    return distributed.lay_out(model, made[0].state_dict() if made else None, here)
+    return distributed.lay_out(build_empty(model_config), made[0].state_dict() if made else None, here)
 
 
 def count_bigram(shape: GPTConfig, data: Mixture, k: float, report: Reporter) -> LanguageModel:

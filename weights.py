@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from baselines import build
+from baselines import build_empty
 from files import HUB_ID, fetch_snapshot, read_json, write_json
 from model import HIGH_FREQ_FACTOR, LOW_FREQ_FACTOR, GPTConfig
 from tokenizer import TOKENIZER_FILES
@@ -261,8 +261,7 @@ def _finish(config: GPTConfig, state: State, path: Path) -> State:
 
 def shapes(config: GPTConfig) -> dict[str, torch.Size]:
     """Name -> shape of every parameter of a model."""
-    with torch.device("meta"):
-        return {name: p.shape for name, p in build(config).state_dict().items()}
+    return {name: p.shape for name, p in build_empty(config).state_dict().items()}
 
 
 def save_pretrained(config: GPTConfig, state: Mapping[str, torch.Tensor], folder: str | Path,

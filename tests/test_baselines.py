@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_RUN, on_ranks, records_of
+from conftest import ROOT, TINY_RUN, on_ranks, records_of, run_process
 
 import distributed
-from baselines import build, count_pairs, fit_bigram
+from baselines import build, build_empty, count_pairs, fit_bigram
 from device import DeviceConfig
 from distributed import ParallelConfig
 from model import GPTConfig, LanguageModel, activation
@@ -293,14 +293,37 @@ def test_another_model_is_another_run(cli, refused, tiny_data):
     assert "model=gpt was asked for, and it has lstm" in line
 
 
+@pytest.mark.parametrize("kind", ["gpt", *MODELS])
+def test_an_empty_model_has_the_names_and_shapes_of_a_full_one(kind):
+    empty, full = build_empty(config := make_model(kind, n_head=2).config), build(config)
+    assert {name: p.shape for name, p in empty.named_parameters()} == {
+        name: p.shape for name, p in full.named_parameters()}
+    assert all(p.is_meta for p in empty.parameters())
+    assert not any(p.is_meta for p in full.parameters())
+
+
+def test_models_are_loaded_without_torchs_compiler(tmp_path):
+    """Whose import takes longer than torch's."""
+    code = """
+import sys
+import torch
+from model import GPTConfig, LanguageModel
+from baselines import build
+for kind in ("gpt", "bigram", "mlp", "rnn", "lstm", "gru"):
+    model = build(GPTConfig(model=kind, block_size=8, vocab_size=37, n_layer=1, n_head=1, n_embd=8))
+    model.save_pretrained(sys.argv[1])
+    LanguageModel.from_pretrained(sys.argv[1])(torch.zeros(1, 8, dtype=torch.long))
+assert "torch._dynamo" not in sys.modules
+"""
+    run_process("-c", code, tmp_path, cwd=ROOT)
+
+
 def train_two_steps(layout: str) -> tuple[float, dict[str, np.ndarray]]:
     """The loss of the second step over the ranks, and its gradients."""
     where = distributed.job(DeviceConfig(device="cpu", dtype="float32"), ParallelConfig(parallel=layout, timeout_s=60))
     with where as here:
         whole = make_model("lstm")
-        with torch.device("meta"):
-            model = build(whole.config)
-        model = distributed.lay_out(model, whole.state_dict() if here.rank == 0 else None, here)
+        model = distributed.lay_out(build_empty(whole.config), whole.state_dict() if here.rank == 0 else None, here)
         wrapped = distributed.wrap(model, here, 2)
         rows = slice(2 * here.rank, 2 * here.rank + 2)
         for _ in range(2):

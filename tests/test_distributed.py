@@ -8,6 +8,7 @@ import torch
 from conftest import on_ranks, write_shard
 
 import distributed
+from baselines import build_empty
 from data import EvalOrder
 from device import DeviceConfig
 from distributed import Job, ParallelConfig
@@ -34,9 +35,8 @@ def make_model() -> GPT:
 
 def lay_out(here: Job) -> GPT:
     """That model on all ranks, as the layout has it."""
-    with torch.device("meta"):
-        model = GPT(make_model().config)
-    return distributed.lay_out(model, make_model().state_dict() if here.rank == 0 else None, here)
+    model = make_model()
+    return distributed.lay_out(build_empty(model.config), model.state_dict() if here.rank == 0 else None, here)
 
 
 def make_batch() -> tuple[torch.Tensor, torch.Tensor]:

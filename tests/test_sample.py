@@ -112,7 +112,7 @@ def test_a_nanogpt_checkpoint_samples_with_its_data_sets_characters(cli, tmp_pat
     (["--seed=99999999999999999999"], "below 2**63"),
     (["--temperature=-1", "--top_p=0"], "temperature=-1.0 must be 0 or more; top_p=0.0 must be above 0"),
     (["--min_p=2", "--repetition_penalty=0", "--show_probs=-1"], "show_probs=-1 must be 0 (none) or more; min_p=2.0 "
-     "must be above 0 and at most 1; repetition_penalty=0.0 must be above 0"),
+     "must be from 0 (all tokens) to 1; repetition_penalty=0.0 must be above 0"),
     (["--split=dev"], "split='dev' is not one of train, val, test"),
     (["--split=test"], "data/tiny has no test split: it has train and val"),
     (["--split=val", "--prompt=a"], "--split=val takes its prompts from the data: leave out --prompt"),
