@@ -148,8 +148,11 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     model = build_model(config, given, data, trainer["folder"], report, here)
     if config.init_from != "scratch":
         adopt_shape(config, given, model)
-    # What the weights were at first: a run that goes on has been told before. A folder's whole path is no hub id.
-    config.init_from = trainer["options"]["init_from"] if trainer["folder"] else weights.full_name(config.init_from)
+    # What the weights were at first: a run that goes on was told then. A folder's whole path is taken for no hub id.
+    if trainer["folder"]:
+        config.init_from = trainer["options"]["init_from"]
+    elif config.init_from != "scratch":
+        config.init_from = weights.full_name(config.init_from)
     block_size = model.config.block_size
     model.activation_checkpointing = config.activation_checkpointing
     model.set_attention(pick_attention(config.attention, here.device, here.dtype, block_size))
