@@ -46,7 +46,6 @@ OF_WHOLE_SPLIT: dict[str, Any] = {"marker": "D", "markersize": 5, "linestyle": "
 OF_EVENTS: dict[str, dict[str, Any]] = {
     "skipped step": {"marker": "x", "markersize": 5, "linestyle": ""},
     "rollback": {"marker": "<", "markersize": 5, "linestyle": ""}, "restart": {"linestyle": ":"}}
-EVENTS = {"fault": "skipped step", "rollbacks": "rollback", "resumed": "restart"}  # by the key that tells
 
 
 class Picture(NamedTuple):
@@ -97,8 +96,8 @@ class Run:
         self.curves["whole/val/loss"] = self._curve([r for r in self.evaluated if "val/sampled_loss" in r], "val/loss")
 
     def events(self) -> list[tuple[str, Record]]:
-        """What happened to the run, one of EVENTS' values each, with the record that tells."""
-        return [(kind, record) for record in self.records for key, kind in EVENTS.items() if key in record]
+        """What happened to the run, one of files.EVENTS' values each, with the record that tells."""
+        return [(kind, record) for record in self.records for key, kind in files.EVENTS.items() if key in record]
 
     def place(self, record: Record, x: str) -> float:
         """Where a record stands on the axis `x`, tokens or elapsed_s."""

@@ -38,7 +38,7 @@ from tqdm import tqdm
 import checkpoint
 import distributed
 import prompts
-from data import EvalOrder
+from data import EvalOrder, Mixture
 from device import DeviceConfig, pick_attention
 from distributed import Job
 from metrics import validation_loss
@@ -100,9 +100,13 @@ def evaluate(config: EvaluateConfig, here: Job) -> None:
     path, called = prompts.find_model(config.init_from, config.out_dir)
     with checkpoint.reading(path):
         model = load_model(config, path, here)
-        find = prompts.need_tokenizer if config.text or asked else prompts.find_tokenizer
+        find = prompts.find_tokenizer if config.text or asked else prompts.known_tokenizer
         tokenizer = find(path, model.config.vocab_size)
-    splits, shares = find_splits(config, path, model, tokenizer)
+    data = None
+    if config.dataset or not (config.text or asked):
+        data = prompts.open_data(path, config.dataset, model.config.vocab_size, tokenizer)
+        tokenizer = tokenizer or data.tokenizer
+    splits = find_splits(config, model, tokenizer, data)
     block_size, stride = model.config.block_size, config.stride or model.config.block_size
     report: dict[str, Any] = {"model": called, "parameters": model.num_params(non_embedding=False),
                               "dtype": str(here.dtype).removeprefix("torch."), "block_size": block_size,
@@ -120,8 +124,8 @@ def evaluate(config: EvaluateConfig, here: Job) -> None:
         in_bytes = ", {bits_per_byte:.4f} bits per byte" if tokenizer else ""
         say(("{}: loss {loss:.4f} nats per token, perplexity {perplexity:.4f}" + in_bytes
              + " ({tokens:,} tokens, {bytes:,} bytes)").format(name, **results[name]))
-    if len(shares) > 1:  # what train.py reports as the validation loss
-        loss = sum(share * results[name]["loss"] for name, share in shares.items())
+    if data and len(data.datasets) > 1:  # what train.py reports as the validation loss
+        loss = sum(share * results[name]["loss"] for name, share in zip(data.datasets, data.shares))
         results["mixture"] = {"loss": loss, "perplexity": perplexity(loss)}
         say("mixture, each by its share: loss {loss:.4f} nats per token, perplexity {perplexity:.4f}".format(
             **results["mixture"]))
@@ -152,23 +156,20 @@ def without_nan(values: dict[str, float]) -> dict[str, float | None]:
 # Loss
 
 
-def find_splits(config: EvaluateConfig, path: Path, model: LanguageModel,
-                tokenizer: Tokenizer | None) -> tuple[dict[str, Split], dict[str, float]]:
-    """The tokens to measure the loss on, by name: the text's, and those of each data set; and the shares of the data
-    sets. Raises ValueError or OSError for a text that is none or empty, and for data that is not there or not the
-    model's kind."""
-    splits, shares = {}, {}
+def find_splits(config: EvaluateConfig, model: LanguageModel, tokenizer: Tokenizer | None,
+                data: Mixture | None) -> dict[str, Split]:
+    """The tokens to measure the loss on, by name: the text's, and those of each data set. Raises ValueError or OSError
+    for a text that is none or empty, and for data without such a split."""
+    splits = {}
     if config.text:
         ids = tokenizer.encode(prompts.read(f"FILE:{config.text}"))
         splits[config.text] = Split([Path(config.text)], model.config.vocab_size, [ids])
-    if config.dataset or not (config.text or config.tasks):
-        data = prompts.open_data(path, config.dataset, model.config.vocab_size, tokenizer)
+    if data:
         splits |= data.splits(config.split)
-        shares = dict(zip(data.datasets, data.shares))
     for name, split in splits.items():
         if split.lengths.max(initial=0) < 2:
             raise ValueError(f"{name} has nothing to measure a loss on: that takes a text of two tokens or more")
-    return splits, shares
+    return splits
 
 
 def measure(model: LanguageModel, split: Split, tokenizer: Tokenizer | None, config: EvaluateConfig,

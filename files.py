@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name on the Hugging Face hub
+EVENTS = {"fault": "skipped step", "rollbacks": "rollback", "resumed": "restart"}  # key of a record -> what it is of
 
 
 def read_json(path: Path) -> dict:

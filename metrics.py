@@ -33,7 +33,7 @@ from tqdm import tqdm
 import trackers
 from data import EvalOrder, pin, prefetch
 from distributed import Job, eager, reshard, sum_over_ranks
-from files import read_records, write_records
+from files import EVENTS, read_records, write_records
 from model import LanguageModel
 from sampling import Sampler
 from tokenizer import Tokenizer
@@ -44,7 +44,6 @@ PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 
               "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "L4": 121e12, "V100": 125e12, "T4": 65e12,
               "RTX 4090(?! )": 165e12, "RTX 3090(?! )": 71e12}
 NUM_SAMPLES = 2  # texts that a run writes at a time
-EVENTS = {"fault", "rollbacks", "resumed"}  # the keys of metrics.jsonl that tell of one
 
 
 @dataclass
@@ -327,9 +326,9 @@ def cut_metrics(path: Path, step: int) -> None:
 
 def cut_to_events(path: Path, step: int) -> None:
     """Of the lines past `step` leave those that tell of an event, with its time and place and nothing else."""
-    parts = EVENTS | {"step", "tokens", "elapsed_s"}
+    parts = EVENTS.keys() | {"step", "tokens", "elapsed_s"}
     records = [record if record["step"] <= step else {key: value for key, value in record.items() if key in parts}
-               for record in read_records(path) if record["step"] <= step or record.keys() & EVENTS]
+               for record in read_records(path) if record["step"] <= step or record.keys() & EVENTS.keys()]
     write_records(path, records)
 
 

@@ -58,9 +58,8 @@ def options_of(path: Path) -> Mapping[str, Any]:
     return files.read_json(record) if record.is_file() else {}
 
 
-def find_tokenizer(path: Path, vocab_size: int) -> Tokenizer | None:
-    """The tokenizer of the model at path: beside it, nanoGPT's by the data set it was trained on, or GPT-2's where the
-    vocabulary is; None when it is not known."""
+def known_tokenizer(path: Path, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer that lies beside the model at path, nanoGPT's by the data set it was trained on; else None."""
     if path.is_dir() and has_tokenizer(path):
         return load_tokenizer(path)
     if path.is_file():
@@ -68,12 +67,15 @@ def find_tokenizer(path: Path, vocab_size: int) -> Tokenizer | None:
         tokenizer = folder_tokenizer(looked_in, vocab_size) if looked_in.is_dir() else None
         if tokenizer and tokenizer.vocab_size <= vocab_size:
             return tokenizer
-    return GPT2Tokenizer() if GPT2_VOCAB_SIZE <= vocab_size <= NANOGPT_VOCAB_SIZE else None
+    return None
 
 
-def need_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
-    """As `find_tokenizer`, but raises ValueError when it is not known."""
-    tokenizer = find_tokenizer(path, vocab_size)
+def find_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    """The model's known tokenizer, or GPT-2's where the vocabulary has its size. Raises ValueError, and OSError where
+    GPT-2's is not to be had."""
+    tokenizer = known_tokenizer(path, vocab_size)
+    if tokenizer is None and GPT2_VOCAB_SIZE <= vocab_size <= NANOGPT_VOCAB_SIZE:
+        return GPT2Tokenizer()
     if tokenizer is None:
         looked_in = path if path.is_dir() else DATA_DIR / str(options_of(path).get("dataset"))
         raise ValueError(f"no tokenizer for the model's {vocab_size} tokens: {looked_in} has no tokenizer.json"

@@ -75,7 +75,7 @@ def sample(config: SampleConfig, here: Job) -> None:
     path, name = prompts.find_model(config.init_from, config.out_dir)
     with checkpoint.reading(path):
         model = checkpoint.load_model(str(path)).to(here.device, here.dtype)  # what costs time is reading the weights
-        tokenizer = prompts.need_tokenizer(path, model.config.vocab_size)
+        tokenizer = prompts.find_tokenizer(path, model.config.vocab_size)
     model.compile_decoding = config.compile == "True" or (config.compile == "auto" and here.device.type == "cuda")
     windows = draw_windows(config, path, model, tokenizer) if config.split else None
     ids = prompts.encode(tokenizer, prompt)

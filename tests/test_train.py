@@ -195,6 +195,21 @@ def test_data_in_another_tokenizers_ids_is_not_fed_to_a_model(cli, refused, tiny
     assert cli("train", *base, "--init_from=model", "--dataset=bytes").code == 0
 
 
+def test_a_model_of_gpt2s_size_without_a_tokenizer_needs_none_to_be_trained(cli, tiny_data, tmp_path, monkeypatch):
+    """GPT-2's may not be to be had; and whether it is the model's nobody knows."""
+    def missing():
+        raise OSError("GPT-2's tokenizer could not be downloaded")
+
+    monkeypatch.setattr("prompts.GPT2Tokenizer", missing)
+    save_hf(tmp_path / "bare", vocab_size=50257, bos_token_id=None, eos_token_id=None)
+    base = [option for option in TINY_RUN if not option.startswith("--n_")]
+    result = cli("train", *base, "--init_from=bare", "--max_iters=1")
+    assert result.code == 0, result.err
+    result = cli("evaluate", "--init_from=bare", "--dataset=tiny", "--device=cpu")
+    assert result.code == 0, result.err
+    assert "bits per byte" in result.out  # by the data's own tokenizer
+
+
 def test_fine_tuning_on_a_shorter_context_crops_and_contradictions_are_listed(cli, refused, tiny_data, tmp_path):
     save_hf(tmp_path / "hf", vocab_size=64)
     base = [o for o in TINY_RUN if not o.startswith("--n_")]
