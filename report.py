@@ -40,6 +40,7 @@ class ReportConfig:
 
 
 def main(argv: list[str]) -> None:
+    """Write the page, and its pictures beside it."""
     config, _ = settings.parse(ReportConfig, argv, usage=__doc__, bare_word="runs")
     out = Path(config.out)
     if not config.runs:

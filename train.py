@@ -103,6 +103,7 @@ class TrainConfig:
 
 
 def main(argv: list[str]) -> None:
+    """One run; an exit status of UNFINISHED when it was asked to stop."""
     config, given = settings.parse(TrainConfig, argv, usage=__doc__)
     if config.init_from == "resume":
         config.run.resume = "must"
