@@ -75,7 +75,7 @@ def help_early(script: str, options: str) -> None:
     longer than most readers wait. `options` names the script's dataclass, which is read from the source alone."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         usage = ast.get_docstring(ast.parse(Path(script).read_bytes()), clean=False)
-        _tyro(getattr(_dataclasses_of(Path(script)), options), ["--help"], usage)
+        run(lambda argv: _tyro(getattr(_dataclasses_of(Path(script)), options), ["--help"], usage))
 
 
 def _dataclasses_of(path: Path) -> types.ModuleType:

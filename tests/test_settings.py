@@ -354,3 +354,10 @@ def test_a_key_of_many_values_may_have_none():
     assert parse("--runs", "a b", "--is_fast", options=Many) == {"runs": ("a b",), "out": "page", "is_fast": True}
     with pytest.raises(ValueError, match="--runs has no value"):
         parse("--runs", "--out=x", options=Many)
+
+
+def test_help_may_be_read_only_in_part():
+    """`train.py --help | head`."""
+    command = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'train.py'))} --help | true"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
