@@ -65,7 +65,7 @@ import settings
 import sources
 from checkpoint import Progress, RunConfig, RunFolder
 from data import MixedOrder, TrainOrder, plan_batches
-from device import pick_attention, pick_device, pick_dtype
+from device import pick_device, pick_dtype, pick_numerics
 from distributed import Job, compile_parts
 from metrics import peak_memory_gb
 from model import GPT, GPTConfig
@@ -257,9 +257,11 @@ def profile_training(bench: BenchConfig) -> None:
     """A trace of three steps of the configuration's model on random tokens, for chrome://tracing or Perfetto."""
     config = train_config(bench)
     device = pick_device(config.where.device)
-    here = Job(0, 1, device, pick_dtype(bench.dtype, device))
-    model = GPT(GPTConfig(**asdict(config.model) | {"vocab_size": config.model.vocab_size or 50257})).to(device)
-    model.set_attention(pick_attention(config.attention, device, here.dtype, config.model.block_size))
+    model = GPT(GPTConfig(**asdict(config.model) | {"vocab_size": config.model.vocab_size or 50257}))
+    rows = max(1, config.data.batch_size) * config.model.block_size
+    numerics, _ = pick_numerics(model, bench.dtype, config.attention, device, rows, {})
+    here = Job(0, 1, device, numerics.dtype)
+    model.to(device).set_attention(numerics.attention)
     if failure := compile_parts(model, config.compile, here, config.data.batch_size):
         print(f"torch.compile failed: {failure}")
     train_step = make_train_step(model, here, config.data.batch_size, config.model.block_size)
@@ -324,7 +326,9 @@ def run_sample(bench: BenchConfig, folder: str, prompt: str) -> dict[str, float]
 def load_for_sampling(bench: BenchConfig) -> tuple[GPT, torch.Tensor]:
     """The model in this folder as sample.py would have it, and the prompt, bench.rows times."""
     device = pick_device("auto")
-    model = GPT.from_pretrained(".").to(device, pick_dtype(bench.dtype, device)).eval()
+    model = GPT.from_pretrained(".")
+    numerics, _ = pick_numerics(model, bench.dtype, "sdpa", device, 1, {}, training=False)
+    model.to(device, numerics.dtype).eval()
     model.compile_decoding = device.type == "cuda"
     return model, torch.tensor([PROMPT_IDS] * bench.rows, device=device)
 

@@ -151,7 +151,7 @@ class RunFolder:
 
         def look() -> dict[str, Any]:
             folder = self.find(lock)
-            return self.state_in(folder) if folder else fresh_state()
+            return self.state_in(folder) if folder else fresh_state() | {"options": self._begun()}
 
         return distributed.on_rank0(look, self._here)
 
@@ -202,6 +202,13 @@ class RunFolder:
         is_requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
         is_younger = time.time() - config.stat().st_mtime < process.seconds_since_launch()
         return is_requeued or (process.UNDER_TORCHRUN and is_younger)
+
+    def _begun(self) -> dict[str, Any]:
+        """The options of a run that was stopped here before its first checkpoint and is now started again, else {}."""
+        if not self.steps() and (self.config.resume != "never" or self._is_of_this_launch()):
+            with contextlib.suppress(OSError, ValueError):  # there is none, or it cannot be read
+                return files.read_json(self.path / "train_config.json")
+        return {}
 
     def _take_lock(self) -> None:
         try:
@@ -344,7 +351,7 @@ def step_of(folder: Path) -> int:
 
 def fresh_state() -> dict[str, Any]:
     """The trainer's state of a run that begins."""
-    return asdict(Progress()) | {"folder": None, "scaler": None, "judge": {}, "elapsed_s": 0.0}
+    return asdict(Progress()) | {"folder": None, "options": {}, "scaler": None, "judge": {}, "elapsed_s": 0.0}
 
 
 def load_weights(trainer: Mapping[str, Any], model: LanguageModel, here: Job) -> None:

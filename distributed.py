@@ -45,9 +45,16 @@ class Job:
     rank: int
     world_size: int
     device: torch.device
-    dtype: torch.dtype
+    dtype: torch.dtype = torch.float32
     parallel: str = "ddp"
     talk: dist.ProcessGroup | None = None  # for plain Python between the ranks, with patience for slow disks
+
+    def set_dtype(self, dtype: torch.dtype) -> None:
+        """Raises ValueError where the layout does not go with it."""
+        if self.parallel == "fsdp" and dtype == torch.float16:
+            raise ValueError("dtype=float16 does not go with parallel=fsdp, over whose parts no loss scaler looks: "
+                             "use --dtype=bfloat16 or float32")
+        self.dtype = dtype
 
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.dtype == torch.float32:
@@ -63,10 +70,8 @@ def job(config: DeviceConfig, parallel: ParallelConfig | None = None) -> Iterato
     rank, world_size, local_rank = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
                                     ) if under_torchrun else (0, 1, 0)
     device = pick_device(config.device, local_rank)
-    here = Job(rank, world_size, device, pick_dtype(config.dtype, device), parallel.parallel)
-    if here.parallel == "fsdp" and here.dtype == torch.float16:
-        raise ValueError("dtype=float16 does not go with parallel=fsdp, over whose parts no loss scaler looks: "
-                         "use --dtype=bfloat16 or float32")
+    here = Job(rank, world_size, device, parallel=parallel.parallel)
+    here.set_dtype(pick_dtype(config.dtype, device))  # `auto` is decided anew when the model is known
     if device.type == "cuda":
         torch.cuda.set_device(device)
         if config.deterministic:

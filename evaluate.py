@@ -39,7 +39,7 @@ import checkpoint
 import distributed
 import prompts
 from data import EvalOrder, Mixture
-from device import DeviceConfig, pick_attention
+from device import DeviceConfig, pick_numerics
 from distributed import Job
 from metrics import validation_loss
 from model import LanguageModel
@@ -144,7 +144,11 @@ def load_model(config: EvaluateConfig, path: Path, here: Job) -> LanguageModel:
         model.crop_block_size(config.block_size)
     if config.stride > model.config.block_size:
         raise ValueError(f"stride={config.stride} would leave out tokens between windows of {model.config.block_size}")
-    model.set_attention(pick_attention("auto", here.device, here.dtype, model.config.block_size))
+    rows = config.batch_size * model.config.block_size
+    numerics, _ = distributed.on_rank0(lambda: pick_numerics(
+        model, config.where.dtype, "auto", here.device, rows, prompts.options_of(path), training=False), here)
+    here.set_dtype(numerics.dtype)
+    model.set_attention(numerics.attention)
     return model
 
 

@@ -54,8 +54,9 @@ def options_of(path: Path) -> Mapping[str, Any]:
     """The options of the run that made the model at path (see weights.resolve), {} where they are not known."""
     if path.is_file():
         return weights.read_nanogpt(path).get("config") or {}
-    record = path.parent.parent / "train_config.json"  # path is out_dir/checkpoints/step_00000250
-    return files.read_json(record) if record.is_file() else {}
+    record = path / "training" / "trainer.json"  # a checkpoint's
+    options = files.read_json(record).get("options") if record.is_file() else {}
+    return options if isinstance(options, dict) else {}
 
 
 def known_tokenizer(path: Path, vocab_size: int) -> Tokenizer | None:

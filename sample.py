@@ -33,7 +33,7 @@ import torch
 import checkpoint
 import distributed
 import prompts
-from device import DeviceConfig
+from device import DeviceConfig, pick_numerics
 from distributed import Job
 from model import Cache, LanguageModel
 from sampling import Sampler, Stage, table
@@ -74,8 +74,12 @@ def sample(config: SampleConfig, here: Job) -> None:
     prompt = prompts.read(config.prompt)
     path, name = prompts.find_model(config.init_from, config.out_dir)
     with checkpoint.reading(path):
-        model = checkpoint.load_model(str(path)).to(here.device, here.dtype)  # what costs time is reading the weights
+        model = checkpoint.load_model(str(path))
         tokenizer = prompts.find_tokenizer(path, model.config.vocab_size)
+    numerics, _ = pick_numerics(model, config.where.dtype, "sdpa", here.device, 1, prompts.options_of(path),
+                                training=False)
+    here.set_dtype(numerics.dtype)
+    model.to(here.device, here.dtype)  # a token costs the time it takes to read the weights
     model.compile_decoding = config.compile == "True" or (config.compile == "auto" and here.device.type == "cuda")
     windows = draw_windows(config, path, model, tokenizer) if config.split else None
     ids = prompts.encode(tokenizer, prompt)

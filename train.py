@@ -56,7 +56,7 @@ from data import (
     prefetch,
     read_step,
 )
-from device import DeviceConfig, pick_attention
+from device import DeviceConfig, Numerics, pick_numerics
 from distributed import Job, ParallelConfig
 from metrics import LogConfig, Reporter, describe_losses, validation_losses, write_samples
 from model import GPTConfig, LanguageModel
@@ -138,15 +138,16 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
                          "has none: --tokenizer=gpt2 says that it is GPT-2's")
     distributed.check_agreement(settings.flatten(config) | {
         "the code": files.code_fingerprint(), "the data": data.fingerprint, "torch": torch.__version__,
-        "the kind of device": here.device.type, "the number type": str(here.dtype)}, here)
+        "the kind of device": here.device.type}, here)
 
     # 2) Where the run stands: rank 0 looks into the run folder, and the others hear of it. An evaluation of other
     # weights does not look at it.
     elsewhere = config.eval_only and config.init_from not in ("scratch", "resume")
     trainer = checkpoint.fresh_state() if elsewhere else run.start(lock=not config.eval_only)
 
-    # 3) The model: weights from the run's checkpoint, from elsewhere, or fresh. Then the batch, which needs its shape.
-    model = build_model(config, given, data, trainer["folder"], report, here)
+    # 3) The model: weights from the run's checkpoint, from elsewhere, or fresh, and the numbers that it computes in.
+    # Then the batch, which needs its shape.
+    model = build_model(config, given, data, trainer, report, here)
     if config.init_from != "scratch":
         adopt_shape(config, given, model)
     # What the weights were at first: a run that goes on was told then. A folder's whole path is taken for no hub id.
@@ -156,7 +157,6 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
         config.init_from = weights.full_name(config.init_from)
     block_size = model.config.block_size
     model.activation_checkpointing = config.activation_checkpointing
-    model.set_attention(pick_attention(config.attention, here.device, here.dtype, block_size))
     plan = plan_batches(config.data, given, block_size, here.world_size, lambda seqs: (
         trainer["options"]["batch_size"] if trainer["folder"] else preflight.fit_batch_size(model, seqs, here)))
     options = settings.flatten(config)
@@ -349,7 +349,8 @@ def check_same_run(config: TrainConfig, trainer: Mapping[str, Any], now: Mapping
     before = settings.flatten(TrainConfig()) | trainer["options"] | trainer  # an option newer than the run: its default
     changed = {key: "the tokens or the shares of the data sets changed" if key == "data_fingerprint" else
                f"{key} was {before[key]}, is {value}" for key, value in now.items()
-               if key in before and before[key] != value and key not in ("init_from", "resume", "eval_only")}
+               if key in before and before[key] not in (value, "auto")  # which leaves the choice to us
+               and key not in ("init_from", "resume", "eval_only")}
     of_training = ("optimizer", "seed", "seqs_per_step") if config.eval_only else ()
     fixed = [text for key, text in changed.items() if key in FIXED and key not in of_training]
     if fixed:
@@ -360,27 +361,38 @@ def check_same_run(config: TrainConfig, trainer: Mapping[str, Any], now: Mapping
                    + (f"; changed: {'; '.join(changed.values())}" if changed else ""))
 
 
-def build_model(config: TrainConfig, given: Mapping[str, str], data: Mixture, folder: str | None, report: Reporter,
-                here: Job) -> LanguageModel:
-    """The model on its device: rank 0 makes or reads it on the host, and every rank gets its part from there."""
+def build_model(config: TrainConfig, given: Mapping[str, str], data: Mixture, trainer: Mapping[str, Any],
+                report: Reporter, here: Job) -> LanguageModel:
+    """The model on its device: rank 0 makes or reads it on the host, and every rank gets its part from there. Rank 0
+    decides as well what `auto` means for its number type and attention; the options then say what was chosen."""
     torch.manual_seed(config.seed)
     made: list[LanguageModel] = []
 
-    def make() -> GPTConfig:
+    def make() -> tuple[GPTConfig, Numerics, str]:
         dropout = config.model.dropout
-        if folder:  # its checksums were verified when it was found
-            made.append(LanguageModel.from_pretrained(folder, dropout=dropout))
+        if trainer["folder"]:  # its checksums were verified when it was found
+            made.append(LanguageModel.from_pretrained(trainer["folder"], dropout=dropout))
         elif config.init_from != "scratch":
             made.append(adapt(checkpoint.load_model(config.init_from, dropout=dropout), config, given, data))
         else:
             shape = GPTConfig(**asdict(config.model) | {"vocab_size": data.vocab_size})
             made.append(count_bigram(shape, data, config.bigram_k, report) if config.bigram_counts else build(shape))
-        return made[0].config
+        rows = max(1, config.data.batch_size) * made[0].config.block_size
+        return made[0].config, *pick_numerics(made[0], config.where.dtype, config.attention, here.device, rows,
+                                              trainer["options"])
 
-    model_config = distributed.on_rank0(make, here)
+    model_config, numerics, trial = distributed.on_rank0(make, here)
+    if trial:
+        report.say(trial)
+    here.set_dtype(numerics.dtype)
+    config.where.dtype, config.attention = str(numerics.dtype).removeprefix("torch."), numerics.attention
+    config.where.device = here.device.type if config.where.device == "auto" else config.where.device
     if here.world_size == 1:
-        return made[0].to(here.device)
-    return distributed.lay_out(build_empty(model_config), made[0].state_dict() if made else None, here)
+        model = made[0].to(here.device)
+    else:
+        model = distributed.lay_out(build_empty(model_config), made[0].state_dict() if made else None, here)
+    model.set_attention(numerics.attention)
+    return model
 
 
 def count_bigram(shape: GPTConfig, data: Mixture, k: float, report: Reporter) -> LanguageModel:

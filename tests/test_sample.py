@@ -216,9 +216,9 @@ def test_the_data_is_that_of_the_run_of_the_checkpoint_or_nanogpts_or_said(cli, 
     rows = compared(cli("sample", "--out_dir=out/tiny", *options).out, "val", 2, 8, 20)
     assert compared(cli("sample", "--init_from=out/tiny/checkpoints/latest", *options).out, "val", 2, 8, 20) == rows
     assert compared(cli("sample", "--out_dir=out/tiny", *options, "--dataset=data/tiny").out, "val", 2, 8, 20) == rows
-    (tmp_path / "out" / "tiny" / "train_config.json").unlink()
+    shutil.copytree("out/tiny/checkpoints/latest", "bare", ignore=lambda *_: ["training", "SHA256SUMS"])
     assert "does not say what data it was trained on: add --dataset=NAME" in refused(
-        "sample", "--out_dir=out/tiny", *options)
+        "sample", "--init_from=bare", *options)
     headerless(tmp_path / "data" / "chars", meta=True)
     assert "chars: made with another tokenizer than the model's" in refused(
         "sample", "--out_dir=out/tiny", *options, "--dataset=chars")
@@ -226,6 +226,17 @@ def test_the_data_is_that_of_the_run_of_the_checkpoint_or_nanogpts_or_said(cli, 
     (tmp_path / "data" / "chars").rename(tmp_path / "data" / "tiny")
     save_nanogpt(tmp_path / "ckpt.pt", vocab_size=17)
     assert compared(cli("sample", "--init_from=ckpt.pt", *options).out, "val", 2, 8, 20)
+
+
+def test_a_run_is_sampled_and_measured_in_the_numbers_that_it_recorded(cli, tiny_data, monkeypatch):
+    """Whatever a trial would say here and now: there is none."""
+    options = [option for option in TINY_RUN if not option.startswith("--dtype")]
+    assert cli("train", *options, "--dtype=bfloat16", "--attention=sdpa").code == 0
+    monkeypatch.setattr("device.time_in_turn", None)
+    for script, more in (("sample", ("--num_samples=1", "--max_new_tokens=3")), ("evaluate", ())):
+        for model in ("--out_dir=out/tiny", "--init_from=out/tiny/checkpoints/latest"):
+            assert "on cpu, torch.bfloat16" in cli(script, model, *more).out
+            assert "on cpu, torch.float32" in cli(script, model, *more, "--dtype=float32").out
 
 
 # Candidates

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TEXT, TINY_RUN, files_of, records_of, write_shard
+from conftest import ROOT, TEXT, TINY_RUN, files_of, on_ranks, records_of, write_shard
 from test_weights import Planted, save_hf, save_nanogpt
 
+import checkpoint
 import train
 from checkpoint import RunConfig, RunFolder, read_trainer
 from data import TrainOrder
@@ -287,6 +288,66 @@ def test_the_batch_goes_by_the_context_that_the_weights_bring(cli, tiny_data, tm
     assert (saved["block_size"], saved["n_layer"], saved["n_embd"]) == (32, 2, 16)
     (tmp_path / "ckpt.pt").unlink()  # a run that goes on does not need it any more
     assert "resuming out/tuned at step 1; changed: max_iters was 1, is 2" in cli("train", *options, "--max_iters=2").out
+
+
+BY_TRIAL = tuple(option for option in TINY_RUN if not option.startswith("--dtype"))
+
+
+def faster(monkeypatch, winner: str) -> None:
+    """A processor with instructions for bfloat16 on which every trial is won by that number type."""
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr("device.time_in_turn", lambda steps: {
+        choice: 1 + (str(choice) != f"{winner} with attention=sdpa") for choice in steps})
+
+
+@pytest.mark.parametrize(("first", "then"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_the_number_type_of_a_trial_is_kept_from_the_first_step_on(cli, tiny_data, monkeypatch, first, then):
+    """Over a kill before there is a checkpoint, and over a resume, whatever another trial would say."""
+    faster(monkeypatch, first)
+    with monkeypatch.context() as killed:
+        killed.setattr("train.prefetch", lambda *args: (_ for _ in ()).throw(OSError("killed")))
+        assert "killed" in cli("train", *BY_TRIAL).err
+    assert not list(Path("out/tiny/checkpoints").iterdir())
+    faster(monkeypatch, then)
+    result = cli("train", *BY_TRIAL)
+    assert f"parameters, torch.{first} on 1 x cpu" in result.out
+    assert "a trial took" not in result.out
+    assert "changed" not in cli("train", *BY_TRIAL, "--max_iters=8").out.replace("changed: max_iters was 6, is 8", "")
+    options = read_trainer(LATEST)["options"]
+    assert (options["dtype"], options["attention"], options["device"]) == (first, "sdpa", "cpu")
+    assert options == json.loads(Path("out/tiny/train_config.json").read_text())
+    assert f"{then} with attention=sdpa: a trial took" in cli(
+        "train", *BY_TRIAL, "--resume=never", "--overwrite=True").out
+    assert read_trainer(LATEST)["options"]["dtype"] == then
+
+
+def test_a_checkpoint_that_recorded_auto_goes_on_by_the_old_rule(cli, tiny_data, monkeypatch):
+    """As versions did that made no trial: bfloat16 where there are instructions, short windows by the formula."""
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr("device.time_in_turn", None)
+    assert cli("train", *BY_TRIAL, "--dtype=bfloat16", "--attention=math").code == 0
+    trainer = Path(LATEST, "training", "trainer.json")
+    recorded = json.loads(trainer.read_text())
+    recorded["options"] |= dict.fromkeys(("device", "dtype", "attention"), "auto")
+    trainer.write_text(json.dumps(recorded))
+    checkpoint._write_sums(trainer.parent.parent)
+    result = cli("train", *BY_TRIAL, "--max_iters=8")
+    assert "resuming out/tiny at step 6; changed: max_iters was 6, is 8\n" in result.out
+    options = read_trainer(LATEST)["options"]
+    assert (options["dtype"], options["attention"]) == ("bfloat16", "math")
+
+
+def train_on_a_rank_with_its_own_trial(folder: str) -> None:
+    os.chdir(folder)
+    with pytest.MonkeyPatch.context() as patched:
+        faster(patched, "float32" if os.environ["RANK"] == "0" else "bfloat16")
+        train.main([*BY_TRIAL])
+
+
+def test_rank_0_decides_the_number_type_for_all(tiny_data, tmp_path):
+    on_ranks(2, train_on_a_rank_with_its_own_trial, tmp_path)
+    options = json.loads(Path(tmp_path, "out/tiny/train_config.json").read_text())
+    assert (options["dtype"], options["attention"]) == ("float32", "sdpa")
 
 
 def test_a_conversion_without_steps_can_be_resumed(cli, tiny_data):
