@@ -138,6 +138,9 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     if config.log.sample_interval and data.tokenizer is None:
         raise ValueError(f"sample_interval={config.log.sample_interval} needs a tokenizer, and {config.data.dataset} "
                          "has none: --tokenizer=gpt2 says that it is GPT-2's")
+    if data.tokenizer is None:
+        report.say(f"no tokenizer is known for {config.data.dataset}: the run learns its ids alone, and sample.py will "
+                   "have no text to show")
     distributed.check_agreement(settings.flatten(config) | {
         "the code": files.code_fingerprint(), "the data": data.fingerprint, "torch": torch.__version__,
         "device": here.device.type, "dtype": str(here.dtype)}, here)  # what they name on this rank
@@ -182,9 +185,8 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     # 4) What it will take, before it is taken. Then the model's outer shells, compiled blocks and the averaging of
     # gradients over the ranks, and the optimiser.
     save_interval = config.run.save_interval or config.eval_interval
-    warmup_iters = config.optim.warmup_iters if config.optim.decay_lr else 0
     for line in preflight.report(model, plan, describe_epochs(data, train_order), run, save_interval, config.max_iters,
-                                 warmup_iters, here):
+                                 config.optim, here):
         report.say(line)
     if failure := distributed.compile_parts(model, config.compile, here, plan.micro_batch):
         report.say(f"torch.compile failed, going on without it: {failure}")
