@@ -208,14 +208,15 @@ def read_nanogpt(path: Path) -> dict:
     try:
         with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except OSError:
-        raise
     except Exception as error:  # a broken pickle raises nearly anything
+        if isinstance(error, OSError) and error.filename:
+            raise
         if named := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(f"{path} holds objects other than tensors and plain values ({named[1]}); it was not "
                              "loaded, because such a file can run code") from None
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is not a readable PyTorch checkpoint: {reason}") from None
+        with open(path, "rb") as file:
+            raise ValueError(f"{path} is not a readable PyTorch checkpoint: its {path.stat().st_size:,} bytes, which "
+                             f"begin with {file.read(16)!r}, are cut off, or something else") from None
     parts = [checkpoint.get(key) for key in ("model", "model_args")] if isinstance(checkpoint, dict) else [None]
     if not all(isinstance(part, dict) for part in parts):
         raise ValueError(f"{path} is not nanoGPT's: a dictionary with 'model' and 'model_args' was expected")
