@@ -173,9 +173,12 @@ class RunFolder:
             return None
         folder = self.newest_valid()
         if folder is None and self.config.resume == "must":
+            theirs = self.path / "ckpt.pt"
+            if theirs.is_file():
+                weights.read_nanogpt(theirs)  # raises ValueError for what is none
             raise ValueError(f"nothing to resume: {self.path} holds no checkpoint"
-                             + (f" of ours (start from nanoGPT's with --init_from={self.path}/ckpt.pt and another "
-                                "--out_dir)" if (self.path / "ckpt.pt").is_file() else ""))
+                             + (f" of ours (start from nanoGPT's with --init_from={theirs} and another --out_dir)"
+                                if theirs.is_file() else ""))
         return folder
 
     def open(self, options: dict[str, Any], is_new: bool) -> bool:

@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -233,6 +233,16 @@ def eager(model: nn.Module) -> contextlib.AbstractContextManager:
 
 
 # Between the ranks
+
+
+def share_rank0s(options: Any, here: Job) -> None:
+    """Give the fields of a dataclass, and of those in it, that are marked {"rank": 0} rank 0's values on every rank."""
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if field.metadata.get("rank") == 0:
+            setattr(options, field.name, on_rank0(lambda value=value: value, here))
+        elif is_dataclass(value):
+            share_rank0s(value, here)
 
 
 def check_agreement(what: dict[str, Any], here: Job) -> None:

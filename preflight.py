@@ -23,10 +23,11 @@ from data import BatchPlan
 from device import free_memory_bytes, memory_bytes
 from distributed import Job
 from model import LanguageModel
+from optim import OptimConfig, schedule_warnings
 
 
 def report(model: LanguageModel, plan: BatchPlan, epochs: str, run: RunFolder, steps_between_saves: int, max_iters: int,
-           warmup_iters: int, here: Job) -> Iterator[str]:
+           optim: OptimConfig, here: Job) -> Iterator[str]:
     """Lines for people, those that begin with "warning:" about what will fail; every rank has to take part."""
     num_params, block_size = model.num_params(non_embedding=False), model.config.block_size
     how = f", {here.parallel}" if here.world_size > 1 else ""
@@ -48,9 +49,10 @@ def report(model: LanguageModel, plan: BatchPlan, epochs: str, run: RunFolder, s
     kept = checkpoints_kept(run, steps_between_saves, max_iters)
     yield (f"saving: {size(checkpoint)} a checkpoint, copied to host memory first; at most {kept} kept on the disk, "
            f"{size(free)} free for {run.path}")
-    if 0 < max_iters <= warmup_iters:
-        yield (f"warning: the learning rate rises for {warmup_iters:,} steps, and the run has {max_iters:,}: it will "
-               "learn next to nothing; lower --warmup_iters")
+    yield from (f"warning: {line}" for line in schedule_warnings(optim, max_iters))
+    if run.config.keep_every % steps_between_saves:
+        yield (f"warning: keep_every={run.config.keep_every} finds a checkpoint only where it meets the saves, one in "
+               f"{steps_between_saves} steps: set a multiple of that")
     if checkpoint > free_memory_bytes():
         yield "warning: the host's memory will not hold the copy that is saved: use a machine with more"
     if checkpoint * (kept - len(run.steps())) > free:

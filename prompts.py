@@ -75,13 +75,14 @@ def find_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     """The model's known tokenizer, or GPT-2's where the vocabulary has its size. Raises ValueError, and OSError where
     GPT-2's is not to be had."""
     tokenizer = known_tokenizer(path, vocab_size)
-    if tokenizer is None and GPT2_VOCAB_SIZE <= vocab_size <= NANOGPT_VOCAB_SIZE:
+    if tokenizer:
+        return tokenizer
+    data = DATA_DIR / str(options_of(path).get("dataset"))
+    if GPT2_VOCAB_SIZE <= vocab_size <= NANOGPT_VOCAB_SIZE and not (data / "meta.pkl").is_file():
         return GPT2Tokenizer()
-    if tokenizer is None:
-        looked_in = path if path.is_dir() else DATA_DIR / str(options_of(path).get("dataset"))
-        raise ValueError(f"no tokenizer for the model's {vocab_size} tokens: {looked_in} has no tokenizer.json"
-                         + (" and no meta.pkl" if path.is_file() else ""))
-    return tokenizer
+    looked_in = path if path.is_dir() else data
+    raise ValueError(f"no tokenizer for the model's {vocab_size} tokens, so they cannot be read as text: {looked_in} has "
+                     "no tokenizer.json" + (" and no meta.pkl that numbers characters" if path.is_file() else ""))
 
 
 def has_the_ids(tokenizer: Tokenizer | None, data: Mixture) -> bool:

@@ -6,7 +6,7 @@ and all keys are flat, so no key may exist twice. A command line reads
     train.py [config/file.py ...] [--key=value ...]
 
 left to right, later wins. A config file is plain Python; its public names that are not modules, functions or classes
-are keys. Its assignments become arguments in the place where the file stood, so that one validator (tyro, on the
+are keys, or helpers of its own, which are named in a warning (unless they look like a key that is misspelled). Its assignments become arguments in the place where the file stood, so that one validator (tyro, on the
 dataclass) serves both. `--key value`, `--some-key=value`, and `--key` for `--key=True` are understood too. A key whose
 type is a tuple takes all words up to the next --key (`--runs a b`, as a shell writes out/*), and adds to those before.
 """
@@ -29,14 +29,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+TYPO = 0.8  # how like a key (1 = the same) a name in a config file must be to be no helper but a misspelled key
 ROOMS = Path(__file__).resolve().parent
 
 
 @dataclasses.dataclass
 class Argument:
     key: str
-    value: str
+    value: Any  # a text, or what a config file has
     where: str  # "--key" or "config/file.py:12", for messages
+    is_assignment: bool = False  # in a config file
 
 
 def parse(options: type[T], argv: list[str], usage: str = "", aliases: dict[str, str] | None = None,
@@ -45,16 +47,21 @@ def parse(options: type[T], argv: list[str], usage: str = "", aliases: dict[str,
 
     `usage` heads the --help, `aliases` are other names for keys, `bare_word` is the key that a word without -- sets
     (instead of naming a config file). Raises ValueError that lists every unknown key (with
-    the closest known one) and every value of a wrong type, each with the place where it stood.
+    the closest known one) and every value of a wrong type, each with the place where it stood. A name in a config file
+    that is like no key is a helper of that file, and only a warning.
     """
     if {"-h", "--help"} & set(argv):
         _tyro(options, ["--help"], usage)
     known = field_types(options)
-    arguments, faults = [], []
+    arguments, faults, helpers = [], [], []
     for argument in _expand(argv, bare_word, known):
         argument.key = (aliases or {}).get(argument.key, argument.key)
         if argument.key in known:
+            argument.value = str(argument.value)
             arguments.append(argument)
+            continue
+        if argument.is_assignment and not closest(argument.key, known, TYPO):
+            helpers.append(f"{argument.where}: warning: {argument.key} is no option and is not used")
             continue
         hint = closest(argument.key, known) or "--help lists the keys"
         faults.append(f"{argument.where}: unknown key {argument.key!r}; {hint}")
@@ -67,6 +74,8 @@ def parse(options: type[T], argv: list[str], usage: str = "", aliases: dict[str,
                if not _accepts(options, [a])]
     if faults:
         raise ValueError("; ".join(faults))
+    for line in helpers if os.environ.get("RANK", "0") == "0" else []:
+        print(line, file=sys.stderr, flush=True)
     return _tyro(options, [f"--{a.key}={a.value}" for a in effective], usage), given
 
 
@@ -98,9 +107,9 @@ def _dataclasses_of(path: Path) -> types.ModuleType:
     return module
 
 
-def closest(word: str, known: Iterable[str]) -> str:
-    """A question that offers the known word most like this one, or "" when none is like it."""
-    close = difflib.get_close_matches(word, known, n=1)
+def closest(word: str, known: Iterable[str], likeness: float = 0.6) -> str:
+    """A question that offers the known word most like this one, or "" when none is so like it."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=likeness)
     return f"did you mean {close[0]!r}?" if close else ""
 
 
@@ -158,7 +167,7 @@ def _is_many(kind: Any) -> bool:
 
 
 def _read_config(path: str, known: Iterable[str]) -> list[Argument]:
-    """A config file's assignments, as text. Raises FileNotFoundError, or ValueError with the line that fails.
+    """A config file's assignments. Raises FileNotFoundError, or ValueError with the line that fails.
 
     A name that is not assigned in the file itself (`from base import *`) counts when it is a known key; what else an
     import brings along does not."""
@@ -175,7 +184,7 @@ def _read_config(path: str, known: Iterable[str]) -> list[Argument]:
         line = error.lineno if isinstance(error, SyntaxError) else frames[-1] if frames else None
         what = error.msg if isinstance(error, SyntaxError) else error
         raise ValueError(f"{path}:{line or ''}: {type(error).__name__}: {what}") from None
-    return [Argument(name, str(value), f"{path}:{lines[name]}" if name in lines else path)
+    return [Argument(name, value, f"{path}:{lines[name]}" if name in lines else path, is_assignment=True)
             for name, value in names.items()
             if (name in lines or name in known) and not name.startswith("_") and not _is_code(value)]
 

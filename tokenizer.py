@@ -16,6 +16,7 @@ Example: `byte` encodes "é\n" to [195, 169, 10].
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -35,6 +36,11 @@ GPT2_VOCAB_SIZE = 50257
 PIECE_CHARACTERS = 1 << 20
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # how SentencePiece spells a byte that is no whole character
 WORD_END = re.compile(r"\S[ \n]")
+WORD_CHARACTERS = 2000
+# So many letters, digits, signs or blanks, as GPT-2's pattern tells them apart.
+ONE_KIND = re.compile(rf"(?:[^\W\d_]{{{WORD_CHARACTERS}}}|\d{{{WORD_CHARACTERS}}}|(?:[^\w\s]|_){{{WORD_CHARACTERS}}}"
+                      rf"|\s{{{WORD_CHARACTERS}}})")
+MAX_BLANKS = 999_998  # in a row that tiktoken's regular expression comes through
 GPT2_FILES = {  # URL that tiktoken reads -> the name it keeps the file under, the SHA-1 of the URL
     "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe":
         "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
@@ -180,7 +186,14 @@ class GPT2Tokenizer(Tokenizer):
         return hf
 
     def _encode_piece(self, text: str) -> np.ndarray:
-        return self._encoding.encode_to_numpy(text, disallowed_special=())
+        try:
+            return self._encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError:  # tiktoken gives up
+            blanks = max(re.finditer(r"\s+", text), key=lambda found: len(found[0]), default=None)
+            if blanks is None or len(blanks[0]) <= MAX_BLANKS:
+                raise
+            middle = sum(blanks.span()) // 2
+            return np.concatenate([self._encode_piece(text[:middle]), self._encode_piece(text[middle:])])
 
 
 class CharTokenizer(Tokenizer):
@@ -232,12 +245,23 @@ def cut_text(text: str) -> Iterator[str]:
     yield text[start:] if start else text
 
 
+def cut_words(text: str) -> Iterator[str]:
+    """A text in pieces, cut in words without end, that is behind each WORD_CHARACTERS of one kind: BPE's training takes
+    the square of a word's length. A text of words comes back as it is."""
+    start = 0
+    for end in range(WORD_CHARACTERS, len(text), WORD_CHARACTERS):
+        if ONE_KIND.match(text, end - WORD_CHARACTERS):
+            yield text[start:end]
+            start = end
+    yield text[start:] if start else text
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE of at most `vocab_size` tokens, learned from texts. Raises ValueError below 257 tokens."""
     if vocab_size < 257:
         raise ValueError(f"vocab_size={vocab_size} is too small for bpe: 256 bytes and the end of text take 257")
     hf = _byte_level(models.BPE())
-    hf.train_from_iterator(texts, trainers.BpeTrainer(
+    hf.train_from_iterator(itertools.chain.from_iterable(map(cut_words, texts)), trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[EOT], initial_alphabet=_byte_alphabet(), show_progress=False))
     return Tokenizer(hf, hf.token_to_id(EOT))
 

@@ -79,6 +79,7 @@ class ModelConfig(GPTConfig):
     vocab_size: int = 0  # vocabulary; 0 = the data set's own (50257 where it does not say)
 
 
+# What only rank 0 acts on is marked {"rank": 0}: the ranks need not agree, rank 0's value counts for all.
 @dataclass
 class TrainConfig:
     init_from: str = "scratch"  # scratch, gpt2 ... gpt2-xl, hub id, model or run folder, ckpt.pt; resume: go on
@@ -92,12 +93,12 @@ class TrainConfig:
     activation_checkpointing: bool = False  # run the blocks again in the backward pass: less memory, more time
     bigram_counts: bool = False  # with model=bigram: its best table, by counting; evaluate and save it, make no updates
     bigram_k: float = 1.0  # what is added to each of the counts, so that no pair is impossible
-    max_minutes: float = 0.0  # save and stop so many minutes after the launch, ahead of a time limit; 0 = never
-    run: RunConfig = field(default_factory=RunConfig)
+    max_minutes: float = field(default=0.0, metadata={"rank": 0})  # save and stop so many minutes after launch; 0 = never
+    run: RunConfig = field(default_factory=RunConfig, metadata={"rank": 0})
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    log: LogConfig = field(default_factory=LogConfig)
+    log: LogConfig = field(default_factory=LogConfig, metadata={"rank": 0})
     where: DeviceConfig = field(default_factory=DeviceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
@@ -111,6 +112,7 @@ def main(argv: list[str]) -> None:
     if config.bigram_counts:
         config.max_iters = 0
     with distributed.job(config.where, config.parallel) as here:
+        distributed.share_rank0s(config, here)
         report = Reporter(Path(config.run.out_dir), config.log, config.max_iters, here)
         with RunFolder(config.run, here, report.say) as run:
             try:
@@ -136,9 +138,12 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     if config.log.sample_interval and data.tokenizer is None:
         raise ValueError(f"sample_interval={config.log.sample_interval} needs a tokenizer, and {config.data.dataset} "
                          "has none: --tokenizer=gpt2 says that it is GPT-2's")
+    if data.tokenizer is None:
+        report.say(f"no tokenizer is known for {config.data.dataset}: the run learns its ids alone, and sample.py will "
+                   "have no text to show")
     distributed.check_agreement(settings.flatten(config) | {
         "the code": files.code_fingerprint(), "the data": data.fingerprint, "torch": torch.__version__,
-        "the kind of device": here.device.type}, here)
+        "device": here.device.type}, here)  # whatever it is called on each rank
 
     # 2) Where the run stands: rank 0 looks into the run folder, and the others hear of it. An evaluation of other
     # weights does not look at it.
@@ -180,9 +185,8 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     # 4) What it will take, before it is taken. Then the model's outer shells, compiled blocks and the averaging of
     # gradients over the ranks, and the optimiser.
     save_interval = config.run.save_interval or config.eval_interval
-    warmup_iters = config.optim.warmup_iters if config.optim.decay_lr else 0
     for line in preflight.report(model, plan, describe_epochs(data, train_order), run, save_interval, config.max_iters,
-                                 warmup_iters, here):
+                                 config.optim, here):
         report.say(line)
     if failure := distributed.compile_parts(model, config.compile, here, plan.micro_batch):
         report.say(f"torch.compile failed, going on without it: {failure}")

@@ -211,4 +211,7 @@ def describe(target: Path, manifest: dict[str, Any]) -> str:
              + ", ".join(f"{split} {held['tokens']:,}" for split, held in manifest["splits"].items()) + " tokens"]
     lines += [f"warning: no document fell in the {split} split: give a larger --{split}_fraction"
               for split, held in manifest["splits"].items() if not held["tokens"]]
+    lines += [f"warning: the {split} split is a single token, and one predicts nothing: give "
+              + ("more text" if split == "train" else f"more text, or a larger --{split}_fraction")
+              for split, held in manifest["splits"].items() if held["tokens"] == 1]
     return "\n".join(lines)

@@ -15,8 +15,8 @@ A model that is shaped as neither GPT-2 nor Llama is written under our own names
 
 from __future__ import annotations
 
-import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from baselines import build_empty
 from files import HUB_ID, fetch_snapshot, read_json, write_json
 from model import HIGH_FREQ_FACTOR, LOW_FREQ_FACTOR, GPTConfig
+from pickles import STAND_INS
 from tokenizer import TOKENIZER_FILES
 
 HUB_ALIASES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
@@ -202,14 +203,20 @@ def load_nanogpt(path: Path) -> tuple[GPTConfig, State]:
 
 def read_nanogpt(path: Path) -> dict:
     """The dictionary in a ckpt.pt: model, model_args, config, ... Raises ValueError for a file that is something else,
-    or that holds objects other than tensors and plain values (they could run code, so they are not built)."""
+    or that holds objects other than tensors, plain values and NumPy's numbers (they could run code, so they are not
+    built)."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path} holds objects other than tensors and plain values; it was not loaded, "
-                         "because such a file can run code") from None
-    except (RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"{path} is not a readable PyTorch checkpoint: {str(error).splitlines()[0]}") from None
+        with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a broken pickle raises nearly anything
+        if isinstance(error, OSError) and error.filename:
+            raise
+        if named := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(f"{path} holds objects other than tensors and plain values ({named[1]}); it was not "
+                             "loaded, because such a file can run code") from None
+        with open(path, "rb") as file:
+            raise ValueError(f"{path} is not a readable PyTorch checkpoint: its {path.stat().st_size:,} bytes, which "
+                             f"begin with {file.read(16)!r}, are cut off, or something else") from None
     parts = [checkpoint.get(key) for key in ("model", "model_args")] if isinstance(checkpoint, dict) else [None]
     if not all(isinstance(part, dict) for part in parts):
         raise ValueError(f"{path} is not nanoGPT's: a dictionary with 'model' and 'model_args' was expected")
