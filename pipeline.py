@@ -130,8 +130,7 @@ def plan_splits(parts: list[Part], text_column: str, val_fraction: float, test_f
     return rule
 
 
-NOTED = ("replaced_bytes", "nul_characters")  # of a document that is kept
-NOTHING: Mapping[str, int] = {}
+NOTED = ("replaced_bytes", "nul_characters")  # what is counted in a document that is kept
 
 
 class Outcome(NamedTuple):
@@ -141,7 +140,7 @@ class Outcome(NamedTuple):
     spans: list[tuple[str, int]]
     num_bytes: int = 0
     digest: bytes = b""
-    noted: Mapping[str, int] = NOTHING  # how often what is in NOTED was found in it
+    noted: Mapping[str, int] = {}  # how often what is in NOTED was found in it
     fault: str = ""
 
 
@@ -184,8 +183,8 @@ class Encoder:
                 ids = self.tokenizer.encode(part)
                 tokens += [before, ids.astype(self.dtype)]
                 spans.append((split, len(before) + len(ids)))
-            nuls = text.count("\0")
-            noted = dict(zip(NOTED, (replaced, nuls))) if replaced or nuls else NOTHING
+            counted = zip(NOTED, (replaced, text.count("\0")))
+            noted = {what: number for what, number in counted if number}
             outcomes.append(Outcome(spans, len(utf8), digest, noted))
         return np.concatenate(tokens) if tokens else np.empty(0, self.dtype), outcomes
 

@@ -115,8 +115,8 @@ def text_of(record: Record, text_column: str) -> tuple[str, int]:
         value, replaced = json_of(record)
         text = value.get(text_column, 0) if isinstance(value, dict) else 0
         if not isinstance(text, str | None):
-            found = (type(value).__name__ if not isinstance(value, dict) else ", ".join(map(repr, value))
-                     if text_column not in value else f"{type(text).__name__} there")
+            found = ", ".join(map(repr, value)) if isinstance(value, dict) and text_column not in value else type(
+                text if isinstance(value, dict) else value).__name__
             raise ValueError(f"{record.where} has no text under {text_column!r}, but {found}; --text_column names the "
                              "key")
         text = text or ""
@@ -191,20 +191,27 @@ def local_parts(pattern: str, text_column: str) -> list[Part]:
 
 
 def matches(pattern: str) -> list[Path]:
-    """What a pattern names: that which has this very name, or else what it fits as a glob."""
-    return [Path(pattern)] if os.path.lexists(pattern) else sorted(map(Path, glob.glob(pattern, recursive=True)))
+    """What a glob names, in sorted order. A part of it is a pattern only where nothing has that very name; ** stands
+    for all folders below, each once."""
+    found = {Path()}
+    for part in Path(pattern).parts:
+        found = {path for folder in found for path in (
+            [folder / part] if os.path.lexists(folder / part) else
+            [path for path, why in _walk([folder], folder) if why == "folder"] if part == "**" else
+            map(Path, glob.glob(os.path.join(glob.escape(str(folder)), part))))}
+    return sorted(path for path in found if path.is_dir() or not pattern.endswith("/"))
 
 
 def look_through(pattern: str) -> tuple[Path, dict[Path, str]]:
     """Where the names of a source's files begin, and for each file that a pattern names, by itself or with its folder,
     why it is left out: "" for one that is read. Links are followed, and each real file and folder is read once: under
     its own name, where that is found as well."""
+    if os.path.isfile(pattern):
+        return Path(pattern).parent, {Path(pattern): ""}
     top = matches(pattern)
-    if len(top) == 1 and top[0].is_file():
-        return top[0].parent, {top[0]: ""}
     base = Path(os.path.commonpath(top)) if top else Path(pattern)
     base = base if base.is_dir() else base.parent
-    found = dict(_walk(top, base))
+    found = {path: why for path, why in _walk(top, base) if why != "folder"}
     parent, real_base, seen = lru_cache(maxsize=None)(os.path.realpath), os.path.realpath(base), set()
 
     def real(path: Path) -> str:
@@ -214,35 +221,36 @@ def look_through(pattern: str) -> tuple[Path, dict[Path, str]]:
     for path in sorted(reals, key=lambda path: (reals[path] != os.path.join(real_base, path.relative_to(base)), path)):
         stat = path.stat()
         key = (stat.st_dev, stat.st_ino) if stat.st_nlink > 1 else reals[path]
-        found[path] = "link to what is read already" if key in seen else ""
+        found[path] = "linked twice" if key in seen else ""
         seen.add(key)
     return base, found
 
 
 def _walk(top: list[Path], base: Path) -> Iterator[tuple[Path, str]]:
-    """Every file of what `top` names, and why it is left out, whatever else leads to it. Folders that are links come
-    last, so that a folder is found under its own name."""
-    todo, links, seen = deque(top), deque(), set()
+    """Every file of what `top` names, and why it is left out, whatever else leads to it; and every folder. Those that
+    are links come last, so that a folder is found under its own name."""
+    todo, links, seen = deque(top), {}, set()
     while todo or links:
-        is_late, path = not todo, (todo or links).popleft()
+        is_late, path = not todo, todo.popleft() if todo else links.pop(next(iter(links)))
         if any(part.startswith(".") for part in path.relative_to(base).parts):
             yield path, "hidden"
         elif path.is_file():
             yield path, "" if ending(path) else suffix(path)
         elif not path.is_dir():
-            yield path, "no regular file" if path.exists() else "link that leads nowhere"
+            yield path, "special" if path.exists() else "linked to nowhere"
         elif path.is_symlink() and not is_late:
-            links.append(path)
+            links[path] = path
         elif (real := path.resolve()) in path.parent.resolve().joinpath("_").parents and path != base:
-            yield path, "link to a folder around it"
+            yield path, "linked in a circle"
         elif real not in seen:
             seen.add(real)
+            yield path, "folder"
             try:
                 todo.extend(sorted(path.iterdir()))
             except OSError:
-                yield path, "folder that cannot be read"
+                yield path, "unreadable"
         elif is_late:
-            yield path, "link to what is read already"
+            yield path, "linked twice"
 
 
 def suffix(path: Path) -> str:
@@ -381,6 +389,8 @@ def _fault(path: Path, behind: str, error: Exception, own: bytes = b"") -> Recor
     elif "requires too much memory" in str(error):
         what = (f"{path} needs a window above 128 MB, which cannot be read here; recompress without --long: "
                 f"zstd -dc --long=31 {shlex.quote(str(path))} | zstd -o NEW.jsonl.zst")
+    elif "encrypted" in str(error):
+        what = f"{path} is encrypted, and a key for it cannot be given here"
     else:
         what = files.broken(path, f"{behind}: {error}", own)
     return Record(str(path), "fault", what, path.stat().st_size)
@@ -502,8 +512,12 @@ def hub_parts(repo: str, subset: str, split: str, commit: str, text_column: str,
                 setattr(builder.config, key, value)
         rows = builder.as_streaming_dataset(split=split)
     except Exception as error:  # of many kinds: no network, no such data set, subset or split, files of no known format
-        raise OSError(f"could not open the data set {repo!r}: {type(error).__name__}: {error} (without network: copy "
-                      "its files here, and pass their folder as --input=FOLDER)") from None
+        for path in filter(Path.is_file, look_through(repo)[1] if os.path.isdir(repo) else ()):
+            files.refuse_pointer(path)
+        hint = ("datasets takes [ ] * ? in a folder's name for a pattern: rename it, or pass it as --input=FOLDER"
+                if os.path.isdir(repo) and glob.escape(os.path.abspath(repo)) != os.path.abspath(repo) else
+                "without network: copy its files here, and pass their folder as --input=FOLDER")
+        raise OSError(f"could not open the data set {repo!r}: {type(error).__name__}: {error} ({hint})") from None
     if text_column not in columns:
         raise ValueError(f"{repo} has no column {text_column!r}, but {', '.join(columns)}; --text_column names the one "
                          "with the text")
@@ -534,7 +548,7 @@ def _read_hub(rows: Any, num_parts: int, index: int, name: str, text_column: str
             end += len(text)
             yield Record(f"{name}: document {row}", "text" if join else "utf8", text, end)
     except (ValueError, pyarrow.ArrowException) as error:
-        yield Record(name, "fault", f"{name} is broken behind document {row}: {error}", end)
+        yield Record(name, "fault", files.broken(Path(name), f" behind document {row}: {error}"), end)
     except Exception as error:  # as many kinds as there are ways to fetch a file
         raise OSError(f"reading {name} failed: {type(error).__name__}: {error}; the same command again goes on from "
                       "the last finished shard") from None
