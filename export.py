@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import settings
 
@@ -43,8 +43,8 @@ UNSHOWN = {"dataset", "init_from", "eval_only", "max_minutes", "backend", "timeo
 
 @dataclass
 class ExportConfig:
-    run: str = "out"  # run folder
-    to: str = ""  # folder to make; it must not exist
+    run: Annotated[str, "path"] = "out"  # run folder
+    to: Annotated[str, "path"] = ""  # folder to make; it must not exist
     checkpoint: str = "best"  # best, latest, or a step that is kept: step_5000
     push: str = ""  # upload the folder to this repository on the Hugging Face hub: owner/name
     public: bool = False  # make that repository public; else it is private

@@ -23,7 +23,6 @@ lies in data/.NAME.partial, and the same command goes on from the last finished 
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 import shutil
@@ -33,7 +32,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -73,8 +72,8 @@ class PrepareConfig:
     tokens: TokensConfig = field(default_factory=TokensConfig)
     name: str = ""  # the folder in data/ to make; default: the source's or the input's name
     show_merges: bool = False  # print what a bpe has learned: every merge, in order
-    verify: str = ""  # only check every checksum, count and token id of this dataset folder
-    info: str = ""  # only show what is in this dataset folder
+    verify: Annotated[str, "path"] = ""  # only check every checksum, count and token id of this dataset folder
+    info: Annotated[str, "path"] = ""  # only show what is in this dataset folder
 
 
 def main(argv: list[str]) -> None:
@@ -177,7 +176,8 @@ def make(config: PrepareConfig, parts: list[Part], site: Unfinished) -> None:
         if not site.is_done():
             write_shards(config, parts, site)
         if site.rank == 0:
-            print(describe(site.target, site.publish()))
+            left_out = sources.left_out(config.source, parts)
+            print(describe(site.target, site.publish(len(parts), left_out)))
     except BaseException:
         site.tidy()
         raise
@@ -192,7 +192,7 @@ def folder_name(config: PrepareConfig) -> str:
         name = path.resolve().name if source.input else path.name
         if path.is_file():
             name = name.removesuffix(sources.ending(path) or path.suffix)
-    if source.input and not glob.glob(source.input, recursive=True):
+    if source.input and not sources.matches(source.input):
         raise FileNotFoundError(f"--input={source.input}: no such file or folder")
     if not FOLDER_NAME.fullmatch(name):
         raise ValueError(f"{name!r} is no name for a folder in {DATA_DIR}/: add --name=NAME")

@@ -36,10 +36,7 @@ def read(prompt: str) -> str:
     """The prompt itself, or the content of the file that FILE:path names."""
     if not prompt.startswith("FILE:"):
         return prompt
-    try:
-        return Path(prompt[5:]).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{prompt[5:]} is no UTF-8 text: {error}") from None
+    return files.read_text(Path(prompt[5:]))
 
 
 def encode(tokenizer: Tokenizer, prompt: str) -> torch.Tensor:

@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import settings
 
@@ -35,8 +35,8 @@ LOSS_SCALES = ("dataset", "tokenizer", "data_vocab_size")  # options without whi
 
 @dataclass
 class ReportConfig:
-    runs: tuple[str, ...] = ()  # run folders to compare; words without -- are run folders as well
-    out: str = "report.html"  # page to write; its pictures go beside it, into NAME_files/
+    runs: Annotated[tuple[str, ...], "path"] = ()  # run folders to compare; words without -- are run folders as well
+    out: Annotated[str, "path"] = "report.html"  # page to write; its pictures go beside it, into NAME_files/
 
 
 def main(argv: list[str]) -> None:

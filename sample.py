@@ -20,7 +20,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import settings
 
@@ -42,12 +42,12 @@ from tokenizer import Tokenizer
 
 @dataclass
 class SampleConfig:
-    init_from: str = "resume"  # gpt2 ... gpt2-xl, a hub id, a model or run folder, ckpt.pt; resume: the run in out_dir
-    out_dir: str = "out"  # run folder; its best checkpoint writes
-    prompt: str = ""  # what to continue; FILE:path reads it from a file; empty: end-of-text, or else a newline
+    init_from: Annotated[str, "path"] = "resume"  # gpt2, a hub id, a model or run folder, ckpt.pt; resume: out_dir
+    out_dir: Annotated[str, "path"] = "out"  # run folder; its best checkpoint writes
+    prompt: Annotated[str, "FILE:path"] = ""  # what to continue; FILE:path: from a file; empty: end-of-text or newline
     interactive: bool = False  # continue each line of the standard input; Ctrl-D or Ctrl-C ends it
     split: Literal["train", "val", "test"] | None = None  # continue prompts from this split of the data, and show both
-    dataset: str = ""  # with split: the data set or mixture; empty: what the run was trained on
+    dataset: Annotated[str, "paths"] = ""  # with split: the data set or mixture; empty: what the run was trained on
     prompt_tokens: int = 0  # with split: tokens of each prompt; 0 = half of the model's block_size
     num_samples: int = 10  # samples to draw
     max_new_tokens: int = 500  # tokens in each

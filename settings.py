@@ -9,6 +9,9 @@ left to right, later wins. A config file is plain Python; its public names that 
 are keys, or helpers of its own, which are named in a warning (unless they look like a key that is misspelled). Its assignments become arguments in the place where the file stood, so that one validator (tyro, on the
 dataclass) serves both. `--key value`, `--some-key=value`, and `--key` for `--key=True` are understood too. A key whose
 type is a tuple takes all words up to the next --key (`--runs a b`, as a shell writes out/*), and adds to those before.
+
+An option that takes a path says so in its type: Annotated[str, "path"]; "paths" where the value is a list of names with
+commas between them, "FILE:path" where it is a path only behind FILE:. There a ~ is the home folder, as in a shell.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import dataclasses
 import difflib
 import io
 import os
+import re
 import runpy
 import sys
 import traceback
@@ -52,12 +56,12 @@ def parse(options: type[T], argv: list[str], usage: str = "", aliases: dict[str,
     """
     if {"-h", "--help"} & set(argv):
         _tyro(options, ["--help"], usage)
-    known = field_types(options)
+    known, paths = field_types(options), field_types(options, with_notes=True)
     arguments, faults, helpers = [], [], []
     for argument in _expand(argv, bare_word, known):
         argument.key = (aliases or {}).get(argument.key, argument.key)
         if argument.key in known:
-            argument.value = str(argument.value)
+            argument.value = _expand_home(str(argument.value), paths[argument.key])
             arguments.append(argument)
             continue
         if argument.is_assignment and not closest(argument.key, known, TYPO):
@@ -113,12 +117,13 @@ def closest(word: str, known: Iterable[str], likeness: float = 0.6) -> str:
     return f"did you mean {close[0]!r}?" if close else ""
 
 
-def field_types(options: type) -> dict[str, Any]:
-    """Key -> type of every option, nested dataclasses included. Raises TypeError for a key that exists twice."""
+def field_types(options: type, with_notes: bool = False) -> dict[str, Any]:
+    """Key -> type of every option, nested dataclasses included, with what Annotated says of it if asked for. Raises
+    TypeError for a key that exists twice."""
     found: dict[str, Any] = {}
-    hints = typing.get_type_hints(options)
+    hints = typing.get_type_hints(options, include_extras=with_notes)
     for field in dataclasses.fields(options):
-        inner = field_types(hints[field.name]) if dataclasses.is_dataclass(hints[field.name]) else {
+        inner = field_types(hints[field.name], with_notes) if dataclasses.is_dataclass(hints[field.name]) else {
             field.name: hints[field.name]}
         if twice := found.keys() & inner.keys():
             raise TypeError(f"{options.__name__}: option {twice.pop()!r} exists twice")
@@ -161,6 +166,14 @@ def _expand(argv: list[str], bare_word: str, known: dict[str, Any]) -> list[Argu
     return arguments
 
 
+def _expand_home(value: str, kind: Any) -> str:
+    """A value with ~ and ~user as home folders, where an option of this type has a path."""
+    places = {"path": "^", "paths": r"(?:^|,)\s*", "FILE:path": "^FILE:"}  # of the ~
+    for form in getattr(kind, "__metadata__", ()):
+        value = re.sub(f"({places[form]})(~[^/,]*)", lambda found: found[1] + os.path.expanduser(found[2]), value)
+    return value
+
+
 def _is_many(kind: Any) -> bool:
     """Whether an option of this type takes several values."""
     return typing.get_origin(kind) is tuple
@@ -171,6 +184,7 @@ def _read_config(path: str, known: Iterable[str]) -> list[Argument]:
 
     A name that is not assigned in the file itself (`from base import *`) counts when it is a known key; what else an
     import brings along does not."""
+    path = os.path.expanduser(path)
     if not Path(path).is_file():
         key = path.strip("-").partition("=")[0].replace("-", "_")
         hint = f"did you mean --{path.strip('-')}?" if key in known else (

@@ -161,6 +161,7 @@ def open_shard(path: Path) -> np.ndarray:
     Raises ValueError for a file that is torn or no shard.
     """
     size = path.stat().st_size
+    files.refuse_pointer(path)
     header = np.fromfile(path, dtype="<i4", count=3)
     if len(header) == 3 and int(header[0]) in FORMATS:
         version, dtype = FORMATS[int(header[0])]

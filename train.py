@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import process
 import settings
@@ -82,7 +82,7 @@ class ModelConfig(GPTConfig):
 # What only rank 0 acts on is marked {"rank": 0}: the ranks need not agree, rank 0's value counts for all.
 @dataclass
 class TrainConfig:
-    init_from: str = "scratch"  # scratch, gpt2 ... gpt2-xl, hub id, model or run folder, ckpt.pt; resume: go on
+    init_from: Annotated[str, "path"] = "scratch"  # scratch, gpt2, hub id, model or run folder, ckpt.pt; resume: go on
     max_iters: int = 600000  # updates in the whole run
     eval_interval: int = 2000  # steps between evaluations on the validation split
     eval_iters: int = 200  # batches an evaluation, evenly spaced over the split; 0 = the whole split, as at the end

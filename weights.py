@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from baselines import build_empty
-from files import HUB_ID, fetch_snapshot, read_json, write_json
+from files import HUB_ID, broken, fetch_snapshot, read_json, refuse_pointer, write_json
 from model import HIGH_FREQ_FACTOR, LOW_FREQ_FACTOR, GPTConfig
 from pickles import STAND_INS
 from tokenizer import TOKENIZER_FILES
@@ -205,6 +205,7 @@ def read_nanogpt(path: Path) -> dict:
     """The dictionary in a ckpt.pt: model, model_args, config, ... Raises ValueError for a file that is something else,
     or that holds objects other than tensors, plain values and NumPy's numbers (they could run code, so they are not
     built)."""
+    refuse_pointer(path)
     try:
         with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -238,7 +239,7 @@ def _read_safetensors(folder: Path) -> State:
         except FileNotFoundError:
             raise FileNotFoundError(f"{folder} has no {file.name}: weights are read from safetensors only") from None
         except SafetensorError as error:
-            raise ValueError(f"{file} is broken: {error}") from None
+            raise ValueError(broken(file, f": {error}")) from None
     return state
 
 
