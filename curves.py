@@ -170,7 +170,8 @@ def read_run(folder: Path, label: str) -> Run:
     records = files.read_records(metrics)
     if not records:
         raise ValueError(f"{metrics} holds no report yet")
-    return Run(label, folder, records, files.read_json(options), count_parameters(folder / "checkpoints" / "latest"))
+    newest = files.newest_checkpoint(folder)
+    return Run(label, folder, records, files.read_json(options), count_parameters(newest) if newest else None)
 
 
 def count_parameters(checkpoint: Path) -> int | None:

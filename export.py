@@ -83,17 +83,15 @@ def check_options(config: ExportConfig) -> None:
 
 def find_checkpoint(run: Path, which: str) -> Path:
     """The checkpoint of a run that is meant. Raises ValueError that names those there are."""
-    folder = run / "checkpoints"
-    steps = {checkpoint.step_of(path): path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)}
+    steps = files.step_folders(run)
     if not steps:
         raise ValueError(f"{run} is no run folder with checkpoints: --run names the --out_dir of train.py")
-    found = re.fullmatch(r"step_(\d+)", which)
-    if found and int(found[1]) in steps:
-        return steps[int(found[1])]
-    if which in ("best", "latest") and (folder / which).is_dir():
-        return folder / (folder / which).resolve().name  # the checkpoint itself: a run under way moves the link
-    there = [name for name in ("best", "latest") if (folder / name).is_dir()] + [f"step_{n}" for n in sorted(steps)]
-    raise ValueError(f"checkpoint={which!r} is not there; {run} has {', '.join(there)}")
+    there = {"best": files.best_checkpoint(run), "latest": files.newest_checkpoint(run)} | {
+        f"step_{step}": folder for step, folder in steps.items()}
+    if folder := there.get(re.sub("^step_0+(?=[0-9])", "step_", which)):
+        return folder
+    raise ValueError(f"checkpoint={which!r} is not there; {run} has "
+                     f"{', '.join(name for name, folder in there.items() if folder)}")
 
 
 def export(run: Path, folder: Path, to: Path, name: str) -> None:

@@ -1,4 +1,4 @@
-"""This process: signals that ask it to stop, torchrun that started it, and the time since the launch.
+"""This process: signals that ask it to stop, what launched it, torchrun or a Slurm job, and the time since then.
 
 Imports no torch, because a worker has to tie its end to torchrun's before the seconds that this import takes.
 """
@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,47 @@ def end_torchrun() -> None:
 
 def seconds_since_launch() -> float:
     """Since torchrun, or this process without it, was started: a restarted worker shares the job's time limit."""
-    pid = os.getppid() if UNDER_TORCHRUN else os.getpid()
     try:
-        # Field 22 of /proc/PID/stat, counted behind the name, which may hold blanks: clock ticks since the boot.
-        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        ticks = int(_stat(_torchrun_pid() if UNDER_TORCHRUN else os.getpid())[19])
         return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, AttributeError):  # no Linux: since this worker was started
         return time.monotonic() - _LOADED_S
+
+
+def launch() -> dict[str, str]:
+    """What launched this process, for `is_restart` to know it again: torchrun's own process, which starts its workers
+    again when one dies, and the Slurm job, which is requeued under its id. Empty where there is none."""
+    torchrun, job = "", ""
+    if UNDER_TORCHRUN:
+        pid = _torchrun_pid()
+        torchrun = f"{os.environ['TORCHELASTIC_RUN_ID']} on {platform.node()}, process {pid}"
+        with contextlib.suppress(OSError):  # on Linux: ids of processes come round again, and so do names of machines
+            torchrun += f" of tick {_stat(pid)[19]}, boot {Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
+    if os.environ.get("SLURM_JOB_ID"):
+        job = "/".join(os.environ.get(f"SLURM_{key}", "") for key in (
+            "CLUSTER_NAME", "JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID"))
+    return {"torchrun": torchrun, "slurm_job": job, "slurm_restarts": os.environ.get("SLURM_RESTART_COUNT") or "0"}
+
+
+def is_restart(now: Mapping[str, str], then: Mapping[str, str]) -> bool:
+    """Whether the launch of then has started us again: the same torchrun, or the same Slurm job, requeued since."""
+    is_requeued = now["slurm_restarts"] not in ("0", then["slurm_restarts"])
+    return "" != now["torchrun"] == then["torchrun"] or ("" != now["slurm_job"] == then["slurm_job"] and is_requeued)
+
+
+def _torchrun_pid() -> int:
+    """Of our parent, or of the parent of the wrappers that torchrun has started between us and itself."""
+    pid = os.getppid()
+    with contextlib.suppress(OSError):
+        while b"TORCHELASTIC_RUN_ID=" in Path(f"/proc/{pid}/environ").read_bytes():
+            pid = int(_stat(pid)[1])
+    return pid
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat behind the process's name, which may hold blanks: state, parent, and at place 19 the
+    start in clock ticks since the boot. Raises OSError where there is no such file."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 @contextlib.contextmanager

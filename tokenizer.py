@@ -27,7 +27,7 @@ import numpy as np
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
-from files import HUB_ID, fetch_snapshot, read_json, write_json
+from files import HUB_ID, fetch_snapshot, follow_link, newest_checkpoint, read_json, write_json
 
 EOT = "<|endoftext|>"
 KINDS = ("gpt2", "char", "byte", "bpe")
@@ -278,14 +278,15 @@ def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenize
     if kind == "bpe":
         return train_bpe(texts, vocab_size)
     check_kind(kind)
-    folder = Path(kind) if Path(kind).is_dir() else fetch_snapshot(kind, TOKENIZER_FILES)
-    newest = folder / "checkpoints" / "latest"
-    return load_tokenizer(newest if newest.is_dir() else folder)
+    folder = follow_link(Path(kind))
+    if not folder.is_dir():
+        folder = fetch_snapshot(kind, TOKENIZER_FILES)
+    return load_tokenizer(newest_checkpoint(folder) or folder)
 
 
 def check_kind(kind: str) -> None:
     """Raises ValueError for what `make_tokenizer` cannot know."""
-    if not (kind in KINDS or Path(kind).is_dir() or HUB_ID.fullmatch(kind)):
+    if not (kind in KINDS or follow_link(Path(kind)).is_dir() or HUB_ID.fullmatch(kind)):
         raise ValueError(f"tokenizer={kind!r} is none of {', '.join(KINDS)}, no folder, and no hub id (owner/name)")
 
 

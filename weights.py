@@ -15,6 +15,7 @@ A model that is shaped as neither GPT-2 nor Llama is written under our own names
 
 from __future__ import annotations
 
+import contextlib
 import re
 import zipfile
 from collections.abc import Mapping
@@ -27,7 +28,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from baselines import build_empty
-from files import HUB_ID, broken, fetch_snapshot, read_json, refuse_pointer, write_json
+from files import (
+    HUB_ID,
+    best_checkpoint,
+    broken,
+    fetch_snapshot,
+    follow_link,
+    newest_checkpoint,
+    read_json,
+    refuse_pointer,
+    write_json,
+)
 from model import HIGH_FREQ_FACTOR, LOW_FREQ_FACTOR, GPTConfig
 from pickles import STAND_INS
 from tokenizer import TOKENIZER_FILES
@@ -61,13 +72,16 @@ def load_pretrained(source: str) -> tuple[GPTConfig, State]:
 def resolve(source: str) -> Path:
     """Where a model lies: a nanoGPT .pt file, or a folder with config.json (a run folder means its best checkpoint,
     a hub id its snapshot in the local cache, downloaded when it is not there yet)."""
-    path = Path(source)
+    path = follow_link(Path(source))
     if path.is_file():
         return path
     if path.is_dir():
-        for folder in (path, path / "checkpoints" / "best", path / "checkpoints" / "latest"):
-            if (folder / "config.json").is_file():
-                return folder.resolve()  # the checkpoint itself: a run that is under way moves the link
+        folder = path if (path / "config.json").is_file() else best_checkpoint(path) or newest_checkpoint(path)
+        if folder and not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} has no config.json: it is no whole checkpoint; copy it again, or name "
+                                    "another with --init_from")
+        if folder:
+            return folder.resolve()  # the checkpoint itself: a run that is under way moves the link
         if (path / "ckpt.pt").is_file():  # nanoGPT's out_dir
             return path / "ckpt.pt"
         if (path / "checkpoints").is_dir():
@@ -82,7 +96,7 @@ def resolve(source: str) -> Path:
 
 def full_name(source: str) -> str:
     """A source as it reads from any folder: with the whole path of what lies on this disk, and a hub id as it is."""
-    return str(Path(source).absolute()) if Path(source).exists() else HUB_ALIASES.get(source, source)
+    return str(Path(source).absolute()) if follow_link(Path(source)).exists() else HUB_ALIASES.get(source, source)
 
 
 def load_huggingface(folder: Path) -> tuple[GPTConfig, State]:
@@ -356,4 +370,5 @@ def save_tensors(tensors: State, path: Path) -> None:
         save_file(tensors, path, metadata={"format": "pt"})  # transformers insists on this key
     except SafetensorError as error:
         raise OSError(f"could not write {path}: {error}") from None
-    path.chmod(0o644)
+    with contextlib.suppress(OSError):  # a disk without modes
+        path.chmod(0o644)
