@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import files
-from shards import ShardWriter, shard_dtype
+from shards import ShardWriter, narrow, shard_dtype
 from sources import Part, Record, text_of
 from tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
@@ -138,6 +138,7 @@ class Outcome(NamedTuple):
     num_bytes: int = 0
     digest: bytes = b""
     replaced: bool = False  # bytes that are no text were
+    unknown: int = 0  # tokens that stand for text which the tokenizer does not know
     fault: str = ""
 
 
@@ -161,8 +162,8 @@ class Encoder:
     def encode(self, records: list[Record], rule: SplitRule) -> tuple[np.ndarray, list[Outcome]]:
         """The tokens of all records one after the other, each document's behind an end-of-text token where there is
         one, and what became of each."""
-        eot_id = self.tokenizer.eot_id
-        before = np.array([] if eot_id is None else [eot_id], dtype=self.dtype)
+        eot_id, unk_id = self.tokenizer.eot_id, self.tokenizer.unk_id
+        before = np.array([] if eot_id is None else [eot_id], dtype=np.uint32)
         tokens: list[np.ndarray] = []
         outcomes = []
         for record in records:
@@ -174,14 +175,24 @@ class Encoder:
             if not text:
                 outcomes.append(Outcome([]))
                 continue
-            utf8, spans = text.encode(), []
+            utf8 = text.encode()
             digest = digest_of(utf8)
-            for split, part in rule.split(text, digest):
-                ids = self.tokenizer.encode(part)
-                tokens += [before, ids.astype(self.dtype)]
-                spans.append((split, len(before) + len(ids)))
-            outcomes.append(Outcome(spans, len(utf8), digest, replaced))
-        return np.concatenate(tokens) if tokens else np.empty(0, self.dtype), outcomes
+            try:
+                encoded = [(split, self.tokenizer.encode(part)) for split, part in rule.split(text, digest)]
+            except ValueError as error:
+                outcomes.append(Outcome([], fault=f"{_place(record, text, error)}: {error}"))
+                continue
+            tokens += [part for _, ids in encoded for part in (before, ids)]
+            unknown = 0 if unk_id is None else sum(np.count_nonzero(ids == unk_id) for _, ids in encoded)
+            outcomes.append(Outcome([(split, len(before) + len(ids)) for split, ids in encoded], len(utf8), digest,
+                                    replaced, unknown))
+        return narrow(np.concatenate([before[:0], *tokens]), self.dtype), outcomes
+
+
+def _place(record: Record, text: str, error: ValueError) -> str:
+    """Where a text cannot be encoded: the record, and the line of it where that says more."""
+    at = min((text.find(unknown) for unknown in getattr(error, "unknown", [])), default=-1)
+    return record.where if at < 0 or record.form == "json" else f"{record.where}, line {text.count(chr(10), 0, at) + 1}"
 
 
 # Workers
@@ -372,6 +383,7 @@ class Output:
         self.counts["documents"] += 1
         self.counts["bytes"] += outcome.num_bytes
         self.counts["documents_with_replaced_bytes"] += outcome.replaced
+        self.counts["unknown_tokens"] += outcome.unknown
         self.counts.update(f"{split}_documents" for split, _ in outcome.spans)
         return False
 

@@ -31,10 +31,11 @@ from filelock import FileLock, Timeout
 import files
 from pipeline import SPLITS, begin_progress
 from shards import shard_dtype
+from tokenizer import has_tokenizer, load_tokenizer
 
 COUNTS = {"documents": "document", "bytes": "byte", "empty_documents": "empty document",
           "duplicate_documents": "duplicate", "bad_records": "broken record",
-          "documents_with_replaced_bytes": "replaced text"}  # of dataset.json -> in words
+          "documents_with_replaced_bytes": "replaced text", "unknown_tokens": "unknown token"}  # of dataset.json -> in words
 UNCOMPARED = ("input", "skip_bad")  # arguments that may differ: what they lead to is the same, or was counted
 
 
@@ -211,4 +212,6 @@ def describe(target: Path, manifest: dict[str, Any]) -> str:
              + ", ".join(f"{split} {held['tokens']:,}" for split, held in manifest["splits"].items()) + " tokens"]
     lines += [f"warning: no document fell in the {split} split: give a larger --{split}_fraction"
               for split, held in manifest["splits"].items() if not held["tokens"]]
+    if manifest["documents"] > 1 and has_tokenizer(target) and load_tokenizer(target).eot_id is None:
+        lines.append("note: nothing stands between the documents, for the tokenizer has no end-of-text token")
     return "\n".join(lines)
