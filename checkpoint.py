@@ -324,7 +324,7 @@ class RunFolder:
         _remove(hidden)
         try:
             (hidden / "training").mkdir(parents=True)
-            weights.save_pretrained(config, model, hidden, tokenizer.eot_id if tokenizer else None)
+            weights.save_pretrained(config, model, hidden, token_ids=tokenizer and tokenizer.token_ids)
             if tokenizer:
                 tokenizer.save(hidden, model_max_length=config.block_size)
             weights.save_tensors(optimizer, hidden / "training" / "optimizer.safetensors")

@@ -271,7 +271,7 @@ def use_section(name: str, is_ours: bool, folder: Path, block_size: int) -> str:
         try:
             num_tokens = len(tokenizer.encode(prompt))
         except ValueError:  # it does not know these characters
-            prompt, num_tokens = tokenizer.decode([tokenizer.start_id]), 1
+            prompt, num_tokens = tokenizer.decode(tokenizer.encode_prompt("")), 1
         new = max(1, min(50, block_size - num_tokens))
         lines += [f"tokenizer = AutoTokenizer.from_pretrained(\"{name}\")",
                   f"inputs = tokenizer({json.dumps(prompt)}, return_tensors=\"pt\")",

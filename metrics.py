@@ -112,7 +112,7 @@ def write_samples(model: LanguageModel, tokenizer: Tokenizer, num_tokens: int, h
     """What the model writes when nothing is given; the draws are the same each time, so that what changes is its doing.
 
     Every rank takes part and gets the same texts. Training does not notice: the generator is a separate one."""
-    start = torch.full((NUM_SAMPLES, 1), tokenizer.start_id, device=here.device)
+    start = torch.tensor([tokenizer.encode_prompt("").tolist()] * NUM_SAMPLES, device=here.device)
     sampler = Sampler(temperature=0.8, top_k=200, generator=torch.Generator().manual_seed(0))
 
     def choose(logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:

@@ -34,7 +34,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 
 import files
-from shards import ShardWriter, shard_dtype
+from shards import ShardWriter, narrow, shard_dtype
 from sources import NAMED, Part, Record, text_of
 from tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
@@ -130,7 +130,7 @@ def plan_splits(parts: list[Part], text_column: str, val_fraction: float, test_f
     return rule
 
 
-NOTED = ("replaced_bytes", "nul_characters")  # what is counted in a document that is kept
+NOTED = ("replaced_bytes", "nul_characters", "unknown_tokens")  # of a document that is kept
 
 
 class Outcome(NamedTuple):
@@ -164,8 +164,8 @@ class Encoder:
     def encode(self, records: list[Record], rule: SplitRule) -> tuple[np.ndarray, list[Outcome]]:
         """The tokens of all records one after the other, each document's behind an end-of-text token where there is
         one, and what became of each."""
-        eot_id = self.tokenizer.eot_id
-        before = np.array([] if eot_id is None else [eot_id], dtype=self.dtype)
+        eot_id, unk_id = self.tokenizer.eot_id, self.tokenizer.unk_id
+        before = np.array([] if eot_id is None else [eot_id], dtype=np.uint32)
         tokens: list[np.ndarray] = []
         outcomes = []
         for record in records:
@@ -177,16 +177,26 @@ class Encoder:
             if not text:
                 outcomes.append(Outcome([]))
                 continue
-            utf8, spans = text.encode(), []
+            utf8 = text.encode()
             digest = digest_of(utf8)
-            for split, part in rule.split(text, digest):
-                ids = self.tokenizer.encode(part)
-                tokens += [before, ids.astype(self.dtype)]
-                spans.append((split, len(before) + len(ids)))
-            counted = zip(NOTED, (replaced, text.count("\0")))
+            try:
+                encoded = [(split, self.tokenizer.encode(part)) for split, part in rule.split(text, digest)]
+            except ValueError as error:
+                outcomes.append(Outcome([], fault=f"{_place(record, text, error)}: {error}"))
+                continue
+            tokens += [part for _, ids in encoded for part in (before, ids)]
+            unknown = 0 if unk_id is None else sum(int(np.count_nonzero(ids == unk_id)) for _, ids in encoded)
+            counted = zip(NOTED, (replaced, text.count("\0"), unknown))
             noted = {what: number for what, number in counted if number}
-            outcomes.append(Outcome(spans, len(utf8), digest, noted))
-        return np.concatenate(tokens) if tokens else np.empty(0, self.dtype), outcomes
+            outcomes.append(Outcome([(split, len(before) + len(ids)) for split, ids in encoded], len(utf8), digest,
+                                    noted))
+        return narrow(np.concatenate([before[:0], *tokens]), self.dtype), outcomes
+
+
+def _place(record: Record, text: str, error: ValueError) -> str:
+    """Where a text cannot be encoded: the record, and the line of it where that says more."""
+    at = min((text.find(unknown) for unknown in getattr(error, "unknown", [])), default=-1)
+    return record.where if at < 0 or record.form == "json" else f"{record.where}, line {text.count(chr(10), 0, at) + 1}"
 
 
 # Workers

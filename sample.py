@@ -142,7 +142,7 @@ def write_sample(model: LanguageModel, tokenizer: Tokenizer, prompt: str, ids: t
 
     sampler.watch = show if config.show_probs else None
     tokens = model.stream(ids.to(model.head.device), config.max_new_tokens, sampler, cache=cache)
-    texts = itertools.chain([prompt], tokenizer.decode_stream(int(token) for token in tokens))
+    texts = itertools.chain([prompt], tokenizer.decode_stream(map(int, tokens), ids[0].tolist()))
     for text in list(texts) if config.show_probs else texts:
         print(text, end="", flush=True)
     print("\n---------------", flush=True)
@@ -164,7 +164,7 @@ def continue_windows(model: LanguageModel, tokenizer: Tokenizer, windows: np.nda
         ids, truth = row[:len(row) - new], row[len(row) - new:]
         print(f"=== {number} of {len(windows)}, {config.split} split: prompt, {len(ids)} tokens ===")
         print(f"{tokenizer.decode(ids)}\n=== true continuation, {new} tokens ===")
-        print(f"{tokenizer.decode(truth)}\n=== model's continuation, {new} tokens ===", flush=True)
+        print(f"{''.join(tokenizer.decode_stream(truth, ids))}\n=== model's continuation, {new} tokens ===", flush=True)
         cache.clear()
         write_sample(model, tokenizer, "", torch.from_numpy(ids)[None, :], cache, config)
 

@@ -196,6 +196,9 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     if trainer["folder"]:
         checkpoint.load_training_state(trainer, model, optimizer, scaler, judge, here)
     is_new = distributed.on_rank0(lambda: run.open(options, is_new=trainer["folder"] is None), here)
+    source = trainer["folder"] or ("" if config.init_from == "scratch" else config.init_from)
+    tokenizer = prompts.tokenizer_to_save(weights.resolve(source) if source and here.rank == 0 else None,
+                                          model.config.vocab_size, data)
     now, tokens_per_step = Progress.of(trainer), plan.seqs_per_step * block_size
     report.start(model, now.step, trainer["elapsed_s"], options | {"tokens_per_step": tokens_per_step}, is_new)
 
@@ -237,7 +240,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
             due = is_last or stopped_by or (now.step > 0 and (is_best or periodic) and not now.bad_steps)
             if due and now.step != done_at and stopped_by != SAVING_FAILS:
                 with report.excluded():
-                    run.save(model, optimizer, data.tokenizer, asdict(now) | identity | {
+                    run.save(model, optimizer, tokenizer, asdict(now) | identity | {
                         "tokens": now.step * tokens_per_step, "scaler": scaler.state_dict(), "judge": asdict(judge),
                         "seed": config.seed, "micro_batch": plan.micro_batch, "world_size": here.world_size,
                         "elapsed_s": report.elapsed_s(), "options": options, "versions": versions()}, is_best)

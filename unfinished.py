@@ -32,6 +32,7 @@ import files
 from pipeline import SPLITS, begin_progress
 from shards import shard_dtype
 from sources import NAMED, describe_left_out
+from tokenizer import has_tokenizer, load_tokenizer
 
 COUNTS = {"documents": "document", "bytes": "byte", "empty_documents": "empty document",
           "duplicate_documents": "duplicate", "bad_records": "broken record",
@@ -40,6 +41,7 @@ FILES = {  # of dataset.json -> how it is said of which files
     "bad_records": "dropped, because broken", "empty_documents": "dropped, because empty",
     "duplicate_documents": "dropped, because there already",
     "replaced_bytes": "warning: bytes that are no text, replaced by U+FFFD",
+    "unknown_tokens": "warning: tokens for text that the tokenizer does not know",
     "nul_characters": "warning: NULs in the text, as of UTF-16 without a byte order mark"}
 UNCOMPARED = ("input", "skip_bad")  # arguments that may differ: what they lead to is the same, or was counted
 
@@ -234,4 +236,6 @@ def describe(target: Path, manifest: dict[str, Any]) -> str:
     lines += [f"warning: the {split} split is a single token, and one predicts nothing: give "
               + ("more text" if split == "train" else f"more text, or a larger --{split}_fraction")
               for split, held in manifest["splits"].items() if held["tokens"] == 1]
+    if manifest["documents"] > 1 and has_tokenizer(target) and load_tokenizer(target).eot_id is None:
+        lines.append("note: nothing stands between the documents, for the tokenizer has no end-of-text token")
     return "\n".join(lines)

@@ -287,19 +287,20 @@ def shapes(config: GPTConfig) -> dict[str, torch.Size]:
 
 
 def save_pretrained(config: GPTConfig, state: Mapping[str, torch.Tensor], folder: str | Path,
-                    eot_id: int | None = None) -> None:
+                    eot_id: int | None = None, token_ids: Mapping[str, Mapping[str, Any]] | None = None) -> None:
     """Write config.json, generation_config.json and model.safetensors, which transformers loads as GPT2LMHeadModel or
-    LlamaForCausalLM where the model has that shape. `eot_id` becomes the begin- and end-of-text id, None means none.
-    """
+    LlamaForCausalLM where the model has that shape. `eot_id` becomes the begin- and end-of-text id, None means none;
+    `token_ids` says more of them: see Tokenizer."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     ids = {"bos_token_id": eot_id, "eos_token_id": eot_id}
+    token_ids = token_ids or {"config.json": ids, "generation_config.json": ids}
     state = {name: tensor.detach().float().cpu()[:config.vocab_size if name in TABLES else None]
              for name, tensor in state.items()}
     to_theirs = _to_gpt2 if is_gpt2(config) else _to_llama if is_llama(config) else _to_own
     settings, tensors = to_theirs(config, state)
-    write_json(folder / "config.json", settings | ids | {"torch_dtype": "float32"})
-    write_json(folder / "generation_config.json", ids)
+    write_json(folder / "config.json", settings | token_ids["config.json"] | {"torch_dtype": "float32"})
+    write_json(folder / "generation_config.json", token_ids["generation_config.json"])
     save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
 
 
