@@ -6,14 +6,14 @@ Owns the options that name a device. Nothing here knows about several processes,
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+
+import machine
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -105,17 +105,8 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
 
 
-def free_memory_bytes() -> int:
-    """Of the machine: what can be had without swapping (Linux knows it; elsewhere half of all)."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    return memory_bytes(torch.device("cpu")) // 2
-
-
 def memory_bytes(device: torch.device) -> int:
-    """All the memory of a GPU; of the machine for everything else."""
+    """All the memory of a GPU; for everything else what this process may have of the machine's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return machine.memory_bytes()

@@ -31,6 +31,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 import files
+import machine
 from pickles import load_plain
 from tokenizer import GPT2_VOCAB_SIZE, CharTokenizer, GPT2Tokenizer, Tokenizer, load_tokenizer
 
@@ -371,7 +372,7 @@ def verify(folder: Path) -> Iterator[tuple[str, list[str]]]:
         vocab_size = vocab_size or _guess_vocab_size(next(iter(paths.values()))[0])
     found = dict.fromkeys(paths, 0)  # split -> end-of-text tokens
     jobs = [(split, path) for split, split_paths in paths.items() for path in split_paths]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing and NumPy let other threads work
+    with ThreadPoolExecutor(machine.num_cores()) as pool:  # hashing and NumPy let other threads work
         for (split, path), (shard_faults, num_eot) in zip(jobs, pool.map(
                 lambda job: _verify_shard(job[1], vocab_size, eot_id, manifest, listed.get(job[1].name)), jobs)):
             found[split] += num_eot
