@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import os
 import posixpath
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path("/")
+TORCH_BYTES = 200_000_000  # that a process with torch in it takes before it has done anything
+MEMORY_FILES = (  # a group's limit, what it uses of it, and what of that is file cache to drop first (in memory.stat)
+    ("memory.max", "memory.current", "inactive_file"), ("memory.high", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))  # version 1
 
 
 def _text(path: Path) -> str:
@@ -52,9 +57,7 @@ def _number(path: Path) -> int | None:
 def _memory_groups() -> Iterator[tuple[int, int]]:
     """(limit, bytes of it that are free) of each group that has a limit. File cache that can be dropped is free."""
     for group in _groups("memory"):
-        for limit_file, usage_file, cache in (("memory.max", "memory.current", "inactive_file"),
-                                              ("memory.high", "memory.current", "inactive_file"),
-                                              ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")):
+        for limit_file, usage_file, cache in MEMORY_FILES:
             if (limit := _number(group / limit_file)) is not None:
                 used = (_number(group / usage_file) or 0) - _fields(group / "memory.stat").get(cache, 0)
                 yield limit, max(0, limit - max(0, used))
@@ -98,4 +101,14 @@ def num_cores() -> int:
 
 def processes_here() -> int:
     """How many processes of this job share the machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    told = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(told)) if told.isdigit() else 1
+
+
+def warn_of_little_memory() -> None:
+    """Say, before torch is imported, that there is no room for it: the system kills a process without a word."""
+    left = free_memory_bytes() // processes_here()
+    if left < TORCH_BYTES and os.environ.get("RANK", "0") == "0":
+        print(f"warning: {left / 1e6:,.0f} MB of memory are left for a process here, and torch alone takes about "
+              f"{TORCH_BYTES / 1e6:,.0f} MB: the system may kill it; give the machine or the container more",
+              file=sys.stderr, flush=True)

@@ -26,7 +26,6 @@ from machine import free_memory_bytes, processes_here, resident_bytes
 from model import LanguageModel
 from optim import OptimConfig, schedule_warnings
 
-
 HEAP = 1.5  # on a CPU, what a micro-batch takes of the heap, its holes included, to what of it is in use
 FIRST_STEP_BYTES = 60_000_000  # that torch's libraries take when they are first used
 

@@ -80,8 +80,9 @@ def find_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     if GPT2_VOCAB_SIZE <= vocab_size <= NANOGPT_VOCAB_SIZE and not (data / "meta.pkl").is_file():
         return GPT2Tokenizer()
     looked_in = path if path.is_dir() else data
-    raise ValueError(f"no tokenizer for the model's {vocab_size} tokens, so they cannot be read as text: {looked_in} has "
-                     "no tokenizer.json" + (" and no meta.pkl that numbers characters" if path.is_file() else ""))
+    raise ValueError(f"no tokenizer for the model's {vocab_size} tokens: {looked_in} has no tokenizer.json"
+                     + (" and no meta.pkl that numbers characters" if path.is_file() else "")
+                     + ", so what it writes cannot be read as text")
 
 
 def has_the_ids(tokenizer: Tokenizer | None, data: Mixture) -> bool:

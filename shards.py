@@ -292,10 +292,11 @@ def open_dataset(name: str, vocab_size: int = 0, tokenizer: str = "auto") -> Dat
                              f"{own_size}; leave the key out")
     vocab_size = own_size or vocab_size or _guess_vocab_size(next(iter(paths.values()))[0])
     splits = {split: Split(found, vocab_size) for split, found in paths.items()}
-    if own_size and own_size > (room := 256 ** max(shard.itemsize for held in splits.values() for shard in held.shards)):
-        raise ValueError(f"{folder}/meta.pkl speaks of a vocabulary of {own_size:,}, and its tokens are of a type that "
-                         f"ends at {room - 1:,}: what was above has become something else; write them anew, as 32-bit "
-                         "token shards (python prepare_data.py makes those)")
+    room = 256 ** max(shard.itemsize for held in splits.values() for shard in held.shards)
+    if own_size and own_size > room:
+        raise ValueError(f"{folder}/meta.pkl speaks of a vocabulary of {own_size:,}, and ids above {room - 1:,} do not "
+                         "fit the type of its tokens: make the data anew with python prepare_data.py, whose shards are "
+                         "as wide as it takes")
     summary = [[shard["sha256"] for shard in manifest.get("shards", [])],
                [(split, path.name, int(length), files.mark(path)) for split, held in splits.items()
                 for path, length in zip(held.paths, held.lengths)]]
