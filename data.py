@@ -339,9 +339,9 @@ class EvalOrder:
         self._ends = np.where(split.lengths > 1, 1 + more, 0).cumsum()
         total = int(self._ends[-1]) if len(self._ends) else 0
         if total == 0:
-            raise ValueError(f"{split.paths[0]} is too short: it has {int(split.lengths.max(initial=0))} of the two tokens "
-                             "that an evaluation takes; prepare the data again under another --name, from more text "
-                             "or with a larger --val_fraction")
+            raise ValueError(f"{split.paths[0]} is too short: it has {int(split.lengths.max(initial=0))} of the two "
+                             "tokens that an evaluation takes; prepare the data again under another --name, from more "
+                             "text or with a larger --val_fraction")
         count = min(num_seqs, total) or total
         self.is_whole = count == total
         self._chosen = np.arange(count, dtype=np.int64) * total // count

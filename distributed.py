@@ -23,6 +23,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
+import machine
 from device import DeviceConfig, one_line, pick_device, pick_dtype
 
 T = TypeVar("T")
@@ -72,6 +73,9 @@ def job(config: DeviceConfig, parallel: ParallelConfig | None = None) -> Iterato
     device = pick_device(config.device, local_rank)
     here = Job(rank, world_size, device, parallel=parallel.parallel)
     here.set_dtype(pick_dtype(config.dtype, device))  # `auto` is decided anew when the model is known
+    quota = machine.core_quota()  # without one, torch's own count of cores stays as it is
+    if quota and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, machine.num_cores() // machine.processes_here())))
     if device.type == "cuda":
         torch.cuda.set_device(device)
         if config.deterministic:
@@ -183,6 +187,11 @@ def reshard(model: nn.Module) -> None:
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor that may be spread over the ranks, as one; every rank has to ask for it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor that may be spread over the ranks."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def from_rank0(tensor: torch.Tensor, p: torch.Tensor, here: Job) -> torch.Tensor:

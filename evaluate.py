@@ -23,11 +23,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+import machine
 import process
 import settings
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds
     process.end_with_torchrun()
+    machine.warn_of_little_memory()
     settings.help_early(__file__, "EvaluateConfig")
 
 import numpy as np

@@ -67,8 +67,8 @@ def schedule_warnings(config: OptimConfig, max_iters: int) -> Iterator[str]:
     if not c.decay_lr or not max_iters:
         return
     if max_iters <= c.warmup_iters:
-        yield (f"the learning rate rises for {c.warmup_iters:,} steps, and the run has {max_iters:,}: it will learn next "
-               "to nothing; lower --warmup_iters")
+        yield (f"the learning rate rises for {c.warmup_iters:,} steps, and the run has {max_iters:,}: it will learn "
+               "next to nothing; lower --warmup_iters")
     if c.schedule == "constant":
         return
     if c.min_lr > c.learning_rate:

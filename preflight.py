@@ -20,10 +20,14 @@ import distributed
 import model as gpt
 from checkpoint import RunFolder
 from data import BatchPlan
-from device import free_memory_bytes, memory_bytes
+from device import memory_bytes
 from distributed import Job
+from machine import free_memory_bytes, processes_here, resident_bytes
 from model import LanguageModel
 from optim import OptimConfig, schedule_warnings
+
+HEAP = 1.5  # on a CPU, what a micro-batch takes of the heap, its holes included, to what of it is in use
+FIRST_STEP_BYTES = 60_000_000  # that torch's libraries take when they are first used
 
 
 def report(model: LanguageModel, plan: BatchPlan, epochs: str, run: RunFolder, steps_between_saves: int, max_iters: int,
@@ -35,17 +39,17 @@ def report(model: LanguageModel, plan: BatchPlan, epochs: str, run: RunFolder, s
     yield (f"{plan.seqs_per_step * block_size:,} tokens a step = {plan.accumulation_steps} micro-batches x "
            f"{plan.micro_batch} sequences x {block_size} tokens x {here.world_size} ranks; an epoch {epochs}")
 
-    state, activations = state_bytes(model, plan, here), activation_bytes(model, plan.micro_batch, here)
-    there = memory_bytes(here.device)
+    checkpoint, there = 12 * num_params, memory_bytes(here.device)  # float32 weights, AdamW's two means (Muon has one)
     if here.device.type == "cpu":
-        there //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    yield (f"memory a process: about {size(state + activations)} of {size(there)} (weights, gradients and the "
-           f"optimiser's means {size(state)}, a micro-batch {size(activations)})")
-    if state + activations > there:
+        there //= processes_here()
+    parts = memory_parts(model, plan, here)
+    yield (f"memory a process: about {size(sum(parts.values()))} of {there / 1e9:,.1f} GB ("
+           + ", ".join(f"{part} {size(num_bytes)}" for part, num_bytes in parts.items()) + ")")
+    if sum(parts.values()) > there:
         yield ("warning: that will not fit: lower --batch_size, or try --activation_checkpointing=True or "
                "--parallel=fsdp")
 
-    checkpoint, free = 12 * num_params, free_bytes(run.path)  # float32 weights, AdamW's two means (Muon has one)
+    free = free_bytes(run.path)
     kept = checkpoints_kept(run, steps_between_saves, max_iters)
     yield (f"saving: {size(checkpoint)} a checkpoint, copied to host memory first; at most {kept} kept on the disk, "
            f"{size(free)} free for {run.path}")
@@ -71,7 +75,7 @@ def fit_batch_size(model: LanguageModel, seqs_per_rank: int, here: Job) -> int:
     """The largest micro-batch that every rank's device takes: a divisor of `seqs_per_rank`. Raises ValueError.
 
     On a GPU it is tried, with the gradients and room for AdamW's means in place; elsewhere, where a trial that fails is
-    the end of the process, one sequence is measured and the rest reckoned."""
+    the end of the process, it is reckoned."""
     sizes = [n for n in range(1, seqs_per_rank + 1) if seqs_per_rank % n == 0]
     if here.device.type == "cuda":
         share = here.world_size if here.parallel == "fsdp" else 1
@@ -81,10 +85,10 @@ def fit_batch_size(model: LanguageModel, seqs_per_rank: int, here: Job) -> int:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(here.device)  # the trial that failed is no part of the run
     else:
-        most = BatchPlan(seqs_per_rank * here.world_size, 1, seqs_per_rank, here.world_size)
-        room = 0.8 * free_memory_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - state_bytes(model, most, here)
-        one = _kept_bytes(model, here)
-        fitting = [n for n in sizes if n * one + activation_bytes(model, 0, here) < room]
+        room = 0.9 * min(memory_bytes(here.device) / processes_here(),
+                         free_memory_bytes() / processes_here() + resident_bytes())
+        fitting = [n for n in sizes if sum(memory_parts(model, BatchPlan(
+            seqs_per_rank * here.world_size, n, seqs_per_rank // n, here.world_size), here).values()) < room]
     fits = min(distributed.gather(max(fitting, default=0), here))
     if not fits:
         raise ValueError(f"not even one sequence of {model.config.block_size} tokens fits the memory of {here.device}: "
@@ -106,19 +110,22 @@ def _fits_gpu(model: LanguageModel, here: Job, micro_batch: int) -> bool:
         model.zero_grad(set_to_none=True)
 
 
-def _kept_bytes(model: LanguageModel, here: Job) -> int:
-    """Of what the forward pass of one sequence keeps for the backward pass."""
-    kept: dict[int, torch.Tensor] = {}
-    params = {p.untyped_storage().data_ptr() for p in model.parameters()}
+def memory_parts(model: LanguageModel, plan: BatchPlan, here: Job) -> dict[str, float]:
+    """What takes how many bytes of the device on one rank; on a CPU, whose memory is the host's, all that lies there.
+    """
+    parts = {"weights, gradients and the optimiser's means": state_bytes(model, plan, here),
+             "a micro-batch": activation_bytes(model, plan.micro_batch, here)}
+    if here.device.type != "cuda":
+        parts["a micro-batch"] *= HEAP
+        parts["a checkpoint's copy"] = 12 * model.num_params(non_embedding=False) / processes_here()
+        parts["the program itself"] = own_bytes(model, here)
+    return parts
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
 
-    tokens = torch.zeros(1, model.config.block_size, dtype=torch.long, device=here.device)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), here.autocast():
-        model(tokens, tokens)
-    return sum(t.untyped_storage().nbytes() for storage, t in kept.items() if storage not in params)
+def own_bytes(model: LanguageModel, here: Job) -> int:
+    """Of the program without its model: torch, above all. A part of it comes with the first step."""
+    weights = sum(distributed.local(p).nbytes for p in model.parameters()) if here.device.type == "cpu" else 0
+    return max(0, resident_bytes() - weights) + FIRST_STEP_BYTES
 
 
 def state_bytes(model: LanguageModel, plan: BatchPlan, here: Job) -> int:

@@ -38,6 +38,7 @@ import numpy as np
 from tqdm import tqdm
 
 import files
+import machine
 import settings
 import shards
 import sources
@@ -245,8 +246,7 @@ def num_workers(config: PrepareConfig, mine: list[Part]) -> int:
     """As many as the user says, else one for each core that this rank may use; one for a small source."""
     if sum(part.size for part in mine) < SMALL_BYTES and not sources.hub_name(config.source):
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return config.tokens.workers or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return config.tokens.workers or max(1, machine.num_cores() // machine.processes_here())
 
 
 def check_disk(folder: Path, expected_bytes: int) -> None:

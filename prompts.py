@@ -86,8 +86,8 @@ def find_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
         return GPT2Tokenizer()
     if path.is_dir():
         return load_tokenizer(path)  # says why there is none
-    raise ValueError(f"no tokenizer for the model's {vocab_size} tokens, so they cannot be read as text: {data} has no "
-                     "tokenizer.json and no meta.pkl that numbers characters")
+    raise ValueError(f"no tokenizer for the model's {vocab_size} tokens: {data} has no tokenizer.json and no meta.pkl "
+                     "that numbers characters, so what it writes cannot be read as text")
 
 
 def has_the_ids(tokenizer: Tokenizer | None, data: Mixture) -> bool:

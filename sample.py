@@ -22,9 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+import machine
 import settings
 
 if __name__ == "__main__":
+    machine.warn_of_little_memory()
     settings.help_early(__file__, "SampleConfig")  # before torch is imported, which takes seconds
 
 import numpy as np

@@ -6,9 +6,10 @@ and all keys are flat, so no key may exist twice. A command line reads
     train.py [config/file.py ...] [--key=value ...]
 
 left to right, later wins. A config file is plain Python; its public names that are not modules, functions or classes
-are keys, or helpers of its own, which are named in a warning (unless they look like a key that is misspelled). Its assignments become arguments in the place where the file stood, so that one validator (tyro, on the
-dataclass) serves both. `--key value`, `--some-key=value`, and `--key` for `--key=True` are understood too. A key whose
-type is a tuple takes all words up to the next --key (`--runs a b`, as a shell writes out/*), and adds to those before.
+are keys, and those that are like no key are helpers of the file's own, which a warning names. Its assignments become
+arguments in the place where the file stood, so that one validator (tyro, on the dataclass) serves both. `--key value`,
+`--some-key=value`, and `--key` for `--key=True` are understood too. A key whose type is a tuple takes all words up to
+the next --key (`--runs a b`, as a shell writes out/*), and adds to those before.
 
 An option that takes a path says so in its type: Annotated[str, "path"]; "paths" where the value is a list of names with
 commas between them, "FILE:path" where it is a path only behind FILE:. There a ~ is the home folder, as in a shell.

@@ -31,6 +31,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 import files
+import machine
 from pickles import load_plain
 from tokenizer import GPT2_VOCAB_SIZE, CharTokenizer, GPT2Tokenizer, Tokenizer, load_tokenizer
 
@@ -300,10 +301,11 @@ def open_dataset(name: str, vocab_size: int = 0, tokenizer: str = "auto") -> Dat
                              f"{own_size}; leave the key out")
     vocab_size = own_size or vocab_size or _guess_vocab_size(next(iter(paths.values()))[0])
     splits = {split: Split(found, vocab_size) for split, found in paths.items()}
-    if own_size and own_size > (room := 256 ** max(shard.itemsize for held in splits.values() for shard in held.shards)):
-        raise ValueError(f"{folder}/meta.pkl speaks of a vocabulary of {own_size:,}, and its tokens are of a type that "
-                         f"ends at {room - 1:,}: what was above has become something else; write them anew, as 32-bit "
-                         "token shards (python prepare_data.py makes those)")
+    room = 256 ** max(shard.itemsize for held in splits.values() for shard in held.shards)
+    if own_size and own_size > room:
+        raise ValueError(f"{folder}/meta.pkl speaks of a vocabulary of {own_size:,}, and ids above {room - 1:,} do not "
+                         "fit the type of its tokens: make the data anew with python prepare_data.py, whose shards are "
+                         "as wide as it takes")
     summary = [[shard["sha256"] for shard in manifest.get("shards", [])],
                [(split, path.name, int(length), files.mark(path)) for split, held in splits.items()
                 for path, length in zip(held.paths, held.lengths)]]
@@ -381,7 +383,7 @@ def verify(folder: Path) -> Iterator[tuple[str, list[str]]]:
         vocab_size = vocab_size or _guess_vocab_size(next(iter(paths.values()))[0])
     found = dict.fromkeys(paths, 0)  # split -> end-of-text tokens
     jobs = [(split, path) for split, split_paths in paths.items() for path in split_paths]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing and NumPy let other threads work
+    with ThreadPoolExecutor(machine.num_cores()) as pool:  # hashing and NumPy let other threads work
         for (split, path), (shard_faults, num_eot) in zip(jobs, pool.map(
                 lambda job: _verify_shard(job[1], vocab_size, eot_id, manifest, listed.get(job[1].name)), jobs)):
             found[split] += num_eot

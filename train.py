@@ -24,11 +24,13 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import machine
 import process
 import settings
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds
     process.end_with_torchrun()
+    machine.warn_of_little_memory()
     settings.help_early(__file__, "TrainConfig")
 
 import torch
@@ -93,7 +95,7 @@ class TrainConfig:
     activation_checkpointing: bool = False  # run the blocks again in the backward pass: less memory, more time
     bigram_counts: bool = False  # with model=bigram: its best table, by counting; evaluate and save it, make no updates
     bigram_k: float = 1.0  # what is added to each of the counts, so that no pair is impossible
-    max_minutes: float = field(default=0.0, metadata={"rank": 0})  # save and stop so many minutes after launch; 0 = never
+    max_minutes: float = field(default=0.0, metadata={"rank": 0})  # save and stop so long after the launch; 0 = never
     run: RunConfig = field(default_factory=RunConfig, metadata={"rank": 0})
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
