@@ -183,7 +183,7 @@ class Encoder:
                 outcomes.append(Outcome([], fault=f"{_place(record, text, error)}: {error}"))
                 continue
             tokens += [part for _, ids in encoded for part in (before, ids)]
-            unknown = 0 if unk_id is None else sum(np.count_nonzero(ids == unk_id) for _, ids in encoded)
+            unknown = 0 if unk_id is None else sum(int(np.count_nonzero(ids == unk_id)) for _, ids in encoded)
             outcomes.append(Outcome([(split, len(before) + len(ids)) for split, ids in encoded], len(utf8), digest,
                                     replaced, unknown))
         return narrow(np.concatenate([before[:0], *tokens]), self.dtype), outcomes

@@ -35,7 +35,8 @@ from tokenizer import has_tokenizer, load_tokenizer
 
 COUNTS = {"documents": "document", "bytes": "byte", "empty_documents": "empty document",
           "duplicate_documents": "duplicate", "bad_records": "broken record",
-          "documents_with_replaced_bytes": "replaced text", "unknown_tokens": "unknown token"}  # of dataset.json -> in words
+          "documents_with_replaced_bytes": "replaced text",
+          "unknown_tokens": "unknown token"}  # of dataset.json -> in words
 UNCOMPARED = ("input", "skip_bad")  # arguments that may differ: what they lead to is the same, or was counted
 
 
