@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property, reduce
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
 from files import HUB_ID, fetch_snapshot, follow_link, newest_checkpoint, read_json, write_json
@@ -120,8 +119,8 @@ class Tokenizer:
 
     @property
     def start_id(self) -> int:
-        """What an empty prompt starts from, where the tokenizer puts nothing ahead of texts: the end-of-text token where
-        there is one, else a newline (or, in a vocabulary without, token 0)."""
+        """What an empty prompt starts from where the tokenizer puts nothing ahead of texts: the end-of-text token
+        where there is one, else a newline (or, in a vocabulary without, token 0)."""
         if self.eot_id is not None:
             return self.eot_id
         try:
@@ -173,9 +172,9 @@ class Tokenizer:
         if not isinstance(model, models.BPE) or model.unk_token is not None:
             return False
         is_plain = not (model.continuing_subword_prefix or model.end_of_word_suffix)
-        over_bytes = "ByteLevel" in f"{self.hf.normalizer}{self.hf.pre_tokenizer}" and vocab.keys() >= {*_byte_alphabet()}
-        spelled = model.byte_fallback and vocab.keys() >= {f"<0x{byte:02X}>" for byte in range(256)}
-        return not (is_plain and (over_bytes or spelled))
+        has_bytes = {*_byte_alphabet()} <= vocab.keys() and "ByteLevel" in f"{self.hf.normalizer}{self.hf.pre_tokenizer}"
+        falls_back = model.byte_fallback and {f"<0x{byte:02X}>" for byte in range(256)} <= vocab.keys()
+        return not (is_plain and (has_bytes or falls_back))
 
     def _lacking(self, text: str) -> list[str]:
         """What there is no token for, of the parts that the model is given."""
@@ -222,7 +221,8 @@ class Tokenizer:
     @cached_property
     def _is_cut_anywhere(self) -> bool:
         """Whether the words are GPT-2's, and nothing else looks at the text."""
-        return (self.hf.normalizer is None and all(token.special for token in self.hf.get_added_tokens_decoder().values())
+        added = self.hf.get_added_tokens_decoder().values()
+        return (self.hf.normalizer is None and all(token.special for token in added)
                 and str(self.hf.pre_tokenizer) == str(pre_tokenizers.ByteLevel(add_prefix_space=False)))
 
     @cached_property
@@ -284,8 +284,8 @@ class Tokenizer:
 
     def byte_lengths(self) -> dict[int, int]:
         """Id -> how many bytes of text it stands for, a part of a character included, and the blank that the token
-        itself does not spell; special tokens, the end of text among them, and the unknown stand for none. Over a text of
-        byte-level tokens, or of characters, they add up to its UTF-8 bytes.
+        itself does not spell; special tokens, the end of text among them, and the unknown stand for none. Over a text
+        of byte-level tokens, or of characters, they add up to its UTF-8 bytes.
         """
         vocab, added = self.hf.get_vocab(with_added_tokens=True), self.hf.get_added_tokens_decoder()
         nothing = {self.eot_id, self.unk_id, *(i for i, token in added.items() if token.special)}
@@ -333,7 +333,9 @@ class Tokenizer:
 
 def _behind(before: str, text: str) -> str:
     """What a text has more than the one before it. (They differ before that where a prompt ends within a character.)"""
-    return text[len(before if text.startswith(before) else os.path.commonprefix([before, text])):]
+    if text.startswith(before):
+        return text[len(before):]
+    return text[sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, text))):]
 
 
 class GPT2Tokenizer(Tokenizer):
@@ -354,8 +356,8 @@ class GPT2Tokenizer(Tokenizer):
             raise OSError(f"GPT-2's tokenizer could not be downloaded ({type(error).__name__}); without network, put "
                           f"these files in one folder and set TIKTOKEN_CACHE_DIR to it: {files}") from None
         self.eot_id = self._encoding.eot_token
-        self.token_ids = dict.fromkeys(("config.json", "generation_config.json"),
-                                       {"bos_token_id": self.eot_id, "eos_token_id": self.eot_id})
+        ids = {"bos_token_id": self.eot_id, "eos_token_id": self.eot_id}
+        self.token_ids = {"config.json": ids, "generation_config.json": ids}
 
     @cached_property
     def hf(self) -> HFTokenizer:  # made when it is asked for: whoever only encodes can do without
@@ -488,11 +490,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     Raises FileNotFoundError when there is none, ValueError when it is broken."""
     folder = Path(folder)
     if not has_tokenizer(folder):
-        others = [path.name for path in sorted(folder.glob("*")) if path.suffix in (".model", ".tiktoken", ".spm")
-                  or path.name in ("vocab.txt", "tekken.json")]
-        hint = (f"; {', '.join(others)} there is a tokenizer of another make: AutoTokenizer.from_pretrained({str(folder)!r}"
-                f").save_pretrained({str(folder)!r}), of transformers, writes a tokenizer.json") if others else ""
-        raise FileNotFoundError(f"{folder} holds no tokenizer: neither tokenizer.json nor vocab.json and merges.txt{hint}")
+        others = ", ".join(path.name for path in sorted(folder.glob("*")) if path.suffix in (".model", ".tiktoken")
+                           or path.name in ("vocab.txt", "tekken.json"))
+        raise FileNotFoundError(f"{folder} holds no tokenizer: neither tokenizer.json nor vocab.json and merges.txt" + (
+            f"; {others} is one of another make, of which transformers writes a tokenizer.json: AutoTokenizer."
+            f"from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})" if others else ""))
     path = folder / "tokenizer.json"
     hf = _read_tokenizer(path) if path.is_file() else _read_vocab_and_merges(folder)
     if not hf.get_vocab_size():
@@ -511,9 +513,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 def _ours_that_are_faster(hf: HFTokenizer) -> Iterator[Tokenizer]:
     """Those of our own that `hf` may be."""
-    if isinstance(hf.model, models.WordLevel) and all(len(token) == 1 for token in (vocab := hf.get_vocab())):
+    vocab = hf.get_vocab()
+    if isinstance(hf.model, models.WordLevel) and all(len(token) == 1 for token in vocab):
         yield CharTokenizer(sorted(vocab, key=vocab.get))
-    if isinstance(hf.model, models.BPE) and hf.get_vocab_size() == 257:
+    if isinstance(hf.model, models.BPE) and len(vocab) == 257:
         yield ByteTokenizer()
 
 
