@@ -14,6 +14,12 @@ and stands for no bytes.
 
 from __future__ import annotations
 
+import process
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    process.begin(needs_reader=True)
+    process.end_with_torchrun()
+
 import json
 import math
 import re
@@ -23,11 +29,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import process
 import settings
 
-if __name__ == "__main__":  # before torch is imported, which takes seconds
-    process.end_with_torchrun()
+if __name__ == "__main__":
     settings.help_early(__file__, "EvaluateConfig")
 
 import numpy as np

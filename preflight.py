@@ -18,6 +18,7 @@ import torch
 
 import distributed
 import model as gpt
+import process
 from checkpoint import RunFolder
 from data import BatchPlan
 from device import free_memory_bytes, memory_bytes
@@ -37,7 +38,7 @@ def report(model: LanguageModel, plan: BatchPlan, epochs: str, run: RunFolder, s
     state, activations = state_bytes(model, plan, here), activation_bytes(model, plan.micro_batch, here)
     there = memory_bytes(here.device)
     if here.device.type == "cpu":
-        there //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        there //= process.ranks().local_world_size
     yield (f"memory a process: about {size(state + activations)} of {size(there)} (weights, gradients and the "
            f"optimiser's means {size(state)}, a micro-batch {size(activations)})")
     if state + activations > there:
@@ -59,8 +60,7 @@ def report(model: LanguageModel, plan: BatchPlan, epochs: str, run: RunFolder, s
     if here.world_size > 1:
         speed = distributed.bandwidth(here, min(4 * num_params, 100_000_000))
         yield f"all-reduce: {size(speed)}/s from each of {here.world_size} ranks"
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and os.environ.get(
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
+    if process.may_restart() and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
         yield ("warning: torchrun's restarts can hang on stale addresses: start it with "
                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment")
 
@@ -80,7 +80,7 @@ def fit_batch_size(model: LanguageModel, seqs_per_rank: int, here: Job) -> int:
         torch.cuda.reset_peak_memory_stats(here.device)  # the trial that failed is no part of the run
     else:
         most = BatchPlan(seqs_per_rank * here.world_size, 1, seqs_per_rank, here.world_size)
-        room = 0.8 * free_memory_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - state_bytes(model, most, here)
+        room = 0.8 * free_memory_bytes() / process.ranks().local_world_size - state_bytes(model, most, here)
         one = _kept_bytes(model, here)
         fitting = [n for n in sizes if n * one + activation_bytes(model, 0, here) < room]
     fits = min(distributed.gather(max(fitting, default=0), here))

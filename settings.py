@@ -28,6 +28,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import process
+
 T = TypeVar("T")
 ROOMS = Path(__file__).resolve().parent
 
@@ -227,9 +229,12 @@ def run(main: Callable[[list[str]], None]) -> None:
     ValueError too, is a defect, and keeps its traceback.
     """
     try:
-        main(sys.argv[1:])
-    except BrokenPipeError:  # the reader of our output, `head` for one, has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with process.interruptible():
+            try:
+                main(sys.argv[1:])
+            finally:
+                sys.stdout.flush()  # what cannot be written is known here, and not when Python ends
+    except BrokenPipeError:  # the reader of our output, `head` for one, has left (see process.begin)
         sys.exit(1)
     except (OSError, ValueError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve().parent
@@ -242,7 +247,7 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 
 def _complain(message: str) -> int:
-    rank = os.environ.get("RANK", "0")
+    rank = os.environ.get("RANK") or "0"
     label = "error" if rank == "0" else f"[rank {rank}] error"
     sys.stderr.write(f"{label}: {' '.join(message.split())}\n")  # in one piece: other ranks may write there too
     sys.stderr.flush()
