@@ -39,6 +39,11 @@ beside nanoGPT's way.
 
 from __future__ import annotations
 
+import process
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    process.begin()
+
 import contextlib
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Several processes: torchrun's environment, DDP and FSDP, compiling on all of them, reductions, clean-up.
+"""Several processes: their process group, DDP and FSDP, compiling on all of them, reductions, clean-up.
 
 Owns every call of torch.distributed. One process without torchrun is the job of world size 1, and all functions here
 work there without a process group, so that train.py has no second path.
@@ -24,6 +24,7 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 import machine
+import process
 from device import DeviceConfig, one_line, pick_device, pick_dtype
 
 T = TypeVar("T")
@@ -64,18 +65,17 @@ class Job:
 
 
 @contextlib.contextmanager
-def job(config: DeviceConfig, parallel: ParallelConfig | None = None) -> Iterator[Job]:
-    """Join torchrun's process group, if torchrun started us, and leave it at the end. Raises ValueError."""
+def job(config: DeviceConfig, parallel: ParallelConfig | None = None, alone: bool = False) -> Iterator[Job]:
+    """Join the process group of the launcher's ranks, where there are several, and leave it at the end; `alone`: this
+    process has nobody to join, whatever the environment says. Raises ValueError."""
     parallel = parallel or ParallelConfig()
-    under_torchrun = "RANK" in os.environ
-    rank, world_size, local_rank = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-                                    ) if under_torchrun else (0, 1, 0)
+    rank, world_size, local_rank, local_world_size = process.Ranks() if alone else process.ranks()
     device = pick_device(config.device, local_rank)
     here = Job(rank, world_size, device, parallel=parallel.parallel)
     here.set_dtype(pick_dtype(config.dtype, device))  # `auto` is decided anew when the model is known
     quota = machine.core_quota()  # without one, torch's own count of cores stays as it is
     if quota and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(torch.get_num_threads(), max(1, machine.num_cores() // machine.processes_here())))
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, machine.num_cores() // local_world_size)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
         if config.deterministic:
@@ -83,15 +83,23 @@ def job(config: DeviceConfig, parallel: ParallelConfig | None = None) -> Iterato
             os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # kernels chosen by timing differ between runs
             torch.use_deterministic_algorithms(True)
         torch.set_float32_matmul_precision("high")  # what stays float32 is multiplied as tf32
-    if not under_torchrun:
+    if world_size == 1:
         yield here
         return
     backend = parallel.backend if parallel.backend != "auto" else "nccl" if device.type == "cuda" else "gloo"
     if backend == "nccl" and device.type != "cuda":
         raise ValueError(f"backend=nccl works between CUDA devices, and this is {device}: use --backend=gloo")
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=parallel.timeout_s),
-                            device_id=device if backend == "nccl" else None)
-    here.talk = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=FILE_TIMEOUT_S))
+    where = process.rendezvous()
+    if not process.UNDER_TORCHRUN:
+        print(f"rank {rank} waits for the other {world_size - 1} at {where}, up to {parallel.timeout_s} s: the "
+              f"environment has {process.rank_variables()}", file=sys.stderr, flush=True)
+    try:
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=parallel.timeout_s),
+                                device_id=device if backend == "nccl" else None)
+        here.talk = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=FILE_TIMEOUT_S))
+    except dist.DistError as error:
+        raise ValueError(f"rank {rank} of {world_size} did not meet the others at {where} ({one_line(error)}); the "
+                         f"environment has {process.rank_variables()}: {process.HOW_TO_START}") from None
     yield here
     # Not after an error: the others may be waiting for us, closing the groups would wait for them, our end wakes them.
     here.talk = None

@@ -14,6 +14,12 @@ and stands for no bytes.
 
 from __future__ import annotations
 
+import process
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    process.begin(needs_reader=True)
+    process.end_with_torchrun()
+
 import json
 import math
 import re
@@ -24,11 +30,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import machine
-import process
 import settings
 
-if __name__ == "__main__":  # before torch is imported, which takes seconds
-    process.end_with_torchrun()
+if __name__ == "__main__":
     machine.warn_of_little_memory()
     settings.help_early(__file__, "EvaluateConfig")
 

@@ -10,6 +10,11 @@ It is there whole or not at all. The card names files without the folders that t
 
 from __future__ import annotations
 
+import process
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    process.begin()
+
 import json
 import os
 import re
@@ -22,7 +27,7 @@ from typing import Annotated, Any
 import settings
 
 if __name__ == "__main__":
-    settings.help_early(__file__, "ExportConfig")  # before torch is imported, which takes seconds
+    settings.help_early(__file__, "ExportConfig")
 
 import checkpoint
 import files

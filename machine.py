@@ -13,6 +13,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import process
+
 ROOT = Path("/")
 TORCH_BYTES = 200_000_000  # that a process with torch in it takes before it has done anything
 MEMORY_FILES = (  # a group's limit, what it uses of it, and what of that is file cache to drop first (in memory.stat)
@@ -99,16 +101,10 @@ def num_cores() -> int:
     return cores if quota is None else max(1, min(cores, int(quota)))
 
 
-def processes_here() -> int:
-    """How many processes of this job share the machine."""
-    told = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return max(1, int(told)) if told.isdigit() else 1
-
-
 def warn_of_little_memory() -> None:
     """Say, before torch is imported, that there is no room for it: the system kills a process without a word."""
-    left = free_memory_bytes() // processes_here()
-    if left < TORCH_BYTES and os.environ.get("RANK", "0") == "0":
-        print(f"warning: {left / 1e6:,.0f} MB of memory are left for a process here, and torch alone takes about "
+    left = free_memory_bytes()
+    if left < TORCH_BYTES and process.is_rank0():
+        print(f"warning: {left / 1e6:,.0f} MB of memory are left here, and torch alone takes a process about "
               f"{TORCH_BYTES / 1e6:,.0f} MB: the system may kill it; give the machine or the container more",
               file=sys.stderr, flush=True)

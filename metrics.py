@@ -182,21 +182,8 @@ class Reporter:
 
     def say(self, line: str) -> None:
         if self._speaks:
-            with self._heard_or_not():
-                tqdm.write(line)
-                sys.stdout.flush()
-
-    @contextlib.contextmanager
-    def _heard_or_not(self) -> Iterator[None]:
-        """A reader that has left, as `tee` does at a Ctrl-C and a terminal that is closed, does not end the run."""
-        try:
-            yield
-        except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            for stream in (sys.stdout, sys.stderr) if self._bar else (sys.stdout,):
-                os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
-            self._bar = None
+            tqdm.write(line)
+            sys.stdout.flush()
 
     @contextlib.contextmanager
     def excluded(self) -> Iterator[None]:
@@ -217,8 +204,7 @@ class Reporter:
         """A step over `tokens` was made (not waited for)."""
         self._tokens_since += tokens
         if self._bar is not None:
-            with self._heard_or_not():
-                self._bar.update(1)
+            self._bar.update(1)
 
     def train(self, step: int, tokens: int, loss: float, grad_norm: float, lr: float, batch_hash: int, skipped: int,
               fault: str) -> None:
@@ -243,8 +229,7 @@ class Reporter:
         if fault:
             self.say(f"warning: step {step}: {fault}; its update was skipped ({skipped} so far)")
         elif self._bar is not None:
-            with self._heard_or_not():
-                self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_sec:,.0f} tok/s")
+            self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_sec:,.0f} tok/s")
         else:
             self.say(f"step {step}/{self._max_iters}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.2f}, "
                      f"{ms_per_step:.1f} ms, {tokens_per_sec:,.0f} tok/s, "
@@ -303,8 +288,7 @@ class Reporter:
 
     def close(self) -> None:
         if self._bar is not None:
-            with self._heard_or_not():
-                self._bar.close()
+            self._bar.close()
         if self._trackers:
             self._trackers.close(summarize(read_records(self._path)))
 

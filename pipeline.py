@@ -34,6 +34,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 
 import files
+import process
 from shards import ShardWriter, narrow, shard_dtype
 from sources import NAMED, Part, Record, text_of
 from tokenizer import Tokenizer, load_tokenizer, make_tokenizer
@@ -222,8 +223,9 @@ class Workers:
             _ = encoder.tokenizer  # the children share it
         self._pool: Executor = ThreadPoolExecutor(1, **start) if count == 1 else ProcessPoolExecutor(
             count, multiprocessing.get_context(method), **start)
-        for _ in range(count):
-            self._pool.submit(_load)
+        with _unheard_ctrl_c():
+            for _ in range(count):
+                self._pool.submit(_load)
 
     def submit(self, records: list[Record], rule: SplitRule) -> Future:
         return self._pool.submit(_encode, records, rule)
@@ -235,6 +237,17 @@ class Workers:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
+@contextlib.contextmanager
+def _unheard_ctrl_c() -> Iterator[None]:
+    """Processes that are started in here do not hear Ctrl-C, not even while they import: it is the main process that is
+    interrupted, and ends its workers."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 _encoder: Encoder  # a worker's own
 
 
@@ -242,7 +255,8 @@ def _start(encoder: Encoder) -> None:
     global _encoder
     _encoder = encoder
     if parent := multiprocessing.parent_process():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process is interrupted, and ends its workers
+        process.prepare_streams()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
 
 

@@ -18,11 +18,12 @@ import torch
 
 import distributed
 import model as gpt
+import process
 from checkpoint import RunFolder
 from data import BatchPlan
 from device import memory_bytes
 from distributed import Job
-from machine import free_memory_bytes, processes_here, resident_bytes
+from machine import free_memory_bytes, resident_bytes
 from model import LanguageModel
 from optim import OptimConfig, schedule_warnings
 
@@ -41,7 +42,7 @@ def report(model: LanguageModel, plan: BatchPlan, epochs: str, run: RunFolder, s
 
     checkpoint, there = 12 * num_params, memory_bytes(here.device)  # float32 weights, AdamW's two means (Muon has one)
     if here.device.type == "cpu":
-        there //= processes_here()
+        there //= process.ranks().local_world_size
     parts = memory_parts(model, plan, here)
     yield (f"memory a process: about {size(sum(parts.values()))} of {there / 1e9:,.1f} GB ("
            + ", ".join(f"{part} {size(num_bytes)}" for part, num_bytes in parts.items()) + ")")
@@ -65,8 +66,7 @@ def report(model: LanguageModel, plan: BatchPlan, epochs: str, run: RunFolder, s
     if here.world_size > 1:
         speed = distributed.bandwidth(here, min(4 * num_params, 100_000_000))
         yield f"all-reduce: {size(speed)}/s from each of {here.world_size} ranks"
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and os.environ.get(
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
+    if process.may_restart() and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
         yield ("warning: torchrun's restarts can hang on stale addresses: start it with "
                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment")
 
@@ -85,8 +85,8 @@ def fit_batch_size(model: LanguageModel, seqs_per_rank: int, here: Job) -> int:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(here.device)  # the trial that failed is no part of the run
     else:
-        room = 0.9 * min(memory_bytes(here.device) / processes_here(),
-                         free_memory_bytes() / processes_here() + resident_bytes())
+        room = 0.9 * min(memory_bytes(here.device) / process.ranks().local_world_size,
+                         free_memory_bytes() / process.ranks().local_world_size + resident_bytes())
         fitting = [n for n in sizes if sum(memory_parts(model, BatchPlan(
             seqs_per_rank * here.world_size, n, seqs_per_rank // n, here.world_size), here).values()) < room]
     fits = min(distributed.gather(max(fitting, default=0), here))
@@ -117,7 +117,7 @@ def memory_parts(model: LanguageModel, plan: BatchPlan, here: Job) -> dict[str, 
              "a micro-batch": activation_bytes(model, plan.micro_batch, here)}
     if here.device.type != "cuda":
         parts["a micro-batch"] *= HEAP
-        parts["a checkpoint's copy"] = 12 * model.num_params(non_embedding=False) / processes_here()
+        parts["a checkpoint's copy"] = 12 * model.num_params(non_embedding=False) / process.ranks().local_world_size
         parts["the program itself"] = own_bytes(model, here)
     return parts
 

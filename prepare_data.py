@@ -23,6 +23,11 @@ lies in data/.NAME.partial, and the same command goes on from the last finished 
 
 from __future__ import annotations
 
+import process
+
+if __name__ == "__main__":
+    process.begin()
+
 import os
 import re
 import shutil
@@ -89,7 +94,10 @@ def main(argv: list[str]) -> None:
     if config.tokens.val_fraction is None:
         config.tokens.val_fraction = source.val_fraction
     config.tokens.tokenizer = kind_of(config)
-    rank, world_size = ranks()
+    rank, world_size, *_ = process.ranks()
+    if world_size > 1 and not process.UNDER_TORCHRUN:
+        print(f"rank {rank} of {world_size}, which all have to be started: the environment has "
+              f"{process.rank_variables()}; {process.HOW_TO_START}", flush=True)
     prepare(config, rank, world_size)
     if config.show_merges and rank == 0:
         show_merges(DATA_DIR / folder_name(config))
@@ -138,15 +146,6 @@ def check_options(config: PrepareConfig, given: Mapping[str, str]) -> None:
         faults.append(f"name={config.name!r} must be a plain folder name of letters, digits and .-+_")
     if faults:
         raise ValueError("; ".join(faults))
-
-
-def ranks() -> tuple[int, int]:
-    """This process's number and how many there are, from torchrun's environment. Raises ValueError."""
-    rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    if not (rank.isdigit() and world_size.isdigit() and int(rank) < int(world_size)):
-        raise ValueError(f"RANK={rank} and WORLD_SIZE={world_size} in the environment are not the numbers of a process "
-                         "and of all processes")
-    return int(rank), int(world_size)
 
 
 def prepare(config: PrepareConfig, rank: int, world_size: int) -> None:
@@ -246,7 +245,7 @@ def num_workers(config: PrepareConfig, mine: list[Part]) -> int:
     """As many as the user says, else one for each core that this rank may use; one for a small source."""
     if sum(part.size for part in mine) < SMALL_BYTES and not sources.hub_name(config.source):
         return 1
-    return config.tokens.workers or max(1, machine.num_cores() // machine.processes_here())
+    return config.tokens.workers or max(1, machine.num_cores() // process.ranks().local_world_size)
 
 
 def check_disk(folder: Path, expected_bytes: int) -> None:

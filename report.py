@@ -10,6 +10,11 @@ runs give the same bytes; the numbers that its pictures show are in it, as JSON 
 
 from __future__ import annotations
 
+import process
+
+if __name__ == "__main__":  # before matplotlib is imported, which takes a second
+    process.begin()
+
 import base64
 import html
 import json
@@ -21,7 +26,7 @@ from typing import Annotated, Any
 
 import settings
 
-if __name__ == "__main__":  # before matplotlib is imported, which takes a second
+if __name__ == "__main__":
     settings.help_early(__file__, "ReportConfig")
 
 import numpy as np

@@ -13,6 +13,11 @@ are `auto`); --start is another name of --prompt.
 
 from __future__ import annotations
 
+import process
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    process.begin(needs_reader=True)
+
 import contextlib
 import itertools
 import sys
@@ -27,7 +32,7 @@ import settings
 
 if __name__ == "__main__":
     machine.warn_of_little_memory()
-    settings.help_early(__file__, "SampleConfig")  # before torch is imported, which takes seconds
+    settings.help_early(__file__, "SampleConfig")
 
 import numpy as np
 import torch
@@ -67,7 +72,7 @@ class SampleConfig:
 def main(argv: list[str]) -> None:
     config, given = settings.parse(SampleConfig, argv, usage=__doc__, aliases={"start": "prompt"})
     check_options(config, given)
-    with distributed.job(config.where) as here:
+    with distributed.job(config.where, alone=True) as here:
         sample(config, here)
 
 

@@ -33,6 +33,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import process
+
 T = TypeVar("T")
 TYPO = 0.8  # how like a key (1 = the same) a name in a config file must be to be no helper but a misspelled key
 ROOMS = Path(__file__).resolve().parent
@@ -79,7 +81,7 @@ def parse(options: type[T], argv: list[str], usage: str = "", aliases: dict[str,
                if not _accepts(options, [a])]
     if faults:
         raise ValueError("; ".join(faults))
-    for line in helpers if os.environ.get("RANK", "0") == "0" else []:
+    for line in helpers if process.is_rank0() else []:
         print(line, file=sys.stderr, flush=True)
     return _tyro(options, [f"--{a.key}={a.value}" for a in effective], usage), given
 
@@ -251,9 +253,12 @@ def run(main: Callable[[list[str]], None]) -> None:
     ValueError too, is a defect, and keeps its traceback.
     """
     try:
-        main(sys.argv[1:])
-    except BrokenPipeError:  # the reader of our output, `head` for one, has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with process.interruptible():
+            try:
+                main(sys.argv[1:])
+            finally:
+                sys.stdout.flush()  # what cannot be written is known here, and not when Python ends
+    except BrokenPipeError:  # the reader of our output, `head` for one, has left (see process.begin)
         sys.exit(1)
     except (OSError, ValueError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve().parent
@@ -266,8 +271,7 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 
 def _complain(message: str) -> int:
-    rank = os.environ.get("RANK", "0")
-    label = "error" if rank == "0" else f"[rank {rank}] error"
+    label = "error" if process.is_rank0() else f"[rank {os.environ['RANK']}] error"
     sys.stderr.write(f"{label}: {' '.join(message.split())}\n")  # in one piece: other ranks may write there too
     sys.stderr.flush()
     return 2

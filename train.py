@@ -15,6 +15,12 @@ defaults are nanoGPT's; where flatGPT differs (device, dtype and compile are `au
 
 from __future__ import annotations
 
+import process
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    process.begin()
+    process.end_with_torchrun()
+
 import itertools
 import math
 import sys
@@ -25,11 +31,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import machine
-import process
 import settings
 
-if __name__ == "__main__":  # before torch is imported, which takes seconds
-    process.end_with_torchrun()
+if __name__ == "__main__":
     machine.warn_of_little_memory()
     settings.help_early(__file__, "TrainConfig")
 

@@ -11,6 +11,11 @@ machine is not equally fast all the time. It runs train.py as a person would and
 
 from __future__ import annotations
 
+import process
+
+if __name__ == "__main__":
+    process.begin()
+
 import json
 import shlex
 import statistics
