@@ -47,7 +47,7 @@ class Job:
     rank: int
     world_size: int
     device: torch.device
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype
     parallel: str = "ddp"
     talk: dist.ProcessGroup | None = None  # for plain Python between the ranks, with patience for slow disks
 
@@ -71,8 +71,8 @@ def job(config: DeviceConfig, parallel: ParallelConfig | None = None, alone: boo
     parallel = parallel or ParallelConfig()
     rank, world_size, local_rank, local_world_size = process.Ranks() if alone else process.ranks()
     device = pick_device(config.device, local_rank)
-    here = Job(rank, world_size, device, parallel=parallel.parallel)
-    here.set_dtype(pick_dtype(config.dtype, device))  # `auto` is decided anew when the model is known
+    here = Job(rank, world_size, device, pick_dtype(config.dtype, device), parallel.parallel)
+    here.set_dtype(here.dtype)  # is checked; what `auto` means is decided anew when the model is known
     quota = machine.core_quota()  # without one, torch's own count of cores stays as it is
     if quota and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(torch.get_num_threads(), max(1, machine.num_cores() // local_world_size)))
