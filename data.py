@@ -32,7 +32,7 @@ from typing import Annotated, Literal, TypeVar
 import numpy as np
 import torch
 
-from shards import Dataset, Split, open_dataset
+from shards import DATA_DIR, Dataset, Split, open_dataset
 from tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -141,9 +141,10 @@ def open_mixture(spec: str, vocab_size: int = 0, tokenizer: str = "auto") -> Mix
 
     Raises ValueError for a spec that is none, and for data sets whose tokenizers differ."""
     weights: dict[str, float] = {}
-    is_one = "," not in spec or Path(spec).is_dir()
-    for part in [f"{spec}:1"] if is_one else spec.split(","):
-        name, colon, weight = (word.strip() for word in part.rpartition(":"))
+    is_one = "," not in spec or _is_folder(spec)
+    for part in [spec] if is_one else spec.split(","):
+        has_no_weight = is_one or _is_folder(part.strip())
+        name, colon, weight = (word.strip() for word in (f"{part}:1" if has_no_weight else part).rpartition(":"))
         name, weight = (name, weight) if colon else (weight, "1")  # without weights all count alike
         try:
             if not name or name in weights or not 0 < float(weight) < float("inf"):
@@ -162,6 +163,11 @@ def open_mixture(spec: str, vocab_size: int = 0, tokenizer: str = "auto") -> Mix
             raise ValueError(f"{first.folder} and {other.folder} were made with different tokenizers: their ids mean "
                              "different things")
     return mixture
+
+
+def _is_folder(name: str) -> bool:
+    """Whether a data set has this very name, whatever it holds of a mixture's signs."""
+    return (DATA_DIR / name).is_dir() or Path(name).is_dir()
 
 
 def _same_tokenizer(first: Dataset, other: Dataset) -> bool:
