@@ -2,6 +2,7 @@
 
 A backend that counts, or fails, stands in for the compiler itself, which takes half a minute."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -170,3 +171,31 @@ def test_a_run_whose_compiler_is_missing_ends_as_one_that_wants_none(tiny_data, 
     weights = [(tmp_path / "out" / str(compiled) / "checkpoints/latest/model.safetensors").read_bytes()
                for compiled in said]
     assert weights[0] == weights[1]
+
+
+def test_deterministic_reaches_the_compiler_and_nccl_whatever_was_imported_before(monkeypatch):
+    import torch._inductor.config  # reads its environment variables now  # noqa: F401
+
+    names, asked = ("NCCL_ALGO", "CUBLAS_WORKSPACE_CONFIG"), []
+    monkeypatch.setattr(distributed, "pick_device", lambda *args: torch.device("cuda", 0))
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    monkeypatch.setattr(nn.Module, "compile", lambda part, **how: asked.append(how))
+    model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32))
+    precision, filled = torch.get_float32_matmul_precision(), torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        with distributed.job(DeviceConfig(dtype="bfloat16", deterministic=True)):
+            distributed._compile(model)
+        assert asked == [{"options": {"deterministic": True}}] * 3
+        torch.compile(model.h[0], **asked[0])  # raises for an option that this torch does not have
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+        assert [os.environ[name] for name in names] == ["Ring", ":4096:8"]
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+        torch.set_float32_matmul_precision(precision)
+        for name in names:
+            os.environ.pop(name, None)
+    asked.clear()
+    distributed._compile(model)
+    assert asked == [{}] * 3
