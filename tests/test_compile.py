@@ -174,7 +174,7 @@ def test_a_run_whose_compiler_is_missing_ends_as_one_that_wants_none(tiny_data, 
 
 
 def test_deterministic_reaches_the_compiler_and_nccl_whatever_was_imported_before(monkeypatch):
-    import torch._inductor.config  # reads its environment variables now  # noqa: F401
+    import torch._inductor.config  # reads its environment variables now
 
     names, asked = ("NCCL_ALGO", "CUBLAS_WORKSPACE_CONFIG"), []
     monkeypatch.setattr(distributed, "pick_device", lambda *args: torch.device("cuda", 0))
