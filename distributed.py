@@ -15,8 +15,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import machine
 import process
+from baselines import build_empty
 from device import DeviceConfig, one_line, pick_device, pick_dtype
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
 FILE_TIMEOUT_S = 3600  # that the others wait while rank 0 reads, verifies or writes files
@@ -80,8 +84,9 @@ def job(config: DeviceConfig, parallel: ParallelConfig | None = None, alone: boo
         torch.cuda.set_device(device)
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with its own
-            os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # kernels chosen by timing differ between runs
+            os.environ.setdefault("NCCL_ALGO", "Ring")  # switches that add up (NVLS) do so in any order
             torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # all of it is written before it is read
         torch.set_float32_matmul_precision("high")  # what stays float32 is multiplied as tf32
     if world_size == 1:
         yield here
@@ -116,7 +121,7 @@ def lay_out(model: nn.Module, state: Mapping[str, torch.Tensor] | None, here: Jo
     """Give a model made on the meta device its memory and rank 0's weights (`state`; None elsewhere): whole on every
     rank, or, with FSDP, each rank's part of it, so that no GPU ever holds it whole."""
     if here.world_size > 1 and here.parallel == "fsdp":
-        _shard(model, here)
+        _shard(model, _mesh(here, here.world_size), here)
     model.to_empty(device=here.device)
     fill(model, state, here)
     return model
@@ -130,14 +135,37 @@ def fill(model: nn.Module, state: Mapping[str, torch.Tensor] | None, here: Job) 
             p.copy_(from_rank0(value.to(here.device), p, here))
 
 
-def _shard(model: nn.Module, here: Job) -> None:
-    """FSDP2: each rank holds 1/W of every parameter; a block's are gathered when it runs, and its gradients summed in
-    float32. With 16-bit products the blocks' weights travel in 16 bits; the residual path stays float32, as in DDP."""
-    # These take a second to import, which every start would pay.
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+def stand_in(model: nn.Module, here: Job) -> nn.Module:
+    """A model of one block for a trial: in `model`'s shape and number type, with weights of zero, on this rank alone.
 
-    mesh = init_device_mesh(here.device.type, (here.world_size,))
+    A pass that fails leaves FSDP with parameters that are no longer sharded, and the ranks in different collectives.
+    So what is to be trained takes part in no trial, and what takes part is thrown away."""
+    trial = build_empty(replace(model.config, n_layer=1))
+    trial.activation_checkpointing = model.activation_checkpointing
+    if here.world_size > 1 and here.parallel == "fsdp":
+        _shard(trial, _mesh(here, 1), here)
+    trial.to_empty(device=here.device)
+    with torch.no_grad():
+        for p in trial.parameters():
+            p.zero_()
+    trial.set_attention(model.h[0].attn.how if model.h else "sdpa")
+    return trial
+
+
+def _mesh(here: Job, size: int) -> DeviceMesh:
+    """The ranks, in groups of `size`: the group that this rank is in."""
+    from torch.distributed.device_mesh import init_device_mesh  # takes a second, which every start would pay
+
+    shape = (here.world_size // size, size)
+    return init_device_mesh(here.device.type, shape, mesh_dim_names=("groups", "ranks"))["ranks"]
+
+
+def _shard(model: nn.Module, mesh: DeviceMesh, here: Job) -> None:
+    """FSDP2: each rank of the mesh holds its part of every parameter; a block's are gathered when it runs, and its
+    gradients summed in float32. With 16-bit products the blocks' weights travel in 16 bits; the residual path stays
+    float32, as in DDP."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method  # a second
+
     policy = MixedPrecisionPolicy()
     if here.dtype != torch.float32:
         policy = MixedPrecisionPolicy(here.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -149,7 +177,11 @@ def _shard(model: nn.Module, here: Job) -> None:
 
 def wrap(model: nn.Module, here: Job, batch_size: int) -> nn.Module:
     """The model whose backward pass averages gradients over the ranks: DDP around it, or itself if it is sharded."""
-    if here.world_size == 1 or here.parallel == "fsdp":
+    if here.world_size == 1:
+        return model
+    if here.parallel == "fsdp":
+        # After a pass that failed they would be whole, and each rank would train a model of its own.
+        assert all(hasattr(p, "full_tensor") for p in model.parameters()), "FSDP's parameters are not sharded"
         return model
     device_ids = [here.device.index] if here.device.type == "cuda" else None
     wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
@@ -222,24 +254,31 @@ def compile_parts(model: nn.Module, wanted: str, here: Job, batch_size: int) -> 
     Returns why it runs without after all, or None."""
     if wanted == "False" or (wanted == "auto" and here.device.type != "cuda"):
         return None
-    failure = None
-    for part in model.compiled_parts():
-        part.compile()
     import torch._functorch.config  # a second to import
 
     # Else the compiler keeps an activation beside what it is made from, where a matrix product reads it.
     torch._functorch.config.ban_recompute_materialized_backward = False
+    trial, failure = stand_in(model, here), None
+    _compile(trial)
     try:
-        _try_pass(model, model, here, batch_size)
+        _try_pass(trial, trial, here, batch_size)
     except torch.OutOfMemoryError:  # no fault of the compiler's
         raise
     except Exception as error:  # whatever the compiler trips over: training without it is better than none
-        failure = one_line(error)
+        failure = one_line(getattr(error, "inner_exception", error))  # of dynamo's own, what its backend raised
     failures = [f for f in gather(failure, here) if f]
     if failures:
-        for part in model.compiled_parts():
-            part._compiled_call_impl = None
-    return failures[0] if failures else None
+        return failures[0]
+    _compile(model)  # finds the trial's compilation ready
+    return None
+
+
+def _compile(model: nn.Module) -> None:
+    # Kernels that are chosen by their speed differ between runs. (An environment variable would come too late where
+    # torch's compiler is imported already.)
+    how = {"options": {"deterministic": True}} if torch.are_deterministic_algorithms_enabled() else {}
+    for part in model.compiled_parts():
+        part.compile(**how)
 
 
 def eager(model: nn.Module) -> contextlib.AbstractContextManager:

@@ -40,7 +40,7 @@ from tokenizer import Tokenizer
 
 # Dense bfloat16 (float16 on V100 and T4) matrix peaks in flops/s, from the vendor's data sheets, by what the device's
 # name holds as a whole word. A device that is not listed has no MFU: "unknown" is better than a guess.
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+PEAK_FLOPS = {"B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
               "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "L4": 121e12, "V100": 125e12, "T4": 65e12,
               "RTX 4090(?! )": 165e12, "RTX 3090(?! )": 71e12}
 NUM_SAMPLES = 2  # texts that a run writes at a time

@@ -179,7 +179,8 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
                              data.shares)
     sample_orders, whole_orders = ({name: EvalOrder(split, block_size, num_seqs) for name, split in val_splits.items()}
                                    for num_seqs in (config.eval_iters * config.data.batch_size, 0))
-    evaluate = partial(validation_losses, model, shares=data.shares, batch_size=config.data.batch_size, here=here)
+    # In rows of a micro-batch, a shape that compiled blocks know.
+    evaluate = partial(validation_losses, model, shares=data.shares, batch_size=plan.micro_batch, here=here)
     if config.eval_only:
         report.say(f"step {trainer['step']}: {describe_losses(evaluate(whole_orders))} on the whole validation split")
         return ""

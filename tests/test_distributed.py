@@ -1,10 +1,12 @@
 """distributed.py: whatever the layout, the gradients are one process's; what the ranks must agree on, they compare."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 from conftest import on_ranks, write_shard
 
 import distributed
@@ -247,3 +249,28 @@ def test_float16_is_refused_with_fsdp(monkeypatch):
     monkeypatch.setattr(distributed, "pick_dtype", lambda name, device: torch.float16)
     with pytest.raises(ValueError, match="dtype=float16 does not go with parallel=fsdp"), join("fsdp"):
         pass
+
+
+def count_collectives(layout: str) -> dict[str, Counter]:
+    """What the ranks send each other in the parts of a step, by torch's names."""
+    with join(layout) as here:
+        model = lay_out(here)
+        wrapped, optimizer = distributed.wrap(model, here, MICRO_SEQS), build_optimizer(model, OptimConfig())
+        tokens = torch.zeros(MICRO_SEQS, BLOCK_SIZE, dtype=torch.long)
+        seen = {}
+        for part, do in (("passes", lambda: wrapped(tokens, tokens)[1].backward()),
+                         ("clip", lambda: distributed.whole(nn.utils.clip_grad_norm_(model.parameters(), 1.0))),
+                         ("update", optimizer.step), ("zero", lambda: distributed.zero_grad(model, here))):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                do()
+            seen[part] = Counter(event.name for event in profile.events() if event.name.startswith("c10d::"))
+        return seen
+
+
+def test_a_step_takes_no_more_collectives_than_it_has_to():
+    """FSDP: a gather a pass for each of the two blocks, one for what is in none, a scatter of each one's gradients."""
+    expected = {"ddp": [{"c10d::allreduce_": 1}, {}, {}, {}],
+                "fsdp": [{"c10d::_allgather_base_": 5, "c10d::_reduce_scatter_base_": 3}, {"c10d::allreduce_": 1},
+                         {}, {}]}
+    for layout in LAYOUTS:
+        assert list(on_ranks(2, count_collectives, layout)[0].values()) == expected[layout]
