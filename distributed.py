@@ -140,7 +140,7 @@ def stand_in(model: nn.Module, here: Job) -> nn.Module:
 
     A pass that fails leaves FSDP with parameters that are no longer sharded, and the ranks in different collectives.
     So what is to be trained takes part in no trial, and what takes part is thrown away."""
-    trial = build_empty(replace(model.config, n_layer=1))
+    trial = build_empty(replace(model.config, n_layer=1) if model.h else model.config)
     trial.activation_checkpointing = model.activation_checkpointing
     if here.world_size > 1 and here.parallel == "fsdp":
         _shard(trial, _mesh(here, 1), here)
@@ -252,31 +252,40 @@ def compile_parts(model: nn.Module, wanted: str, here: Job, batch_size: int) -> 
     """Compile the model's parts in place if `wanted` (auto, True, False), after a trial on every rank.
 
     Returns why it runs without after all, or None."""
-    if wanted == "False" or (wanted == "auto" and here.device.type != "cuda"):
+    if not wants_compiler(wanted, here):
         return None
+    failure = try_compiler(model, here, batch_size)
+    if failure is None:
+        compile_in_place(model)  # finds the trial's compilation ready
+    return failure
+
+
+def wants_compiler(wanted: str, here: Job) -> bool:
+    return wanted == "True" or (wanted == "auto" and here.device.type == "cuda")
+
+
+def try_compiler(model: nn.Module, here: Job, batch_size: int) -> str | None:
+    """Compile a stand-in for the model and run it. Returns what failed, on whichever rank, or None."""
     import torch._functorch.config  # a second to import
 
     # Else the compiler keeps an activation beside what it is made from, where a matrix product reads it.
     torch._functorch.config.ban_recompute_materialized_backward = False
     trial, failure = stand_in(model, here), None
-    _compile(trial)
+    compile_in_place(trial)
     try:
         _try_pass(trial, trial, here, batch_size)
     except torch.OutOfMemoryError:  # no fault of the compiler's
         raise
     except Exception as error:  # whatever the compiler trips over: training without it is better than none
         failure = one_line(getattr(error, "inner_exception", error))  # of dynamo's own, what its backend raised
-    failures = [f for f in gather(failure, here) if f]
-    if failures:
-        return failures[0]
-    _compile(model)  # finds the trial's compilation ready
-    return None
+    return next((f for f in gather(failure, here) if f), None)
 
 
-def _compile(model: nn.Module) -> None:
-    # Kernels that are chosen by their speed differ between runs. (An environment variable would come too late where
-    # torch's compiler is imported already.)
-    how = {"options": {"deterministic": True}} if torch.are_deterministic_algorithms_enabled() else {}
+def compile_in_place(model: nn.Module, **how: Any) -> None:
+    if torch.are_deterministic_algorithms_enabled():
+        # Kernels that are chosen by their speed differ between runs. (An environment variable would come too late
+        # where torch's compiler is imported already.)
+        how["options"] = {"deterministic": True}
     for part in model.compiled_parts():
         part.compile(**how)
 

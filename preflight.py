@@ -7,14 +7,15 @@ enough to see on the first screen that a run cannot end well.
 
 from __future__ import annotations
 
-import itertools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 
 import distributed
 import model as gpt
@@ -71,43 +72,77 @@ def report(model: LanguageModel, plan: BatchPlan, epochs: str, run: RunFolder, s
                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment")
 
 
-def fit_batch_size(model: LanguageModel, seqs_per_rank: int, here: Job) -> int:
+def fit_batch_size(model: LanguageModel, seqs_per_rank: int, here: Job, compile: str = "False") -> int:
     """The largest micro-batch that every rank's device takes: a divisor of `seqs_per_rank`. Raises ValueError.
 
-    On a GPU it is tried, with the gradients and room for AdamW's means in place; elsewhere, where a trial that fails is
-    the end of the process, it is reckoned."""
+    On a GPU it is tried, by a stand-in for the model, compiled if `compile` says so (see distributed.compile_parts);
+    elsewhere, where a trial that fails is the end of the process, it is reckoned."""
     sizes = [n for n in range(1, seqs_per_rank + 1) if seqs_per_rank % n == 0]
+    plans = [BatchPlan(seqs_per_rank * here.world_size, n, seqs_per_rank // n, here.world_size) for n in sizes]
     if here.device.type == "cuda":
-        share = here.world_size if here.parallel == "fsdp" else 1
-        means = torch.empty(2 * sum(p.numel() for p in model.parameters()) // share, device=here.device)
-        fitting = list(itertools.takewhile(partial(_fits_gpu, model, here), sizes))
-        del means
+        fits = _gpu_trial(model, here, compile)
+        largest = _largest_fitting(plans, fits, here)
+        del fits  # and the stand-in with it: the trial is no part of the run
+        torch.compiler.reset()  # or what is trained would be compiled for all sizes, which is slower
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(here.device)  # the trial that failed is no part of the run
+        torch.cuda.reset_peak_memory_stats(here.device)
     else:
-        room = 0.9 * min(memory_bytes(here.device) / process.ranks().local_world_size,
-                         free_memory_bytes() / process.ranks().local_world_size + resident_bytes())
-        fitting = [n for n in sizes if sum(memory_parts(model, BatchPlan(
-            seqs_per_rank * here.world_size, n, seqs_per_rank // n, here.world_size), here).values()) < room]
-    fits = min(distributed.gather(max(fitting, default=0), here))
-    if not fits:
+        largest = _largest_fitting(plans, partial(_fits_host, model, here), here)
+    if not largest:
         raise ValueError(f"not even one sequence of {model.config.block_size} tokens fits the memory of {here.device}: "
                          "lower --block_size, or try --activation_checkpointing=True or --parallel=fsdp")
-    return fits
+    return largest
 
 
-def _fits_gpu(model: LanguageModel, here: Job, micro_batch: int) -> bool:
-    tokens = torch.zeros(micro_batch, model.config.block_size, dtype=torch.long, device=here.device)
+def _largest_fitting(plans: list[BatchPlan], fits: Callable[[BatchPlan], bool], here: Job) -> int:
+    """The micro-batch of the last plan up to which all fit on all ranks, 0 for none. The ranks hear of each other's
+    verdict after each, so that none goes on to a size alone."""
+    largest = 0
+    for plan in plans:
+        if not all(distributed.gather(fits(plan), here)):
+            break
+        largest = plan.micro_batch
+    return largest
+
+
+def _fits_host(model: LanguageModel, here: Job, plan: BatchPlan) -> bool:
+    processes = process.ranks().local_world_size
+    room = min(memory_bytes(here.device) / processes, free_memory_bytes() / processes + resident_bytes())
+    return sum(memory_parts(model, plan, here).values()) < 0.9 * room
+
+
+def _gpu_trial(model: LanguageModel, here: Job, compile: str) -> Callable[[BatchPlan], bool]:
+    """A function that tells whether this rank's GPU takes a plan's micro-batch: a stand-in makes two passes over one,
+    beside a tensor as large as all else that training holds. No rank waits for another in there."""
+    is_compiled = distributed.wants_compiler(compile, here) and distributed.try_compiler(model, here, 1) is None
+    trial = distributed.stand_in(model, replace(here, parallel="ddp"))  # whole on each rank
+    block, num_blocks = sum(p.numel() for p in trial.h.parameters()), len(model.h)
+    trial.h = nn.ModuleList([*trial.h] * num_blocks)  # what counts is what each of them keeps of a batch
+    if is_compiled:
+        distributed.compile_in_place(trial, dynamic=True)  # once for all sizes
+    held = sum(distributed.local(p).nbytes for p in model.parameters()) + 8 * sum(p.numel() for p in trial.parameters())
+    # Autocast's 16-bit weights of the blocks that are not there; FSDP frees them block by block.
+    casts = 0 if here.parallel == "fsdp" or here.dtype == torch.float32 else 2 * block * max(0, num_blocks - 1)
+    return lambda plan: _fits_gpu(trial, here, plan.micro_batch, state_bytes(model, plan, here) + casts - held)
+
+
+def _fits_gpu(trial: LanguageModel, here: Job, micro_batch: int, num_bytes: int) -> bool:
+    """Whether two passes fit beside `num_bytes`."""
+    torch.cuda.empty_cache()  # else what a smaller size has left would count
+    torch.cuda.reset_peak_memory_stats(here.device)
     try:
+        others = torch.empty(max(0, num_bytes), dtype=torch.uint8, device=here.device)
+        tokens = torch.zeros(micro_batch, trial.config.block_size, dtype=torch.long, device=here.device)
         for _ in range(2):  # the second time beside gradients
             with here.autocast():
-                _, loss = model(tokens, tokens)
+                _, loss = trial(tokens, tokens)
             loss.backward()
+        del others
         return torch.cuda.max_memory_reserved(here.device) < 0.95 * memory_bytes(here.device)
     except torch.OutOfMemoryError:
         return False
     finally:
-        model.zero_grad(set_to_none=True)
+        trial.zero_grad(set_to_none=True)
 
 
 def memory_parts(model: LanguageModel, plan: BatchPlan, here: Job) -> dict[str, float]:

@@ -169,7 +169,8 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     block_size = model.config.block_size
     model.activation_checkpointing = config.activation_checkpointing
     plan = plan_batches(config.data, given, block_size, here.world_size, lambda seqs: (
-        trainer["options"]["batch_size"] if trainer["folder"] else preflight.fit_batch_size(model, seqs, here)))
+        trainer["options"]["batch_size"] if trainer["folder"] else preflight.fit_batch_size(
+            model, seqs, here, config.compile)))
     options = settings.flatten(config)
     identity = {"data_fingerprint": data.fingerprint, "data_vocab_size": data.vocab_size,
                 "seqs_per_step": plan.seqs_per_step}

@@ -12,6 +12,7 @@ import torch.nn as nn
 from conftest import ROOT, TINY_RUN, on_ranks, torchrun
 
 import distributed
+import preflight
 from baselines import build_empty
 from data import EvalOrder
 from device import DeviceConfig
@@ -184,7 +185,7 @@ def test_deterministic_reaches_the_compiler_and_nccl_whatever_was_imported_befor
     precision, filled = torch.get_float32_matmul_precision(), torch.utils.deterministic.fill_uninitialized_memory
     try:
         with distributed.job(DeviceConfig(dtype="bfloat16", deterministic=True)):
-            distributed._compile(model)
+            distributed.compile_in_place(model)
         assert asked == [{"options": {"deterministic": True}}] * 3
         torch.compile(model.h[0], **asked[0])  # raises for an option that this torch does not have
         assert torch.are_deterministic_algorithms_enabled()
@@ -197,5 +198,41 @@ def test_deterministic_reaches_the_compiler_and_nccl_whatever_was_imported_befor
         for name in names:
             os.environ.pop(name, None)
     asked.clear()
-    distributed._compile(model)
+    distributed.compile_in_place(model)
     assert asked == [{}] * 3
+
+
+def fit_and_train(layout: str, where: str, full_at: int) -> tuple[int, list]:
+    """The micro-batch that is found when rank 1's memory is full in a pass over so many sequences (0: never), by what a
+    GPU's trial does; and the steps after it."""
+    forward = GPT.forward
+
+    def overflow(model, idx, targets=None, num_targets=None):
+        loss = forward(model, idx, targets, num_targets)[1]
+        if here.rank == 1 and len(idx) == full_at and num_targets is None:
+            if where == "forward":
+                raise torch.OutOfMemoryError("forward")
+            loss.register_hook(out_of_memory)
+        return None, loss
+
+    def out_of_memory(gradient):
+        raise torch.OutOfMemoryError("backward")
+
+    with pytest.MonkeyPatch.context() as patched, join(layout) as here:
+        for name in ("reset_peak_memory_stats", "max_memory_reserved"):
+            patched.setattr(torch.cuda, name, lambda device: 0)
+        model, found = make(layout, here), MICRO_SEQS
+        if where:
+            fits = preflight._gpu_trial(model, here, "False")
+            patched.setattr(preflight, "_fits_host", lambda model, here, plan: fits(plan))
+            patched.setattr(GPT, "forward", overflow)
+            found = preflight.fit_batch_size(model, 4, here)
+            patched.setattr(GPT, "forward", forward)
+        return found, train_steps(model, here)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_size_that_does_not_fit_one_rank_is_no_ranks_and_changes_no_step(layout):
+    [(_, undisturbed), _] = on_ranks(2, fit_and_train, layout, "", 0)
+    for where, full_at, expected in (("forward", 2, 1), ("backward", 2, 1), ("backward", 4, 2), ("forward", 0, 4)):
+        assert on_ranks(2, fit_and_train, layout, where, full_at) == [(expected, undisturbed)] * 2
