@@ -99,6 +99,7 @@ def verify(folder: Path) -> None:
         if not path.is_file():
             raise ValueError(f"checkpoint {folder} is damaged: {name} is missing")
         if files.sha256_file(path) != digest:
+            files.refuse_pointer(path)
             raise ValueError(f"checkpoint {folder} is damaged: {name} is not what was saved (its checksum differs)")
 
 
