@@ -117,7 +117,8 @@ def memory_parts(model: LanguageModel, plan: BatchPlan, here: Job) -> dict[str, 
              "a micro-batch": activation_bytes(model, plan.micro_batch, here)}
     if here.device.type != "cuda":
         parts["a micro-batch"] *= HEAP
-        parts["a checkpoint's copy"] = 12 * model.num_params(non_embedding=False) / processes_here()
+        # Rank 0's: weights, two means, and the weights once more as Hugging Face has them.
+        parts["a checkpoint's copy"] = 16 * model.num_params(non_embedding=False) / processes_here()
         parts["the program itself"] = own_bytes(model, here)
     return parts
 
