@@ -39,17 +39,14 @@ def report(model: LanguageModel, plan: BatchPlan, epochs: str, run: RunFolder, s
     yield (f"{plan.seqs_per_step * block_size:,} tokens a step = {plan.accumulation_steps} micro-batches x "
            f"{plan.micro_batch} sequences x {block_size} tokens x {here.world_size} ranks; an epoch {epochs}")
 
-    checkpoint, there = 12 * num_params, memory_bytes(here.device)  # float32 weights, AdamW's two means (Muon has one)
-    if here.device.type == "cpu":
-        there //= processes_here()
-    parts = memory_parts(model, plan, here)
-    yield (f"memory a process: about {size(sum(parts.values()))} of {there / 1e9:,.1f} GB ("
+    parts, room = memory_parts(model, plan, here), memory_room(here)
+    yield (f"memory a process: about {size(sum(parts.values()))} of {room / 1e9:,.1f} GB ("
            + ", ".join(f"{part} {size(num_bytes)}" for part, num_bytes in parts.items()) + ")")
-    if sum(parts.values()) > there:
+    if sum(parts.values()) > room:
         yield ("warning: that will not fit: lower --batch_size, or try --activation_checkpointing=True or "
                "--parallel=fsdp")
 
-    free = free_bytes(run.path)
+    checkpoint, free = 12 * num_params, free_bytes(run.path)  # float32 weights, AdamW's two means (Muon has one)
     kept = checkpoints_kept(run, steps_between_saves, max_iters)
     yield (f"saving: {size(checkpoint)} a checkpoint, copied to host memory first; at most {kept} kept on the disk, "
            f"{size(free)} free for {run.path}")
@@ -85,10 +82,9 @@ def fit_batch_size(model: LanguageModel, seqs_per_rank: int, here: Job) -> int:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(here.device)  # the trial that failed is no part of the run
     else:
-        room = 0.9 * min(memory_bytes(here.device) / processes_here(),
-                         free_memory_bytes() / processes_here() + resident_bytes())
-        fitting = [n for n in sizes if sum(memory_parts(model, BatchPlan(
-            seqs_per_rank * here.world_size, n, seqs_per_rank // n, here.world_size), here).values()) < room]
+        plans = (BatchPlan(seqs_per_rank * here.world_size, n, seqs_per_rank // n, here.world_size) for n in sizes)
+        fitting = [plan.micro_batch for plan in plans
+                   if sum(memory_parts(model, plan, here).values()) < 0.9 * memory_room(here)]
     fits = min(distributed.gather(max(fitting, default=0), here))
     if not fits:
         raise ValueError(f"not even one sequence of {model.config.block_size} tokens fits the memory of {here.device}: "
@@ -108,6 +104,13 @@ def _fits_gpu(model: LanguageModel, here: Job, micro_batch: int) -> bool:
         return False
     finally:
         model.zero_grad(set_to_none=True)
+
+
+def memory_room(here: Job) -> float:
+    """What a rank may come to hold of a GPU; elsewhere its share of what is free on the host, with what it has."""
+    if here.device.type == "cuda":
+        return memory_bytes(here.device)
+    return min(memory_bytes(here.device), free_memory_bytes() + processes_here() * resident_bytes()) / processes_here()
 
 
 def memory_parts(model: LanguageModel, plan: BatchPlan, here: Job) -> dict[str, float]:
