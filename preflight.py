@@ -41,17 +41,14 @@ def report(model: LanguageModel, plan: BatchPlan, epochs: str, run: RunFolder, s
     yield (f"{plan.seqs_per_step * block_size:,} tokens a step = {plan.accumulation_steps} micro-batches x "
            f"{plan.micro_batch} sequences x {block_size} tokens x {here.world_size} ranks; an epoch {epochs}")
 
-    checkpoint, there = 12 * num_params, memory_bytes(here.device)  # float32 weights, AdamW's two means (Muon has one)
-    if here.device.type == "cpu":
-        there //= process.ranks().local_world_size
-    parts = memory_parts(model, plan, here)
-    yield (f"memory a process: about {size(sum(parts.values()))} of {there / 1e9:,.1f} GB ("
+    parts, room = memory_parts(model, plan, here), memory_room(here)
+    yield (f"memory a process: about {size(sum(parts.values()))} of {room / 1e9:,.1f} GB ("
            + ", ".join(f"{part} {size(num_bytes)}" for part, num_bytes in parts.items()) + ")")
-    if sum(parts.values()) > there:
+    if sum(parts.values()) > room:
         yield ("warning: that will not fit: lower --batch_size, or try --activation_checkpointing=True or "
                "--parallel=fsdp")
 
-    free = free_bytes(run.path)
+    checkpoint, free = 12 * num_params, free_bytes(run.path)  # float32 weights, AdamW's two means (Muon has one)
     kept = checkpoints_kept(run, steps_between_saves, max_iters)
     yield (f"saving: {size(checkpoint)} a checkpoint, copied to host memory first; at most {kept} kept on the disk, "
            f"{size(free)} free for {run.path}")
@@ -106,9 +103,7 @@ def _largest_fitting(plans: list[BatchPlan], fits: Callable[[BatchPlan], bool], 
 
 
 def _fits_host(model: LanguageModel, here: Job, plan: BatchPlan) -> bool:
-    processes = process.ranks().local_world_size
-    room = min(memory_bytes(here.device) / processes, free_memory_bytes() / processes + resident_bytes())
-    return sum(memory_parts(model, plan, here).values()) < 0.9 * room
+    return sum(memory_parts(model, plan, here).values()) < 0.9 * memory_room(here)
 
 
 def _gpu_trial(model: LanguageModel, here: Job, compile: str) -> Callable[[BatchPlan], bool]:
@@ -145,6 +140,14 @@ def _fits_gpu(trial: LanguageModel, here: Job, micro_batch: int, num_bytes: int)
         trial.zero_grad(set_to_none=True)
 
 
+def memory_room(here: Job) -> float:
+    """What a rank may come to hold of a GPU; elsewhere its share of what is free on the host, with what it has."""
+    if here.device.type == "cuda":
+        return memory_bytes(here.device)
+    processes = process.ranks().local_world_size
+    return min(memory_bytes(here.device), free_memory_bytes() + processes * resident_bytes()) / processes
+
+
 def memory_parts(model: LanguageModel, plan: BatchPlan, here: Job) -> dict[str, float]:
     """What takes how many bytes of the device on one rank; on a CPU, whose memory is the host's, all that lies there.
     """
@@ -152,7 +155,8 @@ def memory_parts(model: LanguageModel, plan: BatchPlan, here: Job) -> dict[str, 
              "a micro-batch": activation_bytes(model, plan.micro_batch, here)}
     if here.device.type != "cuda":
         parts["a micro-batch"] *= HEAP
-        parts["a checkpoint's copy"] = 12 * model.num_params(non_embedding=False) / process.ranks().local_world_size
+        # Rank 0's: weights, two means, and the weights once more as Hugging Face has them.
+        parts["a checkpoint's copy"] = 16 * model.num_params(non_embedding=False) / process.ranks().local_world_size
         parts["the program itself"] = own_bytes(model, here)
     return parts
 

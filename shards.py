@@ -235,7 +235,8 @@ def _are_tokens(values: np.ndarray) -> bool:
     if len(held) < MANY or not (held.min() > 0 and held.max() < (256 if is_big_endian else MAX_ID)):
         return False
     ids = np.unique(held)
-    if len(ids) < 2 or (ids != np.floor(ids)).any():
+    is_monotonous = len(ids) == 1 and len(np.unique(np.diff(np.flatnonzero(values)))) == 1
+    if is_monotonous or (ids != np.floor(ids)).any():
         return False
     if is_big_endian or values.dtype.kind == "f":
         return True

@@ -10,6 +10,7 @@ import torch.nn as nn
 from conftest import on_ranks, write_shard
 
 import distributed
+import settings
 from baselines import build_empty
 from data import EvalOrder
 from device import DeviceConfig
@@ -18,6 +19,7 @@ from metrics import validation_loss
 from model import GPT, GPTConfig
 from optim import OptimConfig, build_optimizer
 from shards import Split
+from train import TrainConfig
 
 ALONE = Job(0, 1, torch.device("cpu"), torch.float32)
 LAYOUTS = ("ddp", "fsdp")
@@ -222,6 +224,30 @@ def test_ranks_that_disagree_all_hear_of_what():
     for message in on_ranks(2, disagree):
         assert "learning_rate is 0.2 on rank 1 and 0.1 on rank 0" in message
         assert "n_layer" not in message
+
+
+def share(marked: dict) -> tuple[dict, str]:
+    """A run's options on this rank once rank 0's count, and what the ranks disagree about then."""
+    with join("ddp") as here:
+        config = TrainConfig(max_minutes=here.rank + 1.0)
+        config.run.out_dir, config.log.wandb_run_name = f"out/{here.rank}", f"run-{here.rank}"
+        config.optim.learning_rate = marked["learning_rate"][here.rank]
+        distributed.share_rank0s(config, here)
+        try:
+            distributed.check_agreement(settings.flatten(config), here)
+        except ValueError as error:
+            return settings.flatten(config), str(error)
+        return settings.flatten(config), ""
+
+
+@pytest.mark.parametrize("learning_rates", [(0.1, 0.1), (0.1, 0.2)])
+def test_what_only_rank_0_acts_on_is_rank_0s_and_nothing_else_is(learning_rates):
+    for rank, (options, fault) in enumerate(on_ranks(2, share, {"learning_rate": learning_rates})):
+        assert [options[key] for key in ("out_dir", "wandb_run_name", "max_minutes")] == ["out/0", "run-0", 1.0]
+        assert options["learning_rate"] == learning_rates[rank]
+        assert ("learning_rate is 0.2 on rank 1" in fault) == (len(set(learning_rates)) == 2)
+        for key in ("out_dir", "wandb_run_name", "max_minutes"):
+            assert key not in fault
 
 
 def evaluate(layout: str, folder: Path, num_seqs: list[int]) -> list[float]:
