@@ -234,8 +234,8 @@ class RunFolder:
 
     def _take_lock(self) -> None:
         lock = self.path / ".lock"
-        if lock.is_file() and not os.access(lock, os.W_OK):  # a copy of what was read-only
-            lock.chmod(0o644)
+        with contextlib.suppress(OSError):  # there is none yet, or it is another user's
+            lock.chmod(lock.stat().st_mode | 0o200)  # of a copy of what was read-only
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -475,9 +475,9 @@ def _sync(folder: Path) -> None:
 
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
-        for folder, _, _ in os.walk(path):
-            if not os.access(folder, os.W_OK):  # a copy of what was read-only
-                os.chmod(folder, 0o700)
+        with contextlib.suppress(OSError):  # it is another user's
+            for folder, _, _ in os.walk(path):
+                os.chmod(folder, 0o700)  # of a copy of what was read-only
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -506,6 +506,20 @@ def test_never_and_overwrite_speak_of_what_was_there_before_the_launch(cli, laun
     assert steps_saved() == [10, 20, 30, 40]
 
 
+@linux
+@pytest.mark.parametrize("held_at", [5, pytest.param(25, marks=pytest.mark.soak)])
+def test_never_goes_on_after_torchruns_own_restart_before_and_after_the_first_checkpoint(launch, held_at):
+    run = launch("--resume=never", HOLD_STEP=str(held_at))
+    run.wait_until(Path("held").exists)
+    os.kill(run.ranks()[0], signal.SIGKILL)
+    assert run.wait() == 0, run.log
+    assert resumed_at(run.log) == ([20] if held_at > 20 else [])
+    assert steps_saved() == [10, 20, 30, 40]
+    again = launch("--resume=never")
+    assert again.wait() != 0
+    assert "out/tiny holds a run, and resume=never" in again.log
+
+
 def assert_same_batches(run: Path, other: Path) -> None:
     """Every step read the same windows as the same sequences, and the two runs got equally far."""
     ours, theirs = ({r["step"]: r["batch_hash"] for r in records_of(folder) if "batch_hash" in r}
