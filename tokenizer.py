@@ -172,7 +172,8 @@ class Tokenizer:
         if not isinstance(model, models.BPE) or model.unk_token is not None:
             return False
         is_plain = not (model.continuing_subword_prefix or model.end_of_word_suffix)
-        has_bytes = {*_byte_alphabet()} <= vocab.keys() and "ByteLevel" in f"{self.hf.normalizer}{self.hf.pre_tokenizer}"
+        stages = f"{self.hf.normalizer}{self.hf.pre_tokenizer}"
+        has_bytes = "ByteLevel" in stages and {*_byte_alphabet()} <= vocab.keys()
         falls_back = model.byte_fallback and {f"<0x{byte:02X}>" for byte in range(256)} <= vocab.keys()
         return not (is_plain and (has_bytes or falls_back))
 
@@ -207,9 +208,11 @@ class Tokenizer:
     def _resume(self, text: str, place: int) -> int | None:
         """Where the next piece of a long text begins if one ends at `place`, before a space or line break; None if it
         must not be cut there. The ids are those of the text as a whole."""
-        if self._is_cut_anywhere:
+        if not WORD_END.match(text, place - 1):
+            return None
+        if self._splits_like_gpt2:
             return place
-        if text[place] != " " or text[place - 1].isspace() or self._spans_words:
+        if text[place] != " " or self._spans_words:
             return None
         # No token reaches over the blank. What is put at the start of a text, or looks beyond a word, shows here: the
         # blank that SentencePiece puts there stands for that which the next piece then begins behind.
@@ -219,8 +222,8 @@ class Tokenizer:
                      if before + self._encode_piece(text[start:near]).tolist() == whole), None)
 
     @cached_property
-    def _is_cut_anywhere(self) -> bool:
-        """Whether the words are GPT-2's, and nothing else looks at the text."""
+    def _splits_like_gpt2(self) -> bool:
+        """Whether words are what they are to GPT-2, and nothing else looks at the text."""
         added = self.hf.get_added_tokens_decoder().values()
         return (self.hf.normalizer is None and all(token.special for token in added)
                 and str(self.hf.pre_tokenizer) == str(pre_tokenizers.ByteLevel(add_prefix_space=False)))
@@ -291,12 +294,11 @@ class Tokenizer:
         nothing = {self.eot_id, self.unk_id, *(i for i, token in added.items() if token.special)}
         if "ByteLevel" in str(self.hf.decoder):  # spelled in GPT-2's alphabet, a character a byte
             lengths = {i: len(token.encode() if i in added else token) for token, i in vocab.items()}
-        else:  # as they read behind another token
+        else:  # as they read between two others
             plain = sorted({*vocab.values()} - nothing - self._byte_tokens)
-            before = next((i for i in plain if self.hf.decode([i])), None)
-            texts = self.hf.decode_batch([[before, i] if before is not None else [i] for i in vocab.values()],
-                                         skip_special_tokens=False)
-            known = 0 if before is None else len(self.hf.decode([before]).encode())
+            other = [next((i for i in plain if self.hf.decode([i])), 0)]
+            texts = self.hf.decode_batch([other + [i] + other for i in vocab.values()], skip_special_tokens=False)
+            known = len(self.hf.decode(other + other).encode())
             lengths = {i: 1 if i in self._byte_tokens else len(text.encode()) - known
                        for i, text in zip(vocab.values(), texts)}
         return {i: 0 if i in nothing else length for i, length in lengths.items()}
@@ -342,7 +344,6 @@ class GPT2Tokenizer(Tokenizer):
     """GPT-2's tokenizer, encoded by tiktoken, which is several times faster than tokenizers."""
 
     kind, vocab_size, unk_id = "gpt2", GPT2_VOCAB_SIZE, None
-    _is_cut_anywhere = True
     config = GRANTED["GPT2Tokenizer"]
 
     def __init__(self) -> None:
@@ -370,6 +371,9 @@ class GPT2Tokenizer(Tokenizer):
         hf.encode_special_tokens = True
         return hf
 
+    def _resume(self, text: str, place: int) -> int:
+        return place
+
     def _encode_piece(self, text: str) -> np.ndarray:
         try:
             return self._encoding.encode_to_numpy(text, disallowed_special=())
@@ -383,7 +387,6 @@ class GPT2Tokenizer(Tokenizer):
 
 class CharTokenizer(Tokenizer):
     kind = "char"
-    _is_cut_anywhere = True
 
     def __init__(self, characters: list[str]):
         """`characters` in the order of their ids."""
@@ -393,6 +396,8 @@ class CharTokenizer(Tokenizer):
         super().__init__(hf)
         self._ids = np.full(0x110000, -1, dtype=np.int32)  # code point -> id
         self._ids[[ord(character) for character in characters]] = np.arange(len(characters))
+
+    _resume = GPT2Tokenizer._resume
 
     def _encode_piece(self, text: str) -> np.ndarray:
         code_points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
@@ -405,10 +410,11 @@ class CharTokenizer(Tokenizer):
 
 class ByteTokenizer(Tokenizer):
     kind = "byte"
-    _is_cut_anywhere = True
 
     def __init__(self) -> None:
         super().__init__(_byte_level(models.BPE(vocab=_byte_vocab(), merges=[]), EOT, use_regex=False), 256)
+
+    _resume = GPT2Tokenizer._resume
 
     def _encode_piece(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint32)
@@ -555,7 +561,8 @@ def _adapt(hf: HFTokenizer, folder: Path) -> dict[str, Any]:
     config = {key: value for key, value in granted.items() if hf.token_to_id(value) is not None
               or key == "padding_side"} | config
     if hf.padding:
-        config = {"pad_token": hf.padding["pad_token"], "padding_side": hf.padding["direction"]} | config
+        named = {} if made_by == "GPT2Tokenizer" else {"pad_token": hf.padding["pad_token"]}
+        config = {"padding_side": hf.padding["direction"]} | named | config
     if hf.truncation:
         config = {"truncation_side": hf.truncation["direction"]} | config
     special = [*(config.get(key) for key in NAMED), *(token for key in KEPT[:3] for token in _listed(config.get(key)))]
