@@ -8,7 +8,6 @@ import takes.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import io
 import os
 import platform
@@ -87,10 +86,10 @@ class _Output(io.RawIOBase):
             while (count := self._raw.write(data)) is None:  # the terminal or pipe does not block, and is full
                 select.select([], [self], [])
             return count
-        except OSError:
+        except OSError as error:
             if self._is_needed:
                 self._is_needed = False
-                raise
+                raise OSError(error.errno, error.strerror, "standard output") from None
             return len(data)
 
     def writable(self) -> bool:
@@ -160,6 +159,8 @@ def end_with_torchrun() -> None:
     """Have the kernel kill this process when torchrun dies (Linux): left alone it would hold its GPU, and train on."""
     if not UNDER_TORCHRUN or sys.platform != "linux":
         return
+    import ctypes
+
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
     if not _is_launcher(os.getppid()):  # it died before that line, and another process has inherited us
         sys.exit("torchrun is gone")

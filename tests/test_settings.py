@@ -290,7 +290,8 @@ def test_a_librarys_value_error_keeps_its_traceback(monkeypatch):
 
 
 def test_a_reader_that_leaves_is_no_error():
-    script = "import settings; settings.run(lambda argv: [print('line', flush=True) for _ in range(100000)])"
+    script = ("import process, settings; process.begin(needs_reader=True); "
+              "settings.run(lambda argv: [print('line', flush=True) for _ in range(100000)])")
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.readline()
     process.stdout.close()
