@@ -16,7 +16,7 @@ import files
 import weights
 from data import MixedOrder, Mixture, TrainOrder, open_mixture
 from shards import DATA_DIR, UNKNOWN_VOCAB_SIZE, folder_tokenizer
-from tokenizer import GPT2_VOCAB_SIZE, GPT2Tokenizer, Tokenizer, has_tokenizer, load_tokenizer
+from tokenizer import GPT2_VOCAB_SIZE, GPT2Tokenizer, Tokenizer, has_tokenizer, load_tokenizer, no_tokenizer
 
 NANOGPT_VOCAB_SIZE = 50304  # GPT-2's 50,257 tokens, rounded up
 
@@ -83,12 +83,10 @@ def find_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     tokenizer = known_tokenizer(path, vocab_size)
     if tokenizer is None and GPT2_VOCAB_SIZE <= vocab_size <= NANOGPT_VOCAB_SIZE:
         return GPT2Tokenizer()
-    if tokenizer is None and path.is_dir():
-        return load_tokenizer(path)  # says why there is none
     if tokenizer is None:
-        looked_in = path if path.is_dir() else DATA_DIR / str(options_of(path).get("dataset"))
-        raise ValueError(f"no tokenizer for the model's {vocab_size} tokens: {looked_in} has no tokenizer.json"
-                         + (" and no meta.pkl" if path.is_file() else ""))
+        why = no_tokenizer(path) if path.is_dir() else (
+            f"{DATA_DIR / str(options_of(path).get('dataset'))} has no tokenizer.json and no meta.pkl")
+        raise ValueError(f"no tokenizer for the model's {vocab_size} tokens: {why}")
     return tokenizer
 
 

@@ -472,17 +472,22 @@ def has_tokenizer(folder: Path) -> bool:
     return (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()
 
 
+def no_tokenizer(folder: Path) -> str:
+    """That there is none that `load_tokenizer` reads, and what to do about it."""
+    others = ", ".join(path.name for path in sorted(folder.glob("*")) if path.suffix in (".model", ".tiktoken")
+                       or path.name in ("vocab.txt", "tekken.json"))
+    return f"{folder} holds no tokenizer: neither tokenizer.json nor vocab.json and merges.txt" + (
+        f"; {others} is one of another make, of which transformers writes a tokenizer.json: AutoTokenizer."
+        f"from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})" if others else "")
+
+
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer saved in a folder: tokenizer.json, or vocab.json and merges.txt, as GPT-2's were once written.
 
     Raises FileNotFoundError when there is none, ValueError when it is broken."""
     folder = Path(folder)
     if not has_tokenizer(folder):
-        others = ", ".join(path.name for path in sorted(folder.glob("*")) if path.suffix in (".model", ".tiktoken")
-                           or path.name in ("vocab.txt", "tekken.json"))
-        raise FileNotFoundError(f"{folder} holds no tokenizer: neither tokenizer.json nor vocab.json and merges.txt" + (
-            f"; {others} is one of another make, of which transformers writes a tokenizer.json: AutoTokenizer."
-            f"from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})" if others else ""))
+        raise FileNotFoundError(no_tokenizer(folder))
     path = folder / "tokenizer.json"
     hf = _read_tokenizer(path) if path.is_file() else _read_vocab_and_merges(folder)
     if not hf.get_vocab_size():

@@ -484,3 +484,80 @@ def test_a_folder_without_a_tokenizer_that_can_be_read_says_so(tmp_path, name, c
     (tmp_path / name).write_text(content)
     with pytest.raises((ValueError, OSError), match=words):
         load_tokenizer(tmp_path)
+
+
+# On the command line
+
+
+TINY = ("--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4", "--dtype=float32",
+        "--gradient_accumulation_steps=1", "--max_iters=2", "--eval_interval=2", "--eval_iters=1", "--decay_lr=False")
+
+
+def write_alphabet(folder: str, **unknown: str) -> None:
+    """Words of a and b, and a token for the unknown where one is given."""
+    hf = HFTokenizer(models.WordLevel({"a": 0, "b": 1} | dict.fromkeys(unknown.values(), 2), **unknown))
+    hf.pre_tokenizer = pre_tokenizers.Whitespace()
+    write_folder(Path(folder), hf, {"eos_token": "b"} if unknown else {})
+
+
+def test_text_without_tokens_is_refused_by_file_and_line_or_dropped_and_counted(cli, refused):
+    write_alphabet("words")
+    Path("texts").mkdir()
+    Path("texts", "a.jsonl").write_text('{"text": "a b a"}\n' * 20 + '{"text": "a\\nc b"}\n' + '{"text": "b a"}\n')
+    Path("texts", "b.txt").write_text("a b\nb b\nb d a e")
+    line = refused("prepare_data", "--input=texts/b.txt", "--name=one", "--tokenizer=words")
+    assert "texts/b.txt, line 3: the tokenizer has no token for 'd' (--skip_bad=True counts" in line
+    line = refused("prepare_data", "--input=texts", "--name=all", "--tokenizer=words")
+    assert "texts/a.jsonl:21: the tokenizer has no token for 'c'" in line
+    made = cli("prepare_data", "--input=texts", "--name=all", "--tokenizer=words", "--skip_bad=True")
+    assert made.code == 0, made.err
+    first, note = made.out.strip().splitlines()
+    assert "21 documents" in first
+    assert "2 broken records" in first
+    assert note == "note: nothing stands between the documents, for the tokenizer has no end-of-text token"
+    assert cli("prepare_data", "--verify=data/all").code == 0
+
+
+def test_unknown_tokens_are_counted(cli):
+    write_alphabet("words", unk_token="?")
+    Path("texts.jsonl").write_text('{"text": "a b c d"}\n' * 10)
+    made = cli("prepare_data", "--input=texts.jsonl", "--tokenizer=words", "--name=made")
+    assert made.code == 0, made.err
+    assert "20 unknown tokens" in made.out
+    assert "nothing stands between" not in made.out
+    assert json.loads(Path("data/made/dataset.json").read_text())["unknown_tokens"] == 20
+
+
+def test_tokens_ids_and_templates_travel_from_a_model_to_an_export(cli):
+    config = ZOO["llama3"][1] | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    folder = write_folder(Path("source"), llama3(), config)
+    change_json(folder / "tokenizer_config.json", lambda config: config.pop("auto_map"))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    theirs = auto(folder)
+    ids = {"bos_token_id": theirs.bos_token_id, "eos_token_id": [theirs.eos_token_id, 5], "pad_token_id": 7}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=len(theirs), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=16, **ids)).save_pretrained(folder)
+    change_json(folder / "config.json", lambda config: config.update(eos_token_id=theirs.eos_token_id))
+    Path("text.txt").write_text(" ".join(TEXTS * 3))
+    for command in (("prepare_data", "--input=text.txt", "--name=made", "--tokenizer=source"),
+                    ("train", "--init_from=source", "--dataset=made", "--out_dir=out/run", *TINY[5:]),
+                    ("train", "--init_from=source", "--dataset=made", "--out_dir=out/run", *TINY[5:], "--max_iters=4"),
+                    ("train", "--dataset=made", "--out_dir=out/scratch", *TINY),
+                    ("export", "--run=out/run", "--to=export")):
+        assert (done := cli(*command)).code == 0, done.err
+    for made in ("out/run/checkpoints/step_00000002", "out/run/checkpoints/step_00000004",
+                 "out/scratch/checkpoints/step_00000002", "export"):
+        again = auto(Path(made))
+        assert (again.special_tokens_map, again.chat_template) == (theirs.special_tokens_map, "{{ messages }}")
+        assert again("the words</s>").input_ids == theirs("the words</s>").input_ids
+        found = {name: json.loads(Path(made, name).read_text()) for name in ("config.json", "generation_config.json")}
+        wanted = ids if "scratch" not in made else {"bos_token_id": theirs.bos_token_id}
+        assert found["generation_config.json"].items() >= wanted.items()
+        assert found["config.json"].items() >= (wanted | {"eos_token_id": theirs.eos_token_id}).items()
+    prompt = ["--prompt=the words", "--num_samples=1", "--max_new_tokens=5", "--temperature=0"]
+    written = cli("sample", "--init_from=export", *prompt).out.split("\n", 1)[1].split("\n---------------")[0]
+    model = transformers.AutoModelForCausalLM.from_pretrained("export")
+    inputs = theirs("the words", return_tensors="pt")
+    out = model.generate(**inputs, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    assert "<s>" + written == theirs.decode(out[0])
