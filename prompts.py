@@ -16,7 +16,7 @@ import files
 import weights
 from data import MixedOrder, Mixture, TrainOrder, open_mixture
 from shards import DATA_DIR, UNKNOWN_VOCAB_SIZE, folder_tokenizer
-from tokenizer import GPT2_VOCAB_SIZE, GPT2Tokenizer, Tokenizer, has_tokenizer, load_tokenizer
+from tokenizer import GPT2_VOCAB_SIZE, GPT2Tokenizer, Tokenizer, has_tokenizer, load_tokenizer, no_tokenizer
 
 NANOGPT_VOCAB_SIZE = 50304  # GPT-2's 50,257 tokens, rounded up
 
@@ -84,10 +84,8 @@ def find_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     data = DATA_DIR / str(options_of(path).get("dataset"))
     if GPT2_VOCAB_SIZE <= vocab_size <= NANOGPT_VOCAB_SIZE and not (data / "meta.pkl").is_file():
         return GPT2Tokenizer()
-    if path.is_dir():
-        return load_tokenizer(path)  # says why there is none
-    raise ValueError(f"no tokenizer for the model's {vocab_size} tokens: {data} has no tokenizer.json and no meta.pkl "
-                     "that numbers characters, so what it writes cannot be read as text")
+    why = no_tokenizer(path) if path.is_dir() else f"{data} has no tokenizer.json and no meta.pkl that numbers characters"
+    raise ValueError(f"no tokenizer for the model's {vocab_size} tokens, so what it writes cannot be read as text: {why}")
 
 
 def has_the_ids(tokenizer: Tokenizer | None, data: Mixture) -> bool:

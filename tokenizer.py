@@ -51,6 +51,8 @@ ONE_KIND = re.compile(rf"(?:[^\W\d_]{{{WORD_CHARACTERS}}}|\d{{{WORD_CHARACTERS}}
 MAX_BLANKS = 999_998  # in a row that tiktoken's regular expression comes through
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of config.json and generation_config.json
 
+ADDED_TOKEN = ("content", "lstrip", "rstrip", "single_word", "normalized", "special")  # how files describe a token
+
 # What travels of a tokenizer_config.json: nothing that names a file, a class or code, and nothing that changes ids.
 # Keys that end in _token, and have a token's text, do so too.
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -74,9 +76,9 @@ GPT2_FILES = {  # URL that tiktoken reads -> the name it keeps the file under, t
 class UnknownText(ValueError):
     """Text that a tokenizer has nothing for: `unknown` are its characters, or its words where those have no parts."""
 
-    def __init__(self, unknown: list[str], why: str = ""):
+    def __init__(self, unknown: list[str], about: str):
         shown = " ".join(repr(text[:40]) for text in unknown[:10])
-        super().__init__(f"the tokenizer has no token for {shown}{' ...' if len(unknown) > 10 else ''}{why}")
+        super().__init__(f"the tokenizer has no token for {shown}{' ...' if len(unknown) > 10 else ''}{about}")
         self.unknown = unknown
 
 
@@ -86,6 +88,7 @@ class Tokenizer:
     generation_config.json beside it said of the ids in TOKEN_IDS."""
 
     kind = "bpe"
+    _about = ""  # what there is to say of text that is not known
     token_ids: Mapping[str, Mapping[str, Any]]
 
     def __init__(self, hf: HFTokenizer, eot_id: int | None = None, config: Mapping[str, Any] | None = None):
@@ -136,12 +139,12 @@ class Tokenizer:
 
     def _encode_piece(self, text: str) -> np.ndarray:
         if self._may_drop and self._lacking(text):
-            raise UnknownText(self._name_unknown(text))
+            raise UnknownText(self._name_unknown(text), self._about)
         try:
             encoding = self.hf.encode_batch_fast([text], add_special_tokens=False)[0]  # a quarter faster than `encode`
         except Exception as error:  # tokenizers raises nothing more specific
             if unknown := self._name_unknown(text):
-                raise UnknownText(unknown) from None
+                raise UnknownText(unknown, self._about) from None
             raise ValueError(f"the tokenizer cannot encode this text: {error}") from None
         return np.array(encoding.ids, dtype=np.uint32)
 
@@ -179,10 +182,11 @@ class Tokenizer:
 
     def _lacking(self, text: str) -> list[str]:
         """What there is no token for, of the parts that the model is given."""
-        for added in self.hf.get_added_tokens_decoder().values():
-            if not (added.special and self.hf.encode_special_tokens):
-                text = text.replace(added.content, " ")
-        return [part for part in dict.fromkeys(self._parts(text)) if part and not self._knows(part)]
+        added = [re.escape(added.content) for added in self.hf.get_added_tokens_decoder().values()
+                 if not (added.special and self.hf.encode_special_tokens)]
+        between = re.split("|".join(sorted(added, key=len, reverse=True)), text) if added else [text]
+        parts = dict.fromkeys(part for text in between for part in self._parts(text))
+        return [part for part in parts if part and not self._knows(part)]
 
     def _parts(self, text: str) -> list[str]:
         """A text as the model is given it: normalised and split."""
@@ -203,7 +207,9 @@ class Tokenizer:
         lacking = self._lacking(text)
         if isinstance(self.hf.model, models.WordLevel | models.WordPiece):
             return lacking
-        return [character for character in sorted(set(text)) if self._lacking(character)] if lacking else []
+        unknown = {character for part in lacking for character in part if not self._knows(character)}
+        return [character for character in sorted(set(text))
+                if unknown & {*"".join(self._lacking(character))}] or lacking
 
     def _resume(self, text: str, place: int) -> int | None:
         """Where the next piece of a long text begins if one ends at `place`, before a space or line break; None if it
@@ -394,6 +400,7 @@ class CharTokenizer(Tokenizer):
         hf.pre_tokenizer = pre_tokenizers.Split("", "isolated")
         hf.decoder = decoders.Fuse()
         super().__init__(hf)
+        self._about = f": its {self.vocab_size} characters are those of the text it was made from"
         self._ids = np.full(0x110000, -1, dtype=np.int32)  # code point -> id
         self._ids[[ord(character) for character in characters]] = np.arange(len(characters))
 
@@ -403,8 +410,7 @@ class CharTokenizer(Tokenizer):
         code_points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
         ids = self._ids[code_points]
         if (ids < 0).any():
-            raise UnknownText(sorted({chr(c) for c in code_points[ids < 0]}),
-                              f": its {self.vocab_size} characters are those of the text it was made from")
+            raise UnknownText(sorted({chr(c) for c in code_points[ids < 0]}), self._about)
         return ids.astype(np.uint32)
 
 
@@ -490,17 +496,22 @@ def has_tokenizer(folder: Path) -> bool:
     return (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()
 
 
+def no_tokenizer(folder: Path) -> str:
+    """That there is none that `load_tokenizer` reads, and what to do about it."""
+    others = ", ".join(path.name for path in sorted(folder.glob("*")) if path.suffix in (".model", ".tiktoken")
+                       or path.name in ("vocab.txt", "tekken.json"))
+    return f"{folder} holds no tokenizer: neither tokenizer.json nor vocab.json and merges.txt" + (
+        f"; {others} is one of another make, of which transformers writes a tokenizer.json: AutoTokenizer."
+        f"from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})" if others else "")
+
+
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer saved in a folder: tokenizer.json, or vocab.json and merges.txt, as GPT-2's were once written.
 
     Raises FileNotFoundError when there is none, ValueError when it is broken."""
     folder = Path(folder)
     if not has_tokenizer(folder):
-        others = ", ".join(path.name for path in sorted(folder.glob("*")) if path.suffix in (".model", ".tiktoken")
-                           or path.name in ("vocab.txt", "tekken.json"))
-        raise FileNotFoundError(f"{folder} holds no tokenizer: neither tokenizer.json nor vocab.json and merges.txt" + (
-            f"; {others} is one of another make, of which transformers writes a tokenizer.json: AutoTokenizer."
-            f"from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})" if others else ""))
+        raise FileNotFoundError(no_tokenizer(folder))
     path = folder / "tokenizer.json"
     hf = _read_tokenizer(path) if path.is_file() else _read_vocab_and_merges(folder)
     if not hf.get_vocab_size():
@@ -550,10 +561,8 @@ def _adapt(hf: HFTokenizer, folder: Path) -> dict[str, Any]:
     """What AutoTokenizer reads of a folder beside tokenizer.json: what that says of ids is done to `hf`, and the rest
     given back, as Tokenizer.config. A token is its plain text there; how it is found in texts is `hf`'s to know."""
     found = _read_if_there(folder / "tokenizer_config.json")
-    added = [added for _, added in sorted(found.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))]
-    if not added:
+    if "added_tokens_decoder" not in found:
         found |= _read_if_there(folder / "special_tokens_map.json")
-        added = sorted(extra := _read_if_there(folder / "added_tokens.json"), key=extra.get)
     made_by = (found.get("tokenizer_class") or "").removesuffix("Fast")
     _rebuild(hf, made_by, found)
     config = {key: _plain(value) for key, value in found.items()}
@@ -566,8 +575,14 @@ def _adapt(hf: HFTokenizer, folder: Path) -> dict[str, Any]:
     if hf.truncation:
         config = {"truncation_side": hf.truncation["direction"]} | config
     special = [*(config.get(key) for key in NAMED), *(token for key in KEPT[:3] for token in _listed(config.get(key)))]
-    hf.add_tokens([AddedToken(_plain(token), special=_plain(token) in special, normalized=_plain(token) not in special)
-                   for token in added if hf.token_to_id(_plain(token)) is None])
+    if "added_tokens_decoder" in found:
+        added = [{key: value for key, value in token.items() if key in ADDED_TOKEN}
+                 for _, token in sorted(found["added_tokens_decoder"].items(), key=lambda item: int(item[0]))]
+    else:
+        numbered = _read_if_there(folder / "added_tokens.json")
+        added = [{"content": token, "special": token in special, "normalized": token not in special}
+                 for token in sorted(numbered, key=numbered.get)]
+    hf.add_tokens([AddedToken(**token) for token in added if hf.token_to_id(token["content"]) is None])
     # Those that have no id get one from AutoTokenizer, beyond the model's.
     hf.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special
                            if token is not None and hf.token_to_id(token) is not None])

@@ -216,7 +216,7 @@ def test_the_manifest_says_what_is_in_the_folder(prepare):
     assert manifest == {
         "format_version": 1, "tokenizer": {"kind": "bpe", "vocab_size": 270}, "dtype": "uint16", "documents": 3,
         "bytes": 10 * 30 + 7 * 30 + 6 * 30, "empty_documents": 1, "duplicate_documents": 0, "bad_records": 0,
-        "documents_with_replaced_bytes": 0,
+        "documents_with_replaced_bytes": 0, "unknown_tokens": 0,
         "splits": {split: {"documents": count, "tokens": len(tokens_of(folder, split))}
                    for split, count in (("train", 2), ("val", 1))}}
     assert arguments == {

@@ -1,5 +1,6 @@
 """A zoo of tokenizers as other people make them, against transformers and against themselves."""
 
+import itertools
 import json
 import string
 from collections.abc import Callable
@@ -22,8 +23,8 @@ TEXTS = ["the words of a text, and the spaces in between; walking, talking and b
          "It wasn't the worst of times, he 's .\n\n It said: do n't 1234 567!\tnaïve café\r\n",
          "日本語 and Ελλάδα 🎉"] * 5
 LETTERS = string.ascii_letters + string.digits + " .,!?'\n"
-PIECES = ["the", " words", "walking", " .", " n't", " 's", "  ", "\n", " \n", "é", "日本", "🎉", "👩‍👩‍👧", "\ufffd", "ÿ",
-          "x", "<s>", "</s>", "[SEP]", "[PAD]", "<0x41>", "▁", "##ing", "two words", " ' ", "\u0301", "\x01"]
+PIECES = ["the", " words", "walking", " .", " n't", " 's", "  ", "\n", " \n", "é", "日本", "🎉", "👩‍👩‍👧", "\ufffd",
+          "ÿ", "x", "<s>", "</s>", "[SEP]", "[PAD]", "<0x41>", "▁", "##ing", "two words", " ' ", "\u0301", "\x01"]
 TEXT = st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=12).map("".join)
 
 
@@ -282,12 +283,11 @@ def test_a_text_in_pieces_has_the_ids_of_the_whole(ours, text, size):
         assert ours.encode(text).tolist() == whole
 
 
-def test_texts_are_cut_where_that_is_neutral(ours, source, monkeypatch):
-    """Not those whose normaliser looks at several words, nor those of tokens that reach over words."""
+def test_long_texts_are_cut(ours, monkeypatch):
     text = "the words of a text and " * 100
     monkeypatch.setattr(room, "PIECE_CHARACTERS", 100)
     pieces = list(room.cut_text(text, ours._resume))
-    assert (len(pieces) == 1) == (source.name == "llama_class")
+    assert len(pieces) > 10
     assert ours.encode(text).tolist() == [i for piece in pieces for i in ours._encode_piece(piece).tolist()]
 
 
@@ -307,3 +307,257 @@ def test_every_token_is_spelled_in_its_own_way(ours):
     if "ByteLevel" not in str(ours.hf.decoder):
         spelled = [ours.spell(i) for i in ours.hf.get_vocab().values()]
         assert len({*spelled}) == len(spelled)
+
+
+def test_texts_of_tokens_that_reach_over_words_are_not_cut(monkeypatch):
+    hf = HFTokenizer(models.BPE())
+    hf.train_from_iterator(["of the words of the text"] * 5, trainers.BpeTrainer(vocab_size=40, show_progress=False))
+    tokenizer, text = Tokenizer(hf), "of the words of the text of the words " * 40
+    whole = tokenizer.encode(text).tolist()
+    assert any(" " in token.strip() for token in hf.get_vocab())
+    monkeypatch.setattr(room, "PIECE_CHARACTERS", 16)
+    assert tokenizer.encode(text).tolist() == whole
+
+
+def test_a_long_stream_takes_no_longer_by_the_token(ours, monkeypatch):
+    """Also where nothing is text: what is decoded at a time stays short."""
+    longest = 0
+    decode = HFTokenizer.decode
+
+    class Counted:
+        def __getattr__(self, name):
+            return getattr(ours.hf, name)
+
+        def decode(self, ids, **options):
+            nonlocal longest
+            longest = max(longest, len(ids))
+            return decode(ours.hf, ids, **options)
+
+    ids = [ours.vocab_size - 1 - i % 7 for i in range(400)]
+    if "ByteLevel" in str(ours.hf.decoder):
+        ids += [ours.hf.token_to_id("Ģ")] * 400  # the byte 0x80
+    text, stream = ours.decode(ids), Tokenizer.__new__(Tokenizer)
+    vars(stream).update(vars(ours), hf=Counted(), _byte_tokens=ours._byte_tokens, _cleans=ours._cleans)
+    pieces = list(itertools.islice(stream.decode_stream(ids), len(ids)))
+    assert longest < 40
+    assert text.startswith("".join(pieces))
+    assert len(text) - len("".join(pieces)) < 10
+
+
+# Gaps
+
+
+@pytest.mark.parametrize("highest", [1000, 65535, 65536, 99999, 2**32 - 2])
+def test_a_vocabulary_with_gaps_ends_at_its_highest_id(tmp_path, highest):
+    folder = write_folder(tmp_path / "gaps", gpt2_like(), {"eos_token": "</s>"})
+
+    def renumber(file: dict) -> None:
+        file["model"]["vocab"]["</s>"] = file["added_tokens"][0]["id"] = highest
+
+    change_json(folder / "tokenizer.json", renumber)
+    tokenizer = load_tokenizer(folder)
+    assert (tokenizer.vocab_size, tokenizer.eot_id) == (highest + 1, highest)
+    assert tokenizer.encode_prompt("the</s>").tolist()[-1] == highest
+    assert auto(folder)("the</s>").input_ids == tokenizer.encode_prompt("the</s>").tolist()
+    assert tokenizer.spell(500) == "no token 500"
+    assert tokenizer.byte_lengths()[highest] == 0
+
+
+# Text that there is no token for
+
+
+def without_unknown(model: models.Model, pre_tokenizer: pre_tokenizers.PreTokenizer | None) -> Tokenizer:
+    hf = HFTokenizer(model)
+    hf.pre_tokenizer = pre_tokenizer
+    return Tokenizer(hf)
+
+
+@pytest.mark.parametrize(("tokenizer", "text", "unknown"), [
+    (lambda: without_unknown(models.WordLevel({"a": 0, "the": 1}), pre_tokenizers.Whitespace()), "the end a",
+     ["end"]),
+    (lambda: without_unknown(models.WordPiece({"a": 0, "##b": 1}), pre_tokenizers.Whitespace()), "ab ac", ["ac"]),
+    (lambda: without_unknown(models.Unigram([("a", -1.0), ("b", -2.0)]), None), "abécab日", ["c", "é", "日"]),
+    (lambda: without_unknown(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]), None), "aébé", ["é"]),
+    (lambda: without_unknown(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]), pre_tokenizers.Whitespace()),
+     "ab é 日", ["é", "日"]),
+    (lambda: without_unknown(models.BPE({"a": 0, "Ã": 1}, []), pre_tokenizers.ByteLevel(add_prefix_space=False)),
+     "aé", ["é"]),  # an alphabet that lacks bytes
+    (lambda: without_unknown(models.BPE({"a": 0, "<0xC3>": 1}, [], byte_fallback=True), None), "aé", ["é"])])
+def test_text_that_cannot_be_encoded_is_named(tokenizer, text, unknown):
+    made = tokenizer()
+    for encode in (made.encode, made.encode_prompt):
+        with pytest.raises(UnknownText, match=f"no token for {' '.join(map(repr, unknown))}$") as caught:
+            encode(text)
+        assert caught.value.unknown == unknown
+
+
+def test_what_a_normaliser_takes_out_is_no_text_that_is_missing():
+    tokenizer = without_unknown(models.BPE({character: i for i, character in enumerate("abé")}, []), None)
+    tokenizer.hf.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase(),
+                                                    normalizers.Replace(Regex(r"\p{Cc}"), "")])
+    tokenizer.hf.add_tokens(["日本"])
+    assert tokenizer.encode("A\x01B\x02e\u0301日本").tolist() == [0, 1, 2, 3]
+    with pytest.raises(UnknownText, match=r"no token for ' ' '日' '本'$"):
+        tokenizer.encode("e\u0301日 本")
+
+
+@pytest.mark.parametrize("make", [gpt2_like, llama3, llama])
+def test_whole_alphabets_are_not_looked_through(make):
+    assert not Tokenizer(make())._may_drop
+
+
+def test_unknown_tokens_are_known_by_their_id(ours):
+    if ours.unk_id is not None:
+        assert ours.hf.id_to_token(ours.unk_id) in ("<unk>", "[UNK]")
+        assert ours.byte_lengths()[ours.unk_id] == 0
+
+
+# Where a folder says what
+
+
+SPECIAL = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False, "normalized": False, "rstrip": False,
+                                             "single_word": False}, "unk_token": "<unk>",
+           "additional_special_tokens": ["▁the"]}
+
+
+def write_special_tokens_map(folder: Path) -> None:
+    (folder / "special_tokens_map.json").write_text(json.dumps(SPECIAL))
+
+
+def write_added_tokens_decoder(folder: Path) -> None:
+    change_json(folder / "tokenizer_config.json", lambda config: config.update(
+        bos_token="<s>", eos_token="</s>", added_tokens_decoder={
+            "2": {"content": "</s>", "special": True}, "1000": {"content": "<later>", "special": True}}))
+
+
+def write_added_tokens(folder: Path) -> None:
+    (folder / "added_tokens.json").write_text('{"<other>": 1001, "<later>": 1000}')
+
+
+def write_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ messages }}\n")
+    change_json(folder / "tokenizer_config.json", lambda config: config.update(chat_template="another"))
+
+
+def write_templates(folder: Path) -> None:
+    write_template(folder)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+
+
+@pytest.mark.parametrize("write", [write_special_tokens_map, write_added_tokens_decoder, write_added_tokens,
+                                   write_template, write_templates])
+def test_what_transformers_finds_in_other_files_comes_back(tmp_path, write):
+    folder = write_folder(tmp_path / "source", llama(), {"auto_map": None})
+    change_json(folder / "tokenizer_config.json", lambda config: config.pop("auto_map"))
+    write(folder)
+    ours, theirs = load_tokenizer(folder), auto(folder)
+    (tmp_path / "saved").mkdir()
+    ours.save(tmp_path / "saved")
+    again = auto(tmp_path / "saved")
+    for key in ("special_tokens_map", "all_special_tokens", "chat_template", "added_tokens_decoder"):
+        assert getattr(again, key) == getattr(theirs, key), key
+    for text in ("the</s>words", "<later> the <other>"):
+        assert again(text).input_ids == theirs(text).input_ids == ours.encode_prompt(text).tolist()
+    assert ours.eot_id == theirs.eos_token_id
+    assert ours.vocab_size == len(theirs)
+
+
+def test_saving_what_was_saved_changes_nothing(ours, tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    ours.save(tmp_path / "a", 64)
+    load_tokenizer(tmp_path / "a").save(tmp_path / "b", 64)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize(("name", "content", "words"), [
+    ("tokenizer.model", "", r"neither .* tokenizer\.model is one of another make.*save_pretrained"),
+    ("vocab.txt", "", r"neither .* vocab\.txt is one of another make.*save_pretrained"),
+    ("vocab.json", "{}", r"merges\.txt are no tokenizer"),
+    ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "without any token"),
+    ("tokenizer.json", '{"model": {"type": "Unigram", "vocab": []}}', "without any token"),
+    ("tokenizer.json", '{"model": {"type": "WordLevel", "vocab": {}, "unk_token": "x"}}', "without any token"),
+    ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {"a": 5000000000}, "merges": []}}', "is not a tokenizer")])
+def test_a_folder_without_a_tokenizer_that_can_be_read_says_so(tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    with pytest.raises((ValueError, OSError), match=words):
+        load_tokenizer(tmp_path)
+
+
+# On the command line
+
+
+TINY = ("--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4", "--dtype=float32",
+        "--gradient_accumulation_steps=1", "--max_iters=2", "--eval_interval=2", "--eval_iters=1", "--decay_lr=False")
+
+
+def write_alphabet(folder: str, **unknown: str) -> None:
+    """Words of a and b, and a token for the unknown where one is given."""
+    hf = HFTokenizer(models.WordLevel({"a": 0, "b": 1} | dict.fromkeys(unknown.values(), 2), **unknown))
+    hf.pre_tokenizer = pre_tokenizers.Whitespace()
+    write_folder(Path(folder), hf, {"eos_token": "b"} if unknown else {})
+
+
+def test_text_without_tokens_is_refused_by_file_and_line_or_dropped_and_counted(cli, refused):
+    write_alphabet("words")
+    Path("texts").mkdir()
+    Path("texts", "a.jsonl").write_text('{"text": "a b a"}\n' * 20 + '{"text": "a\\nc b"}\n' + '{"text": "b a"}\n')
+    Path("texts", "b.txt").write_text("a b\nb b\nb d a e")
+    line = refused("prepare_data", "--input=texts/b.txt", "--name=one", "--tokenizer=words")
+    assert "texts/b.txt, line 3: the tokenizer has no token for 'd' (--skip_bad=True counts" in line
+    line = refused("prepare_data", "--input=texts", "--name=all", "--tokenizer=words")
+    assert "texts/a.jsonl:21: the tokenizer has no token for 'c'" in line
+    made = cli("prepare_data", "--input=texts", "--name=all", "--tokenizer=words", "--skip_bad=True")
+    assert made.code == 0, made.err
+    first, note = made.out.strip().splitlines()
+    assert "21 documents" in first
+    assert "2 broken records" in first
+    assert note == "note: nothing stands between the documents, for the tokenizer has no end-of-text token"
+    assert cli("prepare_data", "--verify=data/all").code == 0
+
+
+def test_unknown_tokens_are_counted(cli):
+    write_alphabet("words", unk_token="?")
+    Path("texts.jsonl").write_text('{"text": "a b c d"}\n' * 10)
+    made = cli("prepare_data", "--input=texts.jsonl", "--tokenizer=words", "--name=made")
+    assert made.code == 0, made.err
+    assert "20 unknown tokens" in made.out
+    assert "nothing stands between" not in made.out
+    assert json.loads(Path("data/made/dataset.json").read_text())["unknown_tokens"] == 20
+
+
+def test_tokens_ids_and_templates_travel_from_a_model_to_an_export(cli):
+    config = ZOO["llama3"][1] | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    folder = write_folder(Path("source"), llama3(), config)
+    change_json(folder / "tokenizer_config.json", lambda config: config.pop("auto_map"))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    theirs = auto(folder)
+    ids = {"bos_token_id": theirs.bos_token_id, "eos_token_id": [theirs.eos_token_id, 5], "pad_token_id": 7}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=len(theirs), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=16, **ids)).save_pretrained(folder)
+    change_json(folder / "config.json", lambda config: config.update(eos_token_id=theirs.eos_token_id))
+    Path("text.txt").write_text(" ".join(TEXTS * 3))
+    for command in (("prepare_data", "--input=text.txt", "--name=made", "--tokenizer=source"),
+                    ("train", "--init_from=source", "--dataset=made", "--out_dir=out/run", *TINY[5:]),
+                    ("train", "--init_from=source", "--dataset=made", "--out_dir=out/run", *TINY[5:], "--max_iters=4"),
+                    ("train", "--dataset=made", "--out_dir=out/scratch", *TINY),
+                    ("export", "--run=out/run", "--to=export")):
+        assert (done := cli(*command)).code == 0, done.err
+    for made in ("out/run/checkpoints/step_00000002", "out/run/checkpoints/step_00000004",
+                 "out/scratch/checkpoints/step_00000002", "export"):
+        again = auto(Path(made))
+        assert (again.special_tokens_map, again.chat_template) == (theirs.special_tokens_map, "{{ messages }}")
+        assert again("the words</s>").input_ids == theirs("the words</s>").input_ids
+        found = {name: json.loads(Path(made, name).read_text()) for name in ("config.json", "generation_config.json")}
+        wanted = ids if "scratch" not in made else {"bos_token_id": theirs.bos_token_id}
+        assert found["generation_config.json"].items() >= wanted.items()
+        assert found["config.json"].items() >= (wanted | {"eos_token_id": theirs.eos_token_id}).items()
+    prompt = ["--prompt=the words", "--num_samples=1", "--max_new_tokens=5", "--temperature=0"]
+    written = cli("sample", "--init_from=export", *prompt).out.split("\n", 1)[1].split("\n---------------")[0]
+    model = transformers.AutoModelForCausalLM.from_pretrained("export")
+    inputs = theirs("the words", return_tensors="pt")
+    out = model.generate(**inputs, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    assert "<s>" + written == theirs.decode(out[0])
