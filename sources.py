@@ -177,9 +177,9 @@ def local_parts(pattern: str, text_column: str) -> list[Part]:
     if root.is_file() and not ending(root):
         with open(root, "rb") as file:
             head = file.read(65536)
-        if root.suffix.lower() in NOT_TEXT or (b"\0" in head and not files.mark_of(head)):
-            what = files.sign_of(head) or "not text" + (
-                " (it holds NULs: UTF-16 without a byte order mark?)" if b"\0" in head else "")
+        what, has_nuls = files.sign_of(head), b"\0" in head and not files.mark_of(head)
+        if what not in ("", files.HTML) or root.suffix.lower() in NOT_TEXT or has_nuls:
+            what = what or "not text" + (" (it holds NULs: UTF-16 without a byte order mark?)" if has_nuls else "")
             raise ValueError(f"--input={pattern} is {what}; what can be read is {', '.join(READERS)}")
     base, found = look_through(pattern)
     if not (paths := [path for path in sorted(found) if not found[path]]):

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import runpy
 import shlex
@@ -10,7 +11,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import hypothesis
 import pytest
@@ -384,6 +385,64 @@ def test_help_is_the_same_without_the_rooms_and_imports_no_torch(script):
         shown.append(done.stdout)
     assert shown[0] == shown[1]
     assert "--dtype" in shown[0]
+
+
+# Home folders
+
+
+NO_PATHS = {  # text options that are none, in whatever script
+    "sample": {"device", "split"}, "evaluate": {"device", "tasks"}, "export": {"checkpoint", "push"}, "report": set(),
+    "prepare_data": {"dataset", "subset", "split", "revision", "text_column", "name"}, "bench": {"options"},
+    "zoo": set(), "train": {"device", "backend", "wandb_project", "wandb_run_name"}}
+SCRIPTS = {"train": "TrainConfig", "sample": "SampleConfig", "prepare_data": "PrepareConfig", "zoo": "ZooConfig",
+           "evaluate": "EvaluateConfig", "export": "ExportConfig", "report": "ReportConfig", "bench": "BenchConfig"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_tilde_is_the_home_folder_in_every_option_that_takes_a_path(config, monkeypatch, script):
+    monkeypatch.setenv("HOME", "/home/me")
+    options = getattr(importlib.import_module(script), SCRIPTS[script])
+    texts = {key for key, kind in settings.field_types(options).items() if kind in (str, tuple[str, ...])}
+    assert texts
+    for key in texts:
+        value, home = ("FILE:~/a", "FILE:/home/me/a") if key == "prompt" else ("~/a", "/home/me/a")
+        wanted = value if key in NO_PATHS[script] else home
+        for argv in ([f"--{key}={value}"], [f"--{key}", value]):
+            shown = parse(*argv, options=options)[key]
+            assert shown == (wanted if isinstance(shown, str) else (wanted,)), key
+        assert settings.parse(options, [config(f"{key} = {value!r}")])[1] == {key: wanted}
+
+
+@dataclass
+class Paths:
+    out: Annotated[str, "path"] = ""
+    dataset: Annotated[str, "paths"] = ""
+    prompt: Annotated[str, "FILE:path"] = ""
+    runs: Annotated[tuple[str, ...], "path"] = ()
+
+
+@pytest.mark.parametrize(("key", "value", "home"), [
+    ("out", "~", "/home/me"), ("out", "~/", "/home/me/"), ("out", "~root/x", f"{os.path.expanduser('~root')}/x"),
+    ("out", "~no_such_user/x", "~no_such_user/x"), ("out", "a/~/b", "a/~/b"), ("out", "a~", "a~"),
+    ("out", "./~", "./~"), ("out", "~/[ab]*/**", "/home/me/[ab]*/**"), ("out", "x,~/a", "x,~/a"),
+    ("dataset", "~/a:0.5,~/b:0.5", "/home/me/a:0.5,/home/me/b:0.5"), ("dataset", "a, ~/b", "a, /home/me/b"),
+    ("dataset", "a:1,b~/c", "a:1,b~/c"), ("prompt", "~/a", "~/a"), ("prompt", "~", "~"),
+    ("prompt", "FILE:~/a,~/b", "FILE:/home/me/a,~/b"), ("prompt", "See FILE:~/a", "See FILE:~/a")])
+def test_a_tilde_counts_where_a_path_begins_and_nowhere_else(config, monkeypatch, key, value, home):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert parse(f"--{key}={value}", options=Paths)[key] == home
+    assert parse(config(f"{key} = {value!r}"), options=Paths)[key] == home
+
+
+def test_a_tilde_in_words_without_a_key_is_the_home_folder_too(config, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    (tmp_path / "me").mkdir()
+    config("depth = 7", "me/mine.py")
+    assert parse("~/mine.py")["depth"] == 7
+    with pytest.raises(FileNotFoundError, match=r"no config file '.*/me/mane\.py'; did you mean '.*/me/mine\.py'"):
+        parse("~/mane.py")
+    assert parse("~/a", "--runs", "~/b", "c", options=Paths, bare_word="runs")["runs"] == tuple(
+        f"{tmp_path}/me/{name}" for name in "ab") + ("c",)
 
 
 @dataclass

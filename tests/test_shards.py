@@ -23,6 +23,7 @@ import torch
 from conftest import TEXT, TINY_RUN, files_of, write_shard
 from hypothesis import given
 from hypothesis import strategies as st
+from test_files import POINTER
 
 import shards
 from data import EvalOrder, TrainOrder
@@ -71,6 +72,8 @@ def header(*words: int) -> bytes:
     ("train_000000.bin", header(20240801, 1, 1) + b"1234", "version 1 .* 7 "),
     ("train_000000.bin", header(12345, 1, 1) + b"12", "magic number is 12345.* 20240520, 20240801"),
     ("train_000000.bin", b"", "magic number is missing"),
+    ("train_000000.bin", POINTER, "is a Git LFS pointer, not the file itself: `git lfs pull`"),
+    ("train.bin", POINTER + b"\n" * (len(POINTER) % 2), "is a Git LFS pointer"),
     ("train.bin", b"12345", "torn.* 5 bytes")])
 def test_a_file_that_is_torn_or_no_shard_is_refused(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)

@@ -12,6 +12,7 @@ import torch
 import transformers
 from conftest import TINY_RUN
 from safetensors.torch import load_file, save_file
+from test_files import POINTER
 
 import weights
 from model import GPT, GPTConfig
@@ -331,6 +332,24 @@ def test_a_junk_ckpt_pt_is_named_and_not_offered_as_a_start(refused, tiny_data, 
         assert "out/tiny/ckpt.pt is not a readable PyTorch checkpoint" in line
         assert "start from" not in line
         assert "weights_only" not in line
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model-00001-of-00001.safetensors", "ckpt.pt",
+                                  "model.safetensors.index.json"])
+def test_a_git_lfs_pointer_is_called_one(tmp_path, name):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    if name.startswith("model-"):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    (tmp_path / name).write_bytes(POINTER)
+    with pytest.raises(ValueError, match=rf"/{name} is a Git LFS pointer, not the file itself: `git lfs pull`"):
+        weights.load_pretrained(str(tmp_path / name if name == "ckpt.pt" else tmp_path))
+
+
+def test_a_page_in_the_place_of_weights_is_called_one(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "model.safetensors").write_text("<!DOCTYPE html>")
+    with pytest.raises(ValueError, match=r"model\.safetensors is an HTML page, as a failed download leaves one"):
+        weights.load_pretrained(str(tmp_path))
 
 
 def test_files_that_are_something_else_are_named(tmp_path):
