@@ -295,11 +295,11 @@ def test_numpys_numbers_in_ckpt_pt_are_plain_values(tmp_path, zipped):
     theirs |= {"best_val_loss": np.float64(1.5), "iter_num": np.int64(7), "losses": np.array([3.0, 2.5])}
     theirs["model_args"] |= {"n_layer": np.int64(2), "dropout": np.float32(0.5), "bias": np.bool_(False)}
     theirs["config"] |= {"learning_rate": np.float64(1e-3), "dataset": np.str_("tiny")}
-    torch.save(theirs, tmp_path / "ckpt.pt", _use_new_zipfile_serialization=zipped)
-    read = weights.read_nanogpt(tmp_path / "ckpt.pt")
+    torch.save(theirs, tmp_path / "numpy.pt", _use_new_zipfile_serialization=zipped)
+    read = weights.read_nanogpt(tmp_path / "numpy.pt")
     assert [read[key] for key in ("best_val_loss", "iter_num", "losses")] == [1.5, 7, [3.0, 2.5]]
     assert read["config"] == {"dataset": "tiny", "learning_rate": 1e-3}
-    model = GPT.from_pretrained(str(tmp_path / "ckpt.pt"))
+    model = GPT.from_pretrained(str(tmp_path / "numpy.pt"))
     assert all(map(torch.equal, model.state_dict().values(), wanted.state_dict().values()))
     assert (model.config.n_layer, model.config.dropout, model.config.bias) == (2, 0.5, False)
 
