@@ -33,7 +33,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from filelock import FileLock, Timeout
@@ -60,7 +60,7 @@ State = dict[str, torch.Tensor]
 class RunConfig:
     """Run folder and checkpoints"""
 
-    out_dir: str = "out"  # run folder
+    out_dir: Annotated[str, "path"] = "out"  # run folder
     resume: Literal["auto", "must", "never"] = "auto"  # auto: go on from the newest checkpoint in out_dir, if any
     overwrite: bool = False  # with resume=never: delete the run that is in out_dir
     save_interval: int = 0  # steps between checkpoints; 0 = at each evaluation
@@ -99,6 +99,7 @@ def verify(folder: Path) -> None:
         if not path.is_file():
             raise ValueError(f"checkpoint {folder} is damaged: {name} is missing")
         if files.sha256_file(path) != digest:
+            files.refuse_pointer(path)
             raise ValueError(f"checkpoint {folder} is damaged: {name} is not what was saved (its checksum differs)")
 
 
@@ -176,9 +177,12 @@ class RunFolder:
             return None
         folder = self.newest_valid()
         if folder is None and self.config.resume == "must":
+            theirs = self.path / "ckpt.pt"
+            if theirs.is_file():
+                weights.read_nanogpt(theirs)  # raises ValueError for what is none
             raise ValueError(f"nothing to resume: {self.path} holds no checkpoint"
-                             + (f" of ours (start from nanoGPT's with --init_from={self.path}/ckpt.pt and another "
-                                "--out_dir)" if (self.path / "ckpt.pt").is_file() else ""))
+                             + (f" of ours (start from nanoGPT's with --init_from={theirs} and another --out_dir)"
+                                if theirs.is_file() else ""))
         return folder
 
     def open(self, options: dict[str, Any], is_new: bool) -> bool:
@@ -321,7 +325,7 @@ class RunFolder:
         _remove(hidden)
         try:
             (hidden / "training").mkdir(parents=True)
-            weights.save_pretrained(config, model, hidden, tokenizer.eot_id if tokenizer else None)
+            weights.save_pretrained(config, model, hidden, token_ids=tokenizer and tokenizer.token_ids)
             if tokenizer:
                 tokenizer.save(hidden, model_max_length=config.block_size)
             weights.save_tensors(optimizer, hidden / "training" / "optimizer.safetensors")

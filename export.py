@@ -10,6 +10,11 @@ It is there whole or not at all. The card names files without the folders that t
 
 from __future__ import annotations
 
+import process
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    process.begin()
+
 import json
 import os
 import re
@@ -17,12 +22,12 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import settings
 
 if __name__ == "__main__":
-    settings.help_early(__file__, "ExportConfig")  # before torch is imported, which takes seconds
+    settings.help_early(__file__, "ExportConfig")
 
 import checkpoint
 import files
@@ -43,8 +48,8 @@ UNSHOWN = {"dataset", "init_from", "eval_only", "max_minutes", "backend", "timeo
 
 @dataclass
 class ExportConfig:
-    run: str = "out"  # run folder
-    to: str = ""  # folder to make; it must not exist
+    run: Annotated[str, "path"] = "out"  # run folder
+    to: Annotated[str, "path"] = ""  # folder to make; it must not exist
     checkpoint: str = "best"  # best, latest, or a step that is kept: step_5000
     push: str = ""  # upload the folder to this repository on the Hugging Face hub: owner/name
     public: bool = False  # make that repository public; else it is private
@@ -271,7 +276,7 @@ def use_section(name: str, is_ours: bool, folder: Path, block_size: int) -> str:
         try:
             num_tokens = len(tokenizer.encode(prompt))
         except ValueError:  # it does not know these characters
-            prompt, num_tokens = tokenizer.decode([tokenizer.start_id]), 1
+            prompt, num_tokens = tokenizer.decode(tokenizer.encode_prompt("")), 1
         new = max(1, min(50, block_size - num_tokens))
         lines += [f"tokenizer = AutoTokenizer.from_pretrained(\"{name}\")",
                   f"inputs = tokenizer({json.dumps(prompt)}, return_tensors=\"pt\")",

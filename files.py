@@ -2,12 +2,14 @@
 checkpoints of a run folder.
 
 Owns how small files are written so that a kill or a full disk leaves the old one or the new one, never half of either;
-and how the newest and the best checkpoint of a run are found, by all who read them. The links `latest` and `best` are
-for people: a copy may have lost them, or have folders or text files in their places.
+which encoding a text has; what a file is by its first bytes, for those that are not what their name says; and how the
+newest and the best checkpoint of a run are found, by all who read them. The links `latest` and `best` are for people: a
+copy may have lost them, or have folders or text files in their places.
 """
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import hashlib
 import json
@@ -17,19 +19,78 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name on the Hugging Face hub
+MARKS = {codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",  # ahead of UTF-16's, which begin alike
+         codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+HTML = "an HTML page, as a failed download leaves one: download it again"
+SIGNS = {  # how a file begins -> what it is, and what mends it
+    LFS_POINTER: "a Git LFS pointer, not the file itself: `git lfs pull` in its folder fetches that",
+    b"<!doctype html": HTML, b"<html": HTML,
+    b"\x1f\x8b\x08": "compressed: `gzip -d` unpacks it", b"\x28\xb5\x2f\xfd": "compressed: `zstd -d` unpacks it",
+    b"BZh91AY&SY": "compressed: `bzip2 -d` unpacks it", b"\xfd7zXZ\0": "compressed: `xz -d` unpacks it",
+    b"PK\x03\x04": "a ZIP archive: `unzip` unpacks it", b"%PDF-": "a PDF: `pdftotext` makes text of it"}
 LINKS = ("latest", "best")  # in a run's checkpoints/
 EVENTS = {"fault": "skipped step", "rollbacks": "rollback", "resumed": "restart"}  # key of a record -> what it is of
 
 
 def read_json(path: Path) -> dict:
     """Raises FileNotFoundError, or ValueError naming the file that is not a JSON object."""
+    content = path.read_bytes()
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable JSON: {error}") from None
+        value = json.loads(content)  # in any encoding of Unicode
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is {sign_of(content) or f'not readable JSON: {error}'}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} should hold a JSON object")
     return value
+
+
+def decode(data: bytes) -> tuple[str, int]:
+    """Text in the encoding that its byte order mark says, UTF-8 where it has none; and how many of its bytes are no
+    text and were replaced by U+FFFD."""
+    try:
+        return data.decode("utf-8-sig"), 0
+    except UnicodeDecodeError:
+        mark = mark_of(data)
+        encoding, data = MARKS.get(mark, "utf-8"), data.removeprefix(mark or codecs.BOM_UTF8)
+        return data.decode(encoding, "replace"), len(data) - len(data.decode(encoding, "ignore").encode(encoding))
+
+
+def mark_of(data: bytes) -> bytes:
+    """The byte order mark of UTF-16 or UTF-32 that data begin with, or b""."""
+    return next((mark for mark in MARKS if data.startswith(mark)), b"")
+
+
+def read_text(path: Path) -> str:
+    """A text that is read whole. Raises OSError, or ValueError for a file that is none."""
+    refuse_pointer(path)
+    text, replaced = decode(path.read_bytes())
+    if replaced:
+        raise ValueError(f"{path} is no UTF-8 text: {replaced:,} of its bytes are none")
+    return text
+
+
+def sign_of(head: bytes) -> str:
+    """What a file is that begins so, with the command that mends it; "" where that does not show."""
+    head = head[:512].removeprefix(codecs.BOM_UTF8).lstrip()
+    return next((what for sign, what in SIGNS.items() if head.startswith(sign) or head.lower().startswith(sign)), "")
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raises ValueError for a Git LFS pointer in the place of a file."""
+    with open(path, "rb") as file:
+        if (head := file.read(len(LFS_POINTER))) == LFS_POINTER:
+            raise ValueError(f"{path} is {sign_of(head)}")
+
+
+def broken(path: Path, reason: object, own: bytes = b"") -> str:
+    """One line on a file that cannot be read: what it is instead, where its first bytes tell, else that it is broken.
+    `own` is how a file of its kind begins."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        head = file.read(512)
+        if (what := sign_of(head)) and not (own and head.startswith(own)):
+            return f"{path} is {what}"
+    return f"{path} is broken{reason}"
 
 
 def read_records(path: Path) -> list[dict]:

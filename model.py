@@ -688,8 +688,12 @@ class Decoder:
         self.graph = None
         # Not under autocast: it keeps copies of the weights for as long as its block, and a recording for good.
         if device.type == "cuda" and not torch.is_autocast_enabled("cuda"):
-            with torch.cuda.device(device):
-                self._record()
+            try:
+                with torch.cuda.device(device):
+                    self._record()
+            except RuntimeError as error:  # an operation that cannot be recorded, or no memory for the recording
+                warnings.warn(f"recording a CUDA graph failed, going on without it: {error}", stacklevel=2)
+                self.graph = None
 
     def _check_room(self) -> None:
         if self.cache.length == self.cache.capacity:

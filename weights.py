@@ -16,8 +16,8 @@ A model that is shaped as neither GPT-2 nor Llama is written under our own names
 from __future__ import annotations
 
 import contextlib
-import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -28,8 +28,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from baselines import build_empty
-from files import HUB_ID, best_checkpoint, fetch_snapshot, follow_link, newest_checkpoint, read_json, write_json
+from files import (
+    HUB_ID,
+    best_checkpoint,
+    broken,
+    fetch_snapshot,
+    follow_link,
+    newest_checkpoint,
+    read_json,
+    refuse_pointer,
+    write_json,
+)
 from model import HIGH_FREQ_FACTOR, LOW_FREQ_FACTOR, GPTConfig
+from pickles import STAND_INS
 from tokenizer import TOKENIZER_FILES
 
 HUB_ALIASES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
@@ -206,14 +217,21 @@ def load_nanogpt(path: Path) -> tuple[GPTConfig, State]:
 
 def read_nanogpt(path: Path) -> dict:
     """The dictionary in a ckpt.pt: model, model_args, config, ... Raises ValueError for a file that is something else,
-    or that holds objects other than tensors and plain values (they could run code, so they are not built)."""
+    or that holds objects other than tensors, plain values and NumPy's numbers (they could run code, so they are not
+    built)."""
+    refuse_pointer(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path} holds objects other than tensors and plain values; it was not loaded, "
-                         "because such a file can run code") from None
-    except (RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"{path} is not a readable PyTorch checkpoint: {str(error).splitlines()[0]}") from None
+        with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a broken pickle raises nearly anything
+        if isinstance(error, OSError) and error.filename:
+            raise
+        if named := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(f"{path} holds objects other than tensors and plain values ({named[1]}); it was not "
+                             "loaded, because such a file can run code") from None
+        with open(path, "rb") as file:
+            raise ValueError(f"{path} is not a readable PyTorch checkpoint: its {path.stat().st_size:,} bytes, which "
+                             f"begin with {file.read(16)!r}, are cut off, or something else") from None
     parts = [checkpoint.get(key) for key in ("model", "model_args")] if isinstance(checkpoint, dict) else [None]
     if not all(isinstance(part, dict) for part in parts):
         raise ValueError(f"{path} is not nanoGPT's: a dictionary with 'model' and 'model_args' was expected")
@@ -235,7 +253,7 @@ def _read_safetensors(folder: Path) -> State:
         except FileNotFoundError:
             raise FileNotFoundError(f"{folder} has no {file.name}: weights are read from safetensors only") from None
         except SafetensorError as error:
-            raise ValueError(f"{file} is broken: {error}") from None
+            raise ValueError(broken(file, f": {error}")) from None
     return state
 
 
@@ -269,19 +287,20 @@ def shapes(config: GPTConfig) -> dict[str, torch.Size]:
 
 
 def save_pretrained(config: GPTConfig, state: Mapping[str, torch.Tensor], folder: str | Path,
-                    eot_id: int | None = None) -> None:
+                    eot_id: int | None = None, token_ids: Mapping[str, Mapping[str, Any]] | None = None) -> None:
     """Write config.json, generation_config.json and model.safetensors, which transformers loads as GPT2LMHeadModel or
-    LlamaForCausalLM where the model has that shape. `eot_id` becomes the begin- and end-of-text id, None means none.
-    """
+    LlamaForCausalLM where the model has that shape. `eot_id` becomes the begin- and end-of-text id, None means none;
+    `token_ids` says more of them: see Tokenizer."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     ids = {"bos_token_id": eot_id, "eos_token_id": eot_id}
+    token_ids = token_ids or {"config.json": ids, "generation_config.json": ids}
     state = {name: tensor.detach().float().cpu()[:config.vocab_size if name in TABLES else None]
              for name, tensor in state.items()}
     to_theirs = _to_gpt2 if is_gpt2(config) else _to_llama if is_llama(config) else _to_own
     settings, tensors = to_theirs(config, state)
-    write_json(folder / "config.json", settings | ids | {"torch_dtype": "float32"})
-    write_json(folder / "generation_config.json", ids)
+    write_json(folder / "config.json", settings | token_ids["config.json"] | {"torch_dtype": "float32"})
+    write_json(folder / "generation_config.json", token_ids["generation_config.json"])
     save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
 
 

@@ -423,8 +423,7 @@ def copy_until(step: int, run: Path) -> None:
 
 
 @pytest.mark.parametrize("number", process.STOP_SIGNALS)
-def test_a_signal_finishes_the_step_saves_and_exits_with_75(cli, data, undisturbed, monkeypatch, number,
-                                                            hears_hang_ups):
+def test_a_signal_finishes_the_step_saves_and_exits_with_75(cli, data, undisturbed, monkeypatch, number):
     with monkeypatch.context() as patch:
         patch.setattr(metrics.Reporter, "count", raising_at(15, number, metrics.Reporter.count))
         result = cli("train", *RUN)
@@ -454,8 +453,7 @@ def raising_at(step: int, number: int, count: Callable) -> Callable:
 def test_a_reader_that_has_left_does_not_keep_a_run_from_saving(data, undisturbed, name):
     """`train.py | tee log`, where Ctrl-C ends tee as well; a terminal that is closed."""
     run = subprocess.Popen([sys.executable, planted.__file__, *RUN], cwd=data, env={**os.environ, "HOLD_STEP": "15"},
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                           preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     until(lambda: (data / "held").exists() or run.poll() is not None, lambda: run.stderr.read().decode())
     run.stdout.close()
     run.send_signal(signal.Signals[name])

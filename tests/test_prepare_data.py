@@ -988,3 +988,17 @@ def test_data_in_the_tokens_of_a_model_that_is_there(cli, refused, tmp_path):
     assert data.tokenizer.decode(ids).replace("<|endoftext|>", "") == text
     assert "is sound" in cli("prepare_data", "--verify=data/more").out
     assert "data holds no tokenizer" in refused("prepare_data", "--input=text.txt", "--name=x", "--tokenizer=data")
+
+
+@pytest.mark.parametrize("length", [5, 10])
+def test_a_validation_split_of_one_token_is_said_and_named_at_training(cli, refused, tmp_path, length):
+    (tmp_path / "few.txt").write_text("abcdefghij"[:length])
+    result = cli("prepare_data", "--input=few.txt", "--name=few", "--tokenizer=char")
+    assert result.out.endswith("warning: the val split is a single token, and one predicts nothing: give more text, or "
+                               "a larger --val_fraction\n")
+    options = ("--dataset=few", "--block_size=2", "--n_layer=1", "--n_head=1", "--n_embd=16", "--device=cpu")
+    line = refused("train", *options)
+    assert "data/few/val_000000.bin is too short: it has 1 of the two tokens that an evaluation takes; prepare" in line
+    assert "--val_fraction" in line
+    result = cli("prepare_data", "--input=few.txt", "--name=more", "--tokenizer=char", "--val_fraction=0.4")
+    assert "warning" not in result.out

@@ -12,8 +12,14 @@ from conftest import ROOT
 import process
 
 
-def test_under_nohup_a_terminal_that_closes_is_not_heard(hears_hang_ups):
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.fixture
+def nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_under_nohup_a_terminal_that_closes_is_not_heard(nohup):
     with process.stop_requests() as asked:
         signal.raise_signal(signal.SIGHUP)
         assert asked == []
@@ -21,7 +27,7 @@ def test_under_nohup_a_terminal_that_closes_is_not_heard(hears_hang_ups):
 
 
 @pytest.mark.parametrize("number", process.STOP_SIGNALS)
-def test_signals_are_recorded_and_handlers_put_back(hears_hang_ups, number):
+def test_signals_are_recorded_and_handlers_put_back(number):
     before = [signal.getsignal(n) for n in process.STOP_SIGNALS]
     with process.stop_requests() as asked:
         assert asked == []

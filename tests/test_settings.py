@@ -164,6 +164,56 @@ def test_all_faults_of_a_command_fit_one_line(refused, config):
         assert part in line
 
 
+HELPERS = """import math
+from pathlib import Path
+hours, num_gpus, base = 2, 8, {"a": 1}
+tokens_per_step: int = 12 * 1024
+sizes = [n for n in (1, 2)]
+for i in range(3):
+    scale = i
+if (last := i) and Path(__file__).exists():
+    with open(__file__) as source:
+        depth = len(source.read()[:4])
+def double(x):
+    inside = 2 * x
+    return inside
+rate = float(double(math.pi > 3))
+_hidden = 1
+"""
+
+
+def test_a_helper_in_a_config_file_is_a_warning_with_its_place(config, capsys):
+    assert parse(config(HELPERS)) == DEFAULTS | {"depth": 4, "rate": 2.0}
+    lines = capsys.readouterr().err.splitlines()
+    places = {"hours": 3, "num_gpus": 3, "base": 3, "tokens_per_step": 4, "sizes": 5, "i": 6, "scale": 7, "last": 8,
+              "source": 9}
+    assert sorted(lines) == sorted(f"config.py:{line}: warning: {name} is no option and is not used"
+                                   for name, line in places.items())
+
+
+def test_one_rank_speaks_of_helpers(config, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    parse(config("hours = 3\n"))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", [
+    "n_layers", "learningrate", "batchsize", "eval_intervals", "max_iter", "wandb_name", "n_heads", "nembd", "beta",
+    "lr_decay_iter", "warmup_steps", "outdir", "datasets", "drop_out", "gradient_accumulation", "blocksize"])
+def test_a_name_like_a_key_is_an_error_in_a_config_file(config, name):
+    with pytest.raises(ValueError, match=rf"config\.py:2: unknown key '{name}'; did you mean"):
+        settings.parse(TrainConfig, [config(f"hours = 1\n{name} = 3\n")])
+
+
+@pytest.mark.parametrize("name", ["tokens_per_step", "num_gpus", "base", "size", "scale", "gpus", "n", "hours", "root",
+                                  "epochs", "now", "tokens_per_iter", "world_size", "data", "ratio"])
+def test_a_helper_is_an_error_on_the_command_line_alone(config, name, capsys):
+    settings.parse(TrainConfig, [config(f"{name} = 10**5000\n")])  # whatever its value
+    assert f"config.py:1: warning: {name} is no option" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=f"--{name}: unknown key '{name}'"):
+        settings.parse(TrainConfig, [f"--{name}=3"])
+
+
 def test_a_missing_config_file_is_named(refused):
     line = refused("train", "config/nowhere.py", "--max_iters=3")
     assert "'config/nowhere.py'" in line
@@ -240,7 +290,8 @@ def test_a_librarys_value_error_keeps_its_traceback(monkeypatch):
 
 
 def test_a_reader_that_leaves_is_no_error():
-    script = "import settings; settings.run(lambda argv: [print('line', flush=True) for _ in range(100000)])"
+    script = ("import process, settings; process.begin(needs_reader=True); "
+              "settings.run(lambda argv: [print('line', flush=True) for _ in range(100000)])")
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.readline()
     process.stdout.close()
