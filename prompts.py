@@ -84,8 +84,9 @@ def find_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     data = DATA_DIR / str(options_of(path).get("dataset"))
     if GPT2_VOCAB_SIZE <= vocab_size <= NANOGPT_VOCAB_SIZE and not (data / "meta.pkl").is_file():
         return GPT2Tokenizer()
-    why = no_tokenizer(path) if path.is_dir() else f"{data} has no tokenizer.json and no meta.pkl that numbers characters"
-    raise ValueError(f"no tokenizer for the model's {vocab_size} tokens, so what it writes cannot be read as text: {why}")
+    why = no_tokenizer(path) if path.is_dir() else (
+        f"{data} has no tokenizer.json and no meta.pkl that numbers characters")
+    raise ValueError(f"no tokenizer for the model's {vocab_size} tokens, so they cannot be read as text: {why}")
 
 
 def has_the_ids(tokenizer: Tokenizer | None, data: Mixture) -> bool:

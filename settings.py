@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import math
 import os
 import re
 import runpy
@@ -79,11 +80,16 @@ def parse(options: type[T], argv: list[str], usage: str = "", aliases: dict[str,
     suspects = arguments if not _accepts(options, arguments) else [a for a in arguments if given[a.key] != a.value]
     faults += [f"{a.where}: {a.key}={a.value!r} is not {_describe(known[a.key])}" for a in suspects
                if not _accepts(options, [a])]
+    if not faults:
+        parsed = _tyro(options, [f"--{a.key}={a.value}" for a in effective], usage)
+        values = flatten(parsed)
+        faults = [f"{a.where}: {a.key}={a.value} is not {_describe(known[a.key])} that can be reckoned with"
+                  for a in effective if not _is_usable(values[a.key])]
     if faults:
         raise ValueError("; ".join(faults))
     for line in helpers if process.is_rank0() else []:
         print(line, file=sys.stderr, flush=True)
-    return _tyro(options, [f"--{a.key}={a.value}" for a in effective], usage), given
+    return parsed, given
 
 
 def help_early(script: str, options: str) -> None:
@@ -175,6 +181,11 @@ def _expand_home(value: str, kind: Any) -> str:
     for form in getattr(kind, "__metadata__", ()):
         value = re.sub(f"({places[form]})(~[^/,]*)", lambda found: found[1] + os.path.expanduser(found[2]), value)
     return value
+
+
+def _is_usable(value: Any) -> bool:
+    """False for a number that is not finite, and for a whole one that takes more than 64 bits."""
+    return abs(value) < 2**63 if isinstance(value, int) else not isinstance(value, float) or math.isfinite(value)
 
 
 def _is_many(kind: Any) -> bool:

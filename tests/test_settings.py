@@ -92,7 +92,7 @@ def test_booleans_are_true_and_false(config, value):
 
 
 @quick
-@given(title=st.text(), rate=st.floats(allow_nan=False))
+@given(title=st.text(), rate=st.floats(allow_nan=False, allow_infinity=False))
 def test_texts_and_numbers_arrive_as_they_were_written(config, title, rate):
     wanted = DEFAULTS | {"title": title, "rate": rate}
     assert parse(f"--title={title}", f"--rate={rate!r}") == wanted
@@ -136,6 +136,15 @@ def test_start_is_the_prompt_of_sample(refused):
 def test_a_value_of_the_wrong_type_is_named_with_its_place(config, key, value, wanted):
     assert fault(f"--{key}={value}") == f"--{key}: {key}={value!r} is not {wanted}"
     assert fault(config(f"\n{key} = {value!r}")) == f"config.py:2: {key}={value!r} is not {wanted}"
+
+
+@pytest.mark.parametrize(("key", "value", "kind"), [
+    ("rate", "nan", "a number"), ("rate", "-inf", "a number"), ("rate", "1e999", "a number"),
+    ("num_steps", str(2**63), "a whole number"), ("depth", "-1" + "0" * 40, "a whole number")])
+def test_a_number_that_is_none_to_reckon_with_is_named_with_its_place(config, key, value, kind):
+    assert fault(f"--{key}={value}") == f"--{key}: {key}={value} is not {kind} that can be reckoned with"
+    assert fault(config(f"{key} = type({DEFAULTS[key]})('{value}')")).startswith(f"config.py:1: {key}=")
+    assert parse(f"--{key}={value}", f"--{key}=1") == DEFAULTS | {key: 1}  # the later one wins
 
 
 def test_an_unknown_key_is_named_with_its_place_and_the_closest_key(config):
