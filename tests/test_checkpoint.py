@@ -243,10 +243,10 @@ def test_a_save_goes_on_beside_training_and_holds_the_state_it_began_with(run, p
     began, may_write = threading.Event(), threading.Event()
     write = weights.save_pretrained
 
-    def slow_write(*args):
+    def slow_write(*args, **options):
         began.set()
         assert may_write.wait(60)
-        write(*args)
+        write(*args, **options)
 
     monkeypatch.setattr("weights.save_pretrained", slow_write)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
