@@ -220,7 +220,7 @@ class RunFolder:
     def _is_of_this_launch(self) -> bool:
         """Whether the run that lies here was begun, or gone on with, by the torchrun or the Slurm job that has started
         us again: then it is to go on, also where `resume=never` spoke of what lay here before."""
-        with contextlib.suppress(OSError, ValueError):  # there is none, or it cannot be read
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # there is none, or it is not ours
             before = files.read_json(self.path / "launch.json")
             return any(process.is_restart(now, then) for now in self._launch for then in before["ranks"])
         return False

@@ -90,7 +90,7 @@ def check_options(config: EvaluateConfig) -> None:
         ("block_size", config.block_size >= 0, "0 (the model's) or more"),
         ("stride", config.stride >= 0, "0 (block_size) or more"),
         ("eval_iters", config.eval_iters >= 0, "0 (all) or more"),
-        ("batch_size", config.batch_size >= 1, "at least 1"),
+        ("batch_size", 1 <= config.batch_size <= 10**6, "1 to 1,000,000"),
     ) if not ok]
     names = task_names(config)
     faults += [f"there is no task {name!r}; {settings.closest(name, TASKS) or 'there is ' + ', '.join(TASKS)}"

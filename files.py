@@ -45,6 +45,18 @@ def read_json(path: Path) -> dict:
     return value
 
 
+@contextlib.contextmanager
+def reading_values(path: Path) -> Iterator[None]:
+    """Raises ValueError that names the file when something in here trips over a value that is missing in it, or is of
+    another kind than it should be."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        what = f"has no {error}" if isinstance(error, KeyError) else (
+            f"holds what is not expected there: {(str(error) or type(error).__name__).splitlines()[0]}")
+        raise ValueError(f"{path} {what}") from None
+
+
 def decode(data: bytes) -> tuple[str, int]:
     """Text in the encoding that its byte order mark says, UTF-8 where it has none; and how many of its bytes are no
     text and were replaced by U+FFFD."""

@@ -346,15 +346,16 @@ class Output:
     def __init__(self, folder: Path, config: TokensConfig, vocab_size: int, expected_bytes: int,
                  arguments: dict[str, Any]):
         self._folder, self._config, self._arguments, self._vocab_size = folder, config, arguments, vocab_size
-        state = files.read_json(folder / "progress.json")
-        self.cursor, self.counts, self.done = Cursor(*state["cursor"]), Counter(state["counts"]), False
-        self.files: dict[str, dict[str, int]] = state.get("files", {})  # what was counted -> the first files it is of
-        self.first_fault: str = state.get("first_fault", "")
+        with files.reading_values(folder / "progress.json"):
+            state = files.read_json(folder / "progress.json")
+            self.cursor, self.counts, self.done = Cursor(*map(int, state["cursor"])), Counter(state["counts"]), False
+            self.files: dict[str, dict[str, int]] = state.get("files", {})  # what was counted -> the first it is of
+            self.first_fault: str = state.get("first_fault", "")
+            self._writers = {split: ShardWriter(
+                folder, split, shard_dtype(vocab_size), config.shard_tokens, (expected_bytes or RESERVE_BYTES) * share,
+                [shard for shard in state["shards"] if shard["split"] == split], state["open_tokens"].get(split, 0))
+                for split, share in zip(SPLITS, (1, config.test_fraction, config.val_fraction))}
         self.seen: set[bytes] = set()
-        self._writers = {split: ShardWriter(
-            folder, split, shard_dtype(vocab_size), config.shard_tokens, (expected_bytes or RESERVE_BYTES) * share,
-            [shard for shard in state["shards"] if shard["split"] == split], state["open_tokens"].get(split, 0))
-            for split, share in zip(SPLITS, (1, config.test_fraction, config.val_fraction))}
         self._digests = open(folder / "digests", "a+b")  # noqa: SIM115  closed by __exit__
         self._digests.truncate(self.counts["digests"] * DIGEST_BYTES)
         self.seen |= read_digests(folder / "digests")

@@ -276,6 +276,11 @@ def run(main: Callable[[list[str]], None]) -> None:
         if isinstance(error, ValueError) and raised_in != ROOMS:
             raise
         sys.exit(_complain(str(error)))
+    except (MemoryError, RuntimeError) as error:  # torch's is a RuntimeError on a CPU
+        if not (isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
+            raise
+        sys.exit(_complain("the memory is full: lower what a process holds at a time, --batch_size or the model's size "
+                           f"for one ({(str(error) or 'MemoryError').splitlines()[0]})"))
     except KeyboardInterrupt:
         _complain("interrupted")
         sys.exit(130)

@@ -353,6 +353,7 @@ def list_shards(folder: Path) -> tuple[dict[str, list[Path]], dict[str, Any]]:
             _ = int(shard["tokens"]), bytes.fromhex(shard["sha256"])
         _ = int(manifest["tokenizer"]["vocab_size"]), manifest["tokenizer"]["kind"], np.dtype(manifest["dtype"])
         _ = [(int(held["documents"]), int(held["tokens"])) for held in manifest.get("splits", {}).values()]
+        _ = manifest.get("arguments", {}).items()
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{folder}/dataset.json is not ours: {error} was not understood") from None
     return paths, manifest

@@ -83,7 +83,7 @@ class Unfinished:
         if not record.is_file():
             raise ValueError(f"{folder} exists and was not made by prepare_data.py: choose another --name, or remove "
                              "it")
-        made = files.read_json(record).get("arguments", {})
+        made = arguments_in(record)
         if differing := ["the files of the source have changed" if key == "input_fingerprint" else
                          f"{key} was {made.get(key)}, is {value}" for key, value in self._compared().items()
                          if made.get(key) != value]:
@@ -188,8 +188,8 @@ def recorded_commit(target: Path, source: str, revision: str, rank: int) -> str 
     def found() -> list[str]:
         records = [target / "dataset.json", hidden_folder(target) / "dataset.json",
                    *hidden_folder(target).glob("rank_00000_of_*/progress.json")]
-        begun = [files.read_json(record).get("arguments", {}) for record in records if record.exists()]
-        return [arguments["commit"] for arguments in begun
+        begun = [arguments_in(record) for record in records if record.exists()]
+        return [arguments.get("commit", "") for arguments in begun
                 if (arguments.get("source"), arguments.get("revision")) == (source, revision)]
 
     if rank > 0 and not target.exists():
@@ -200,7 +200,16 @@ def recorded_commit(target: Path, source: str, revision: str, rank: int) -> str 
 def is_done(rank_folder: Path) -> bool:
     """Whether a rank has written all its shards."""
     path = rank_folder / "progress.json"
-    return path.exists() and files.read_json(path)["done"]
+    with files.reading_values(path):
+        return path.exists() and files.read_json(path)["done"]
+
+
+def arguments_in(record: Path) -> dict[str, Any]:
+    """What a dataset.json or progress.json says that the folder was made with. Raises ValueError."""
+    arguments = files.read_json(record).get("arguments", {})
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{record}: 'arguments' should be an object, not {arguments!r}")
+    return arguments
 
 
 def wait_for(missing: Callable[[], list[str]]) -> None:

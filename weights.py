@@ -36,6 +36,7 @@ from files import (
     follow_link,
     newest_checkpoint,
     read_json,
+    reading_values,
     refuse_pointer,
     write_json,
 )
@@ -103,7 +104,11 @@ def load_huggingface(folder: Path) -> tuple[GPTConfig, State]:
     """A Hugging Face GPT-2 or Llama folder, or one of our own: config.json and model.safetensors (one file, or shards
     with an index). Raises ValueError for a model of another type, or with a part that model.py does not have."""
     folder = Path(folder)
-    settings = read_json(folder / "config.json")
+    with reading_values(folder / "config.json"):
+        return _load_huggingface(folder, read_json(folder / "config.json"))
+
+
+def _load_huggingface(folder: Path, settings: dict) -> tuple[GPTConfig, State]:
     kinds = {"gpt2": (_gpt2_config, _from_gpt2), "llama": (_llama_config, _from_llama),
              "flatgpt": (_own_config, lambda config, state: state)}
     if settings.get("model_type") not in kinds:
@@ -196,7 +201,7 @@ def _make_config(path: Path, values: dict) -> GPTConfig:
     """A valid configuration from a file's values. Raises ValueError naming the file and the value that is none."""
     for key, value in values.items():
         kind = (int, float) if isinstance(getattr(GPTConfig, key), float) else type(getattr(GPTConfig, key))
-        if not isinstance(value, kind):
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise ValueError(f"{path}: {key} is {value!r}")
     config = GPTConfig(**values)
     config.validate()
@@ -206,6 +211,11 @@ def _make_config(path: Path, values: dict) -> GPTConfig:
 def load_nanogpt(path: Path) -> tuple[GPTConfig, State]:
     """nanoGPT's ckpt.pt: `model_args`, and `model` with the prefixes that torch.compile leaves."""
     checkpoint = read_nanogpt(path)
+    with reading_values(path):
+        return _load_nanogpt(path, checkpoint)
+
+
+def _load_nanogpt(path: Path, checkpoint: dict) -> tuple[GPTConfig, State]:
     args = checkpoint["model_args"]
     config = _make_config(path, {"mlp": "gelu"} | {key: args[key] for key in (
         "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias") if key in args})
