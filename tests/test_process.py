@@ -100,6 +100,16 @@ def test_torch_is_not_imported_before_a_workers_end_is_tied_to_torchruns():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+@pytest.mark.parametrize(("is_torchrun", "restarts", "wanted"), [
+    (True, "3", True), (True, "0", False), (True, "", False), (True, None, False), (False, "3", False)])
+def test_only_a_torchrun_that_was_told_to_starts_a_job_again(monkeypatch, is_torchrun, restarts, wanted):
+    monkeypatch.setattr(process, "UNDER_TORCHRUN", is_torchrun)
+    monkeypatch.delenv("TORCHELASTIC_MAX_RESTARTS", raising=False)
+    if restarts is not None:
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    assert process.may_restart() == wanted
+
+
 # The launcher's variables
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
