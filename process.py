@@ -82,15 +82,17 @@ class _Output(io.RawIOBase):
         self._raw = getattr(stream.buffer, "raw", stream.buffer)
 
     def write(self, data: Any) -> int:
+        rest = memoryview(data)
         try:
-            while (count := self._raw.write(data)) is None:  # the terminal or pipe does not block, and is full
-                select.select([], [self], [])
-            return count
+            while rest:  # all of it, for with PYTHONUNBUFFERED nobody above writes what was left over
+                if (count := self._raw.write(rest)) is None:  # the terminal or pipe does not block, and is full
+                    select.select([], [self], [])
+                rest = rest[count or 0:]
         except OSError as error:
             if self._is_needed:
                 self._is_needed = False
                 raise OSError(error.errno, error.strerror, "standard output") from None
-            return len(data)
+        return len(data)
 
     def writable(self) -> bool:
         return True
@@ -143,9 +145,9 @@ def is_rank0() -> bool:
 def rendezvous() -> str:
     """Where the ranks of a job meet, as ADDRESS:PORT. Raises ValueError when the environment does not say it."""
     address, port = (os.environ.get(key, "").strip() for key in ("MASTER_ADDR", "MASTER_PORT"))
-    if not address or not re.fullmatch("[0-9]{1,5}", port):
+    if not address or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
         raise ValueError(f"the environment has {rank_variables()}, and so MASTER_ADDR and MASTER_PORT should name the "
-                         f"machine and the port where the processes meet: {HOW_TO_START}")
+                         f"machine and the port, 1 to 65535, where the processes meet: {HOW_TO_START}")
     return f"{address}:{port}"
 
 
