@@ -204,7 +204,7 @@ def launch() -> dict[str, str]:
     torchrun, job = "", ""
     if UNDER_TORCHRUN:
         pid = _torchrun_pid()
-        torchrun = f"{os.environ['TORCHELASTIC_RUN_ID']} on {platform.node()}, process {pid}"
+        torchrun = f"{os.environ.get('TORCHELASTIC_RUN_ID')} on {platform.node()}, process {pid}"
         with contextlib.suppress(OSError):  # on Linux: ids of processes come round again, and so do names of machines
             torchrun += f" of tick {_stat(pid)[19]}, boot {Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
     if os.environ.get("SLURM_JOB_ID"):

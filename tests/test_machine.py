@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import machine
+import process
 
 GB = 10**9
 NO_LIMIT_V1 = 9223372036854771712  # what version 1 writes where there is none
@@ -93,8 +94,9 @@ def test_ranks_of_a_machine_share_its_cores(root, monkeypatch):
 
     root({"proc/self/cgroup": "0::/"} | v2("", "max", 0, 0, "600000 100000"))
     config = PrepareConfig(SourceConfig(hf="owner/name"), TokensConfig())
-    for told, workers in (("1", 6), ("2", 3), ("9", 1), ("", 6), ("x", 6)):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", told)
+    for told, workers in (("1", 6), ("2", 3), ("9", 1), ("", 6)):
+        for name, value in (("RANK", "0"), ("WORLD_SIZE", "9"), ("LOCAL_WORLD_SIZE", told)):
+            monkeypatch.setenv(name, value)
         assert num_workers(config, []) == workers
 
 
@@ -108,7 +110,7 @@ def test_torch_takes_no_more_threads_than_the_quota(root, monkeypatch, cpu, omp,
     from device import DeviceConfig
 
     root({"proc/self/cgroup": "0::/"} | v2("", "max", 0, 0, cpu))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.setattr("process.ranks", lambda: process.Ranks(local_world_size=ranks))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if omp:
         monkeypatch.setenv("OMP_NUM_THREADS", omp)
@@ -123,9 +125,9 @@ def test_too_little_memory_for_torch_is_said(root, monkeypatch, capsys):
     root({"proc/self/cgroup": "0::/"} | v2("", 300_000_000, 20_000_000))
     machine.warn_of_little_memory()
     assert capsys.readouterr().err == ""
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    root({"proc/self/cgroup": "0::/"} | v2("", 160_000_000, 20_000_000))
     machine.warn_of_little_memory()
-    assert capsys.readouterr().err.startswith("warning: 140 MB of memory are left for a process here")
+    assert capsys.readouterr().err.startswith("warning: 140 MB of memory are left here")
     monkeypatch.setenv("RANK", "1")
     machine.warn_of_little_memory()
     assert capsys.readouterr().err == ""

@@ -118,6 +118,7 @@ def test_what_will_fail_is_a_warning(tmp_path, monkeypatch):
     with monkeypatch.context() as small:
         small.setattr("preflight.memory_bytes", lambda device: 10**6)
         assert "will not fit: lower --batch_size" in warnings(report(tmp_path))[0]
+    monkeypatch.setattr("process.UNDER_TORCHRUN", True)
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", raising=False)
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in warnings(report(tmp_path))[0]
@@ -193,7 +194,7 @@ def test_batch_size_0_is_reported_and_kept_by_a_resume(cli, tiny_data, monkeypat
     options = [option for option in TINY_RUN if not option.startswith(("--batch_size", "--gradient"))]
     options += ["--batch_size=0", "--total_batch_size=128"]
     with monkeypatch.context() as small:
-        small.setattr("preflight.fit_batch_size", lambda model, seqs_per_rank, here: seqs_per_rank // 4)
+        small.setattr("preflight.fit_batch_size", lambda model, seqs_per_rank, here, compile: seqs_per_rank // 4)
         result = cli("train", *options, "--max_iters=3")
         assert result.code == 0, result.err
         assert "128 tokens a step = 4 micro-batches x 2 sequences" in result.out

@@ -109,7 +109,7 @@ def test_a_nanogpt_checkpoint_samples_with_its_data_sets_characters(cli, tmp_pat
     (["--prompt=FILE:none.txt"], "none.txt"),
     (["--prompt=FILE:out/tiny/checkpoints/best/model.safetensors"], "model.safetensors is no UTF-8 text"),
     (["--prompt=caf\udce9"], "the prompt is no valid text"),
-    (["--seed=99999999999999999999"], "below 2**63"),
+    (["--seed=99999999999999999999"], "is not a whole number that can be"),
     (["--temperature=-1", "--top_p=0"], "temperature=-1.0 must be 0 or more; top_p=0.0 must be above 0"),
     (["--min_p=2", "--repetition_penalty=0", "--show_probs=-1"], "show_probs=-1 must be 0 (none) or more; min_p=2.0 "
      "must be from 0 (all tokens) to 1; repetition_penalty=0.0 must be above 0"),
@@ -153,7 +153,8 @@ def test_a_checkpoint_that_a_run_deletes_meanwhile_is_called_that(refused, train
 
 def test_a_model_without_any_tokenizer_says_where_one_was_looked_for(refused, tmp_path):
     save_nanogpt(tmp_path / "ckpt.pt")
-    assert "no tokenizer for the model's 101 tokens: data/tiny" in refused("sample", "--init_from=ckpt.pt")
+    assert "no tokenizer for the model's 101 tokens, so they cannot be read as text: data/tiny has" in refused(
+        "sample", "--init_from=ckpt.pt")
 
 
 @pytest.mark.parametrize("kind", ["char", "byte", "bpe", "gpt2"])

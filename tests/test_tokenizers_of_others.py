@@ -511,9 +511,10 @@ def test_text_without_tokens_is_refused_by_file_and_line_or_dropped_and_counted(
     assert "texts/a.jsonl:21: the tokenizer has no token for 'c'" in line
     made = cli("prepare_data", "--input=texts", "--name=all", "--tokenizer=words", "--skip_bad=True")
     assert made.code == 0, made.err
-    first, note = made.out.strip().splitlines()
+    first, *files, note = made.out.strip().splitlines()
     assert "21 documents" in first
     assert "2 broken records" in first
+    assert files[0].startswith("dropped, because broken: a.jsonl 1, b.txt 1 (the first: texts/a.jsonl:21")
     assert note == "note: nothing stands between the documents, for the tokenizer has no end-of-text token"
     assert cli("prepare_data", "--verify=data/all").code == 0
 
@@ -523,7 +524,7 @@ def test_unknown_tokens_are_counted(cli):
     Path("texts.jsonl").write_text('{"text": "a b c d"}\n' * 10)
     made = cli("prepare_data", "--input=texts.jsonl", "--tokenizer=words", "--name=made")
     assert made.code == 0, made.err
-    assert "20 unknown tokens" in made.out
+    assert "tokens for text that the tokenizer does not know: texts.jsonl 20" in made.out
     assert "nothing stands between" not in made.out
     assert json.loads(Path("data/made/dataset.json").read_text())["unknown_tokens"] == 20
 

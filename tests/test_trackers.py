@@ -161,14 +161,13 @@ def test_a_restart_by_torchrun_before_the_first_checkpoint_is_the_same_run_at_wa
     def fail(*_args):
         raise RuntimeError("before anything is saved")
 
+    monkeypatch.setattr("process.UNDER_TORCHRUN", True)
+    monkeypatch.setattr("process.end_torchrun", lambda: None)
     with monkeypatch.context() as patch:
         patch.setattr("train.write_samples", fail)
         with pytest.raises(RuntimeError):
             cli("train", *RUN, *BOTH[:3], "--sample_interval=1")
     first = (TINY / "wandb_id").read_text()
-    monkeypatch.setattr("process.UNDER_TORCHRUN", True)
-    monkeypatch.setattr("process.seconds_since_launch", lambda: 1e6)
-    monkeypatch.setattr("process.end_torchrun", lambda: None)
     assert cli("train", *RUN, *BOTH[:3]).code == 0
     assert (TINY / "wandb_id").read_text() == first
 
