@@ -132,18 +132,23 @@ def _meet(here: Job, timeout: datetime.timedelta) -> dist.Store:
                               f"where {address} does not lead {me} to rank 0's host, start torchrun there with "
                               "--local-addr=ADDRESS, one that the other hosts reach") from None
             time.sleep(0.2)
-    store, _, _ = next(dist.rendezvous("env://", here.rank, here.world_size, timeout=timeout))
-    listens_at = _gloo_address()
-    keys = [f"host_of_rank_{rank}" for rank in range(here.world_size)]
-    store.set(keys[here.rank], f"{me} ({listens_at})")
+    told, heard = ([f"{what}_{rank}" for rank in range(here.world_size)] for what in ("host_of", "heard_by"))
     try:
-        store.wait(keys, timeout)
-    except dist.DistError:
-        missing = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
+        store, _, _ = next(dist.rendezvous("env://", here.rank, here.world_size, timeout=timeout))
+        store.set(told[here.rank], f"{me} ({_gloo_address()})")
+        store.wait(told, timeout)
+        here.hosts = tuple(store.get(key).decode() for key in told)
+        store.set(heard[here.rank], "")
+        if here.rank == 0:
+            store.wait(heard, timeout)  # it may end with this process
+    except dist.DistNetworkError as error:
+        raise OSError(f"rank {here.rank} on {me} has lost rank 0's store at {address}, port {port}, whose screen may "
+                      f"say why ({one_line(error)})") from None
+    except dist.DistStoreError:
+        silent = [key for key in told if not store.check([key])] or [key for key in heard if not store.check([key])]
         raise OSError(f"rank {here.rank} on {me} has waited {timeout.total_seconds():.0f} s for rank "
-                      f"{', '.join(missing)}: look at the screens of the other hosts. They have to reach rank 0 at "
+                      f"{', '.join(key.rpartition('_')[2] for key in silent)}: look at the screens of the other hosts. They have to reach rank 0 at "
                       f"{address}, port {port}") from None
-    here.hosts = tuple(store.get(key).decode() for key in keys)
     if len(set(here.hosts)) > 1 and (deaf := sorted(set(filter(_is_loopback, here.hosts)))):
         raise OSError(f"the processes cannot reach each other: {', '.join(deaf)} stands under that address in its own "
                       f"/etc/hosts, where no other host reaches it: {NAME_INTERFACE}, or correct /etc/hosts")
