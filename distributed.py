@@ -141,17 +141,14 @@ def _meet(here: Job, timeout: datetime.timedelta) -> dist.Store:
         store.set(heard[here.rank], "")
         if here.rank == 0:
             store.wait(heard, timeout)  # it may end with this process
-    except dist.DistNetworkError as error:
-        raise OSError(f"rank {here.rank} on {me} has lost rank 0's store at {address}, port {port}, whose screen may "
-                      f"say why ({one_line(error)})") from None
-    except dist.DistStoreError:
-        silent = [key for key in told if not store.check([key])] or [key for key in heard if not store.check([key])]
-        raise OSError(f"rank {here.rank} on {me} has waited {timeout.total_seconds():.0f} s for rank "
-                      f"{', '.join(key.rpartition('_')[2] for key in silent)}: look at the screens of the other hosts. They have to reach rank 0 at "
-                      f"{address}, port {port}") from None
+    except dist.DistError as error:
+        raise OSError(f"rank {here.rank} on {me} did not meet the others at {address}, port {port} "
+                      f"({one_line(error)}): look at the screens of the other hosts, which have to reach rank 0 "
+                      "there") from None
     if len(set(here.hosts)) > 1 and (deaf := sorted(set(filter(_is_loopback, here.hosts)))):
-        raise OSError(f"the processes cannot reach each other: {', '.join(deaf)} stands under that address in its own "
-                      f"/etc/hosts, where no other host reaches it: {NAME_INTERFACE}, or correct /etc/hosts")
+        raise OSError(f"the processes cannot reach each other: {', '.join(deaf)} listens on loopback alone, since its "
+                      f"own name leads there (/etc/hosts), or to no address it has: {NAME_INTERFACE}, or correct the "
+                      "name")
     return store
 
 
@@ -207,7 +204,7 @@ def _lost_connections(here: Job) -> Iterator[None]:
         others = sorted(set(here.hosts) - {here.hosts[here.rank]}) or ["the other processes"]
         raise OSError(f"{here.name(here.rank)} lost the connection to {', '.join(others)}: {reason}. What was saved is "
                       "intact: torchrun --max-restarts=3 starts all again by itself, else give the same command again "
-                      "on every host; --timeout_s says how long a silence is waited out") from None
+                      "on every host") from None
 
 
 def _cannot_connect(here: Job, reason: str) -> str:
