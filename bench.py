@@ -39,6 +39,11 @@ beside nanoGPT's way.
 
 from __future__ import annotations
 
+import process
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    process.begin()
+
 import contextlib
 import dataclasses
 import json
@@ -55,7 +60,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -81,7 +86,7 @@ from train import TrainConfig
 class BenchConfig:
     what: Literal["train", "sample", "data", "checkpoint", "startup", "gpu", "plain", "generate", "uncached",
                   "transformers", "past", "pool", "map", "build"] = "train"  # from plain on: one way alone, a child's
-    config: str = "config/shakespeare_char_cpu.py"  # configuration of the run
+    config: Annotated[str, "path"] = "config/shakespeare_char_cpu.py"  # configuration of the run
     options: str = ""  # more options for train.py, as on its command line
     steps: int = 0  # steps of a run; 0 = the configuration's max_iters, for gpu 20
     rows: int = 1  # sequences that generate and uncached sample side by side
@@ -89,7 +94,7 @@ class BenchConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of train.py and sample.py; the baselines are float32
     baseline: bool = False  # run what people would use instead as well
     json: bool = False  # print the numbers as JSON
-    profile: str = ""  # write a trace of a few training steps to this file
+    profile: Annotated[str, "path"] = ""  # write a trace of a few training steps to this file
 
 
 def main(argv: list[str]) -> None:

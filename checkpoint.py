@@ -3,18 +3,19 @@
     out/run/
         .lock                   held by rank 0 while a run writes here; the system frees it when the process dies
         train_config.json       the options of the run
+        launch.json             what began it, and may go on with it against resume=never
         metrics.jsonl           metrics.py's
         checkpoints/
-            latest -> step_00000500
-            best   -> step_00000250
+            latest -> step_00000500     links for people and other programs, on disks that have links; a script
+            best   -> step_00000250     here goes by the step folders and their trainer.json (files.best_checkpoint)
             step_00000250/      a Hugging Face model folder:
                 config.json  generation_config.json  model.safetensors  tokenizer.json  tokenizer_config.json
                 SHA256SUMS      of every other file here (`sha256sum -c SHA256SUMS` reads it)
                 training/       what only a resume needs: optimizer.safetensors, trainer.json
 
 Invariants: a folder named step_* is complete, because it is written under a hidden name, synced to disk and then
-renamed; only then are the links moved, each by one rename; only then are old checkpoints deleted. So a kill at any
-moment leaves every published checkpoint whole and the links on one of them.
+renamed; only then are the links moved, each by one rename; only then are old checkpoints deleted, but never the best.
+So a kill at any moment leaves every published checkpoint whole and the links on one of them.
 
 A save costs the loop a copy of the state into host memory; a thread writes the copy. One save is under way at a time.
 A checkpoint holds whole tensors, so it does not depend on the number of ranks or on how they share the model.
@@ -24,17 +25,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from filelock import FileLock, Timeout
@@ -47,11 +46,13 @@ import optim
 import process
 import weights
 from distributed import Job
+from files import read_trainer, step_of
 from model import GPTConfig, LanguageModel
 from optim import StepJudge
 from tokenizer import Tokenizer
 
 MAX_FAILED_SAVES = 3  # in a row; then a run stops
+LEFTOVERS = (".step_", ".old_", ".latest", ".best")  # of a save or a deletion that was killed
 State = dict[str, torch.Tensor]
 
 
@@ -59,7 +60,7 @@ State = dict[str, torch.Tensor]
 class RunConfig:
     """Run folder and checkpoints"""
 
-    out_dir: str = "out"  # run folder
+    out_dir: Annotated[str, "path"] = "out"  # run folder
     resume: Literal["auto", "must", "never"] = "auto"  # auto: go on from the newest checkpoint in out_dir, if any
     overwrite: bool = False  # with resume=never: delete the run that is in out_dir
     save_interval: int = 0  # steps between checkpoints; 0 = at each evaluation
@@ -90,15 +91,15 @@ def reading(folder: Path) -> Iterator[None]:
 
 def verify(folder: Path) -> None:
     """Raises ValueError unless every file of SHA256SUMS is there with the content it had when it was saved."""
-    sums = folder / "SHA256SUMS"
-    if not sums.is_file():
+    sums = files.read_sums(folder) if (folder / "SHA256SUMS").is_file() else {}
+    if not sums:
         raise ValueError(f"checkpoint {folder} has no SHA256SUMS: it is incomplete or not ours")
-    for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
-        digest, _, name = line.partition("  ")
+    for name, digest in sums.items():
         path = folder / name
         if not path.is_file():
             raise ValueError(f"checkpoint {folder} is damaged: {name} is missing")
         if files.sha256_file(path) != digest:
+            files.refuse_pointer(path)
             raise ValueError(f"checkpoint {folder} is damaged: {name} is not what was saved (its checksum differs)")
 
 
@@ -129,8 +130,10 @@ class RunFolder:
         self._host: tuple[State, State] = {}, {}  # the copies of weights and optimiser, used again by each save
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="save", initializer=_step_back)
         self._writing: Future[Path] | None = None
-        self._saving = 0  # the step of that
+        self._saving = 0, False  # the step of that, and whether it is the best
         self._failures: list[str] = []  # of the latest saves in a row
+        self._launch = [process.launch()]  # of every rank, when they have met
+        self._warnings: dict[str, str | None] = {}  # of what a save can do without; None once it was said
 
     def __enter__(self) -> RunFolder:
         return self
@@ -143,7 +146,8 @@ class RunFolder:
         """The trainer's state to start from, the same on every rank, with `folder`, the checkpoint that it and the
         weights come from, or None. Raises as `find` does, and ValueError when rank 0's is not the newest checkpoint."""
         # Without a shared disk the run lies on rank 0's, and torchrun may have given that rank to another node.
-        newest = distributed.gather(max(map(step_of, self.steps()), default=-1), self._here)
+        newest = distributed.gather(max(files.step_folders(self.path), default=-1), self._here)
+        self._launch = distributed.gather(process.launch(), self._here)
         if self.config.resume != "never" and max(newest) > newest[0]:
             there = f"that of step {newest[0]}" if newest[0] >= 0 else "none"
             holder = self._here.name(newest.index(max(newest)))
@@ -174,9 +178,12 @@ class RunFolder:
             return None
         folder = self.newest_valid()
         if folder is None and self.config.resume == "must":
+            theirs = self.path / "ckpt.pt"
+            if theirs.is_file():
+                weights.read_nanogpt(theirs)  # raises ValueError for what is none
             raise ValueError(f"nothing to resume: {self.path} holds no checkpoint"
-                             + (f" of ours (start from nanoGPT's with --init_from={self.path}/ckpt.pt and another "
-                                "--out_dir)" if (self.path / "ckpt.pt").is_file() else ""))
+                             + (f" of ours (start from nanoGPT's with --init_from={theirs} and another --out_dir)"
+                                if theirs.is_file() else ""))
         return folder
 
     def open(self, options: dict[str, Any], is_new: bool) -> bool:
@@ -189,20 +196,35 @@ class RunFolder:
         overwrite = is_new and self.config.overwrite and not is_restart
         if is_new and self.steps() and not overwrite:
             raise OSError(f"another run has begun in {self.path} meanwhile: choose another --out_dir")
-        for leftover in [*self.checkpoints.glob("*" if overwrite else ".*")]:
-            _remove(leftover)
+        for leftover in [*self.checkpoints.iterdir()]:
+            if overwrite or leftover.name.startswith(LEFTOVERS):
+                _remove(leftover)
+        self._make_room_for_links()
+        files.write_json(self.path / "launch.json", {"ranks": self._launch})
         files.write_json(self.path / "train_config.json", options)
         return is_new and not is_restart
 
+    def _make_room_for_links(self) -> None:
+        """What a copy that followed the links has put in their places: a checkpoint whose step's folder is missing
+        becomes that, one that is there twice goes, and what is no checkpoint moves aside."""
+        for path in (self.checkpoints / name for name in files.LINKS):
+            if path.is_symlink() or not path.is_dir():
+                continue
+            with contextlib.suppress(OSError):  # then the link cannot be made, which will be said
+                if path in self.steps():
+                    self._publish(path, self.checkpoints / _name(step_of(path)))
+                elif step_of(path) is not None:
+                    _remove(path)
+                else:
+                    os.rename(path, path.with_name(f"{path.name}.old"))
+
     def _is_of_this_launch(self) -> bool:
-        """Whether the run that lies here was begun by the torchrun, or the Slurm job, that has started us again: then
-        it is to go on, also where `resume=never` spoke of what lay here before."""
-        config = self.path / "train_config.json"
-        if not config.is_file():
-            return False
-        is_requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-        is_younger = time.time() - config.stat().st_mtime < process.seconds_since_launch()
-        return is_requeued or (process.UNDER_TORCHRUN and is_younger)
+        """Whether the run that lies here was begun, or gone on with, by the torchrun or the Slurm job that has started
+        us again: then it is to go on, also where `resume=never` spoke of what lay here before."""
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # there is none, or it is not ours
+            before = files.read_json(self.path / "launch.json")
+            return any(process.is_restart(now, then) for now in self._launch for then in before["ranks"])
+        return False
 
     def _begun(self) -> dict[str, Any]:
         """The options of a run that was stopped here before its first checkpoint and is now started again, else {}."""
@@ -212,6 +234,9 @@ class RunFolder:
         return {}
 
     def _take_lock(self) -> None:
+        lock = self.path / ".lock"
+        with contextlib.suppress(OSError):  # there is none yet, or it is another user's
+            lock.chmod(lock.stat().st_mode | 0o200)  # of a copy of what was read-only
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -219,8 +244,7 @@ class RunFolder:
 
     def steps(self) -> list[Path]:
         """Checkpoint folders, oldest first."""
-        return sorted((path for path in self.checkpoints.glob("step_*") if re.fullmatch(r"step_\d+", path.name)),
-                      key=step_of)
+        return [*files.step_folders(self.path).values()]
 
     def newest_valid(self, is_wanted: Callable[[Path], bool] = lambda folder: True) -> Path | None:
         """The newest wanted checkpoint whose checksums hold, None when there is no checkpoint at all.
@@ -252,7 +276,7 @@ class RunFolder:
         for live, host in zip((model.state_dict(), optim.optimizer_state(optimizer, model)), self._host):
             _copy_to_host(live, host, self._here)
         if self._here.rank == 0:
-            self._saving = trainer["step"]
+            self._saving = trainer["step"], is_best
             self._writing = self._writer.submit(self._write, model.config, tokenizer, trainer, is_best)
 
     def settle(self, wait: bool = True) -> None:
@@ -261,16 +285,19 @@ class RunFolder:
         if self._writing is None or not (wait or self._writing.done()):
             return
         writing, self._writing = self._writing, None
+        step, is_best = self._saving
         try:
             folder = writing.result()
         except OSError as error:
             self._failures.append(str(error))
-            self._say(f"warning: step {self._saving} could not be saved: {error}; going on, what was saved before is "
-                      "intact")
+            self._say(f"warning: step {step} could not be saved: {error}; going on, what was saved before is intact")
         else:
             self._failures.clear()
-            is_best = (self.checkpoints / "best").resolve() == folder.resolve()
-            self._say(f"step {self._saving}: saved {folder}{' (best so far)' if is_best else ''}")
+            self._say(f"step {step}: saved {folder}{' (best so far)' if is_best else ''}")
+        for about, warning in self._warnings.items():
+            if warning:
+                self._say(f"warning: {warning}")
+                self._warnings[about] = None
 
     @property
     def is_saving(self) -> bool:
@@ -292,51 +319,65 @@ class RunFolder:
     def _write(self, config: GPTConfig, tokenizer: Tokenizer | None, trainer: dict[str, Any], is_best: bool) -> Path:
         """Publish a checkpoint of the copies. Raises OSError, with all that was there untouched, when the disk is
         full."""
-        final = self.checkpoints / f"step_{trainer['step']:08d}"
+        final = self.checkpoints / _name(trainer["step"])
+        best = final if is_best else files.best_checkpoint(self.path, before=trainer["step"])
         hidden = self.checkpoints / f".{final.name}"
         model, optimizer = self._host
         _remove(hidden)
         try:
             (hidden / "training").mkdir(parents=True)
-            weights.save_pretrained(config, model, hidden, tokenizer.eot_id if tokenizer else None)
+            weights.save_pretrained(config, model, hidden, token_ids=tokenizer and tokenizer.token_ids)
             if tokenizer:
                 tokenizer.save(hidden, model_max_length=config.block_size)
             weights.save_tensors(optimizer, hidden / "training" / "optimizer.safetensors")
-            files.write_json(hidden / "training" / "trainer.json", trainer)
+            files.write_json(hidden / "training" / "trainer.json",
+                             trainer | {"best_step": step_of(best) if best else None})
             _write_sums(hidden)
             _sync(hidden)
         except BaseException:
             _remove(hidden)
             raise
-        if final.exists():  # a damaged one that a resume went back over
-            self._retire(final)
-        os.rename(hidden, final)
+        self._publish(hidden, final)
         files.sync(self.checkpoints)
-        self._link("latest", final.name)
-        if is_best:
-            self._link("best", final.name)
-        self._prune()
+        self._link("latest", final)
+        if best:
+            self._link("best", best)
+        self._prune(final, best)
         return final
 
-    def _link(self, name: str, target: str) -> None:
+    def _publish(self, folder: Path, final: Path) -> None:
+        if os.path.lexists(final):  # a damaged one that a resume went back over
+            self._retire(final)
+        os.rename(folder, final)
+
+    def _link(self, name: str, folder: Path) -> None:
+        """Point a link at a checkpoint, where the disk has links."""
         fresh = self.checkpoints / f".{name}"
-        fresh.unlink(missing_ok=True)
-        fresh.symlink_to(target)
-        os.replace(fresh, self.checkpoints / name)
+        try:
+            fresh.unlink(missing_ok=True)
+            fresh.symlink_to(folder.name)
+            os.replace(fresh, self.checkpoints / name)
+        except (OSError, NotImplementedError) as error:
+            self._warnings.setdefault("links", (
+                f"the links best and latest could not be made in {self.checkpoints} ({_reason(error)}); going on "
+                "without: every script here finds the best and the newest checkpoint by itself"))
 
     def retire_after(self, folder: Path) -> None:
         """Delete the checkpoints newer than this one, which the run has gone back to: a start takes the newest."""
         for newer in self.steps()[self.steps().index(folder) + 1:]:
             self._retire(newer)
-        self._link("latest", folder.name)
+        self._link("latest", folder)
 
-    def _prune(self) -> None:
-        """Delete all but the last `keep_last`, every `keep_every`-th step, and what latest and best point at."""
-        linked = {(self.checkpoints / name).resolve() for name in ("latest", "best")}
+    def _prune(self, final: Path, best: Path | None) -> None:
+        """Delete all but the last `keep_last`, every `keep_every`-th step, the one just saved, and the best."""
         for folder in self.steps()[:-self.config.keep_last] if self.config.keep_last else []:
             is_nth = self.config.keep_every and step_of(folder) % self.config.keep_every == 0
-            if not is_nth and folder.resolve() not in linked:
+            if is_nth or folder in (final, best):
+                continue
+            try:
                 self._retire(folder)
+            except OSError as error:
+                self._warnings.setdefault("pruning", f"{folder} could not be deleted: {_reason(error)}; going on")
 
     def _retire(self, folder: Path) -> None:
         """Delete a published checkpoint: hidden first, so that a kill leaves no half of it under its name."""
@@ -346,8 +387,13 @@ class RunFolder:
         _remove(hidden)
 
 
-def step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step_"))
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def _reason(error: Exception) -> str:
+    """Without the names of files, which go with OSErrors."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def fresh_state() -> dict[str, Any]:
@@ -373,11 +419,6 @@ def load_training_state(trainer: Mapping[str, Any], model: LanguageModel, optimi
     if trainer["scaler"]:
         scaler.load_state_dict(trainer["scaler"])
     vars(judge).update(trainer["judge"])
-
-
-def read_trainer(folder: str | Path) -> dict[str, Any]:
-    """trainer.json of a checkpoint."""
-    return files.read_json(Path(folder) / "training" / "trainer.json")
 
 
 def read_optimizer(folder: str | Path) -> State:
@@ -435,6 +476,9 @@ def _sync(folder: Path) -> None:
 
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
+        with contextlib.suppress(OSError):  # it is another user's
+            for folder, _, _ in os.walk(path):
+                os.chmod(folder, 0o700)  # of a copy of what was read-only
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -170,7 +170,8 @@ def read_run(folder: Path, label: str) -> Run:
     records = files.read_records(metrics)
     if not records:
         raise ValueError(f"{metrics} holds no report yet")
-    return Run(label, folder, records, files.read_json(options), count_parameters(folder / "checkpoints" / "latest"))
+    newest = files.newest_checkpoint(folder)
+    return Run(label, folder, records, files.read_json(options), count_parameters(newest) if newest else None)
 
 
 def count_parameters(checkpoint: Path) -> int | None:
@@ -181,7 +182,7 @@ def count_parameters(checkpoint: Path) -> int | None:
             # GPT-2's format has no word for a model without biases: it holds zeros for them.
             names = [name for name in list(weights.keys()) if has_bias or not name.endswith(".bias")]
             return sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
-    except (OSError, ValueError, SafetensorError):  # a run that is under way may just be deleting it
+    except (OSError, ValueError, AttributeError, SafetensorError):  # a run that is under way may just be deleting it
         return None
 
 

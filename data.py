@@ -27,12 +27,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 import torch
 
-from shards import Dataset, Split, open_dataset
+from shards import DATA_DIR, Dataset, Split, open_dataset
 from tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -44,7 +44,7 @@ PERIOD = 10_000  # sequences after which a mixture's pattern repeats
 class DataConfig:
     """Data and batch"""
 
-    dataset: str = "openwebtext"  # folder in data/, or path of one with shards; a mixture by weight: a:0.7,b:0.3
+    dataset: Annotated[str, "paths"] = "openwebtext"  # folder in data/, or its path; a mixture: a:0.7,b:0.3
     tokenizer: Literal["auto", "gpt2"] = "auto"  # gpt2: what shards without dataset.json were made with
     gradient_accumulation_steps: int = 40  # micro-batches a step, summed over the ranks
     batch_size: int = 12  # sequences a micro-batch, the most that a device takes at a time; 0 = as many as fit it
@@ -141,9 +141,10 @@ def open_mixture(spec: str, vocab_size: int = 0, tokenizer: str = "auto") -> Mix
 
     Raises ValueError for a spec that is none, and for data sets whose tokenizers differ."""
     weights: dict[str, float] = {}
-    is_one = "," not in spec or Path(spec).is_dir()
-    for part in [f"{spec}:1"] if is_one else spec.split(","):
-        name, colon, weight = (word.strip() for word in part.rpartition(":"))
+    is_one = "," not in spec or _is_folder(spec)
+    for part in [spec] if is_one else spec.split(","):
+        has_no_weight = is_one or _is_folder(part.strip())
+        name, colon, weight = (word.strip() for word in (f"{part}:1" if has_no_weight else part).rpartition(":"))
         name, weight = (name, weight) if colon else (weight, "1")  # without weights all count alike
         try:
             if not name or name in weights or not 0 < float(weight) < float("inf"):
@@ -162,6 +163,11 @@ def open_mixture(spec: str, vocab_size: int = 0, tokenizer: str = "auto") -> Mix
             raise ValueError(f"{first.folder} and {other.folder} were made with different tokenizers: their ids mean "
                              "different things")
     return mixture
+
+
+def _is_folder(name: str) -> bool:
+    """Whether a data set has this very name, whatever it holds of a mixture's signs."""
+    return (DATA_DIR / name).is_dir() or Path(name).is_dir()
 
 
 def _same_tokenizer(first: Dataset, other: Dataset) -> bool:
@@ -339,7 +345,9 @@ class EvalOrder:
         self._ends = np.where(split.lengths > 1, 1 + more, 0).cumsum()
         total = int(self._ends[-1]) if len(self._ends) else 0
         if total == 0:
-            raise ValueError("the validation split is empty: it takes at least two tokens to evaluate")
+            raise ValueError(f"{split.paths[0]} is too short: it has {int(split.lengths.max(initial=0))} of the two "
+                             "tokens that an evaluation takes; prepare the data again under another --name, from more "
+                             "text or with a larger --val_fraction")
         count = min(num_seqs, total) or total
         self.is_whole = count == total
         self._chosen = np.arange(count, dtype=np.int64) * total // count

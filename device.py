@@ -9,17 +9,17 @@ processes, except that each has a GPU of its own.
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+import machine
 
 if TYPE_CHECKING:
     from model import LanguageModel
@@ -211,17 +211,8 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
 
 
-def free_memory_bytes() -> int:
-    """Of the machine: what can be had without swapping (Linux knows it; elsewhere half of all)."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    return memory_bytes(torch.device("cpu")) // 2
-
-
 def memory_bytes(device: torch.device) -> int:
-    """All the memory of a GPU; of the machine for everything else."""
+    """All the memory of a GPU; for everything else what this process may have of the machine's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return machine.memory_bytes()

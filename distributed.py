@@ -1,4 +1,4 @@
-"""Several processes: torchrun's environment, DDP and FSDP, compiling on all of them, reductions, clean-up.
+"""Several processes: their process group, DDP and FSDP, compiling on all of them, reductions, clean-up.
 
 Owns every call of torch.distributed. One process without torchrun is the job of world size 1, and all functions here
 work there without a process group, so that train.py has no second path.
@@ -19,15 +19,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
+import machine
+import process
+from baselines import build_empty
 from device import DeviceConfig, one_line, pick_device, pick_dtype
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
 FILE_TIMEOUT_S = 3600  # that the others wait while rank 0 reads, verifies or writes files
@@ -51,7 +57,7 @@ class Job:
     rank: int
     world_size: int
     device: torch.device
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype
     parallel: str = "ddp"
     talk: dist.ProcessGroup | None = None  # for plain Python between the ranks, with patience for slow disks
     hosts: tuple[str, ...] = ()  # of each rank, "east (10.0.0.1)": its host's name, and where gloo listens there
@@ -74,30 +80,37 @@ class Job:
 
 
 @contextlib.contextmanager
-def job(config: DeviceConfig, parallel: ParallelConfig | None = None) -> Iterator[Job]:
-    """Join torchrun's process group, if torchrun started us, and leave it at the end. Raises ValueError."""
+def job(config: DeviceConfig, parallel: ParallelConfig | None = None, alone: bool = False) -> Iterator[Job]:
+    """Join the process group of the launcher's ranks, where there are several, and leave it at the end; `alone`: this
+    process has nobody to join, whatever the environment says. Raises ValueError."""
     parallel = parallel or ParallelConfig()
-    under_torchrun = "RANK" in os.environ
-    rank, world_size, local_rank = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-                                    ) if under_torchrun else (0, 1, 0)
+    rank, world_size, local_rank, local_world_size = process.Ranks() if alone else process.ranks()
     device = pick_device(config.device, local_rank)
-    here = Job(rank, world_size, device, parallel=parallel.parallel)
-    here.set_dtype(pick_dtype(config.dtype, device))  # `auto` is decided anew when the model is known
+    here = Job(rank, world_size, device, pick_dtype(config.dtype, device), parallel.parallel)
+    here.set_dtype(here.dtype)  # is checked; what `auto` means is decided anew when the model is known
+    quota = machine.core_quota()  # without one, torch's own count of cores stays as it is
+    if quota and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, machine.num_cores() // local_world_size)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with its own
-            os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # kernels chosen by timing differ between runs
+            os.environ.setdefault("NCCL_ALGO", "Ring")  # switches that add up (NVLS) do so in any order
             torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # all of it is written before it is read
         torch.set_float32_matmul_precision("high")  # what stays float32 is multiplied as tf32
-    if not under_torchrun:
+    if world_size == 1:
         yield here
         return
     backend = parallel.backend if parallel.backend != "auto" else "nccl" if device.type == "cuda" else "gloo"
     if backend == "nccl" and device.type != "cuda":
         raise ValueError(f"backend=nccl works between CUDA devices, and this is {device}: use --backend=gloo")
+    where = process.rendezvous()
+    if not process.UNDER_TORCHRUN:
+        print(f"rank {rank} waits for the other {world_size - 1} at {where}, up to {parallel.timeout_s} s: the "
+              f"environment has {process.rank_variables()}", file=sys.stderr, flush=True)
     timeout = datetime.timedelta(seconds=parallel.timeout_s)
-    store = _meet(here, timeout)
+    store = _meet(here, where, timeout)
     with _lost_connections(here):
         with _deadline(parallel.timeout_s + 10, here):
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout,
@@ -115,22 +128,23 @@ def job(config: DeviceConfig, parallel: ParallelConfig | None = None) -> Iterato
 # Hosts
 
 
-def _meet(here: Job, timeout: datetime.timedelta) -> dist.Store:
-    """The store at rank 0 where the processes find each other; `here` learns each rank's host.
+def _meet(here: Job, where: str, timeout: datetime.timedelta) -> dist.Store:
+    """The store of rank 0, at `where`, in which the processes find each other; `here` learns each rank's host.
 
     Raises OSError where they would wait in vain: the store is out of reach, a rank does not come, or gloo would listen
     on a host's loopback, whose ranks torch would keep waiting for five times the timeout."""
-    me, address, port = socket.gethostname(), os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    me, (address, _, port) = socket.gethostname(), where.rpartition(":")
+    hint = (f"every host has to reach rank 0 there; where {address} does not lead to its host, start torchrun on that "
+            "with --local-addr=ADDRESS") if process.UNDER_TORCHRUN else (
+            f"the environment has {process.rank_variables()}: {process.HOW_TO_START}")
     deadline_s = time.monotonic() + timeout.total_seconds()
     while here.rank > 0:
         try:
-            socket.create_connection((address, port), timeout.total_seconds()).close()
+            socket.create_connection((address, int(port)), timeout.total_seconds()).close()
             break
         except OSError as error:
             if time.monotonic() > deadline_s:
-                raise OSError(f"rank {here.rank} on {me} cannot reach rank 0 at {address}, port {port} ({error}): "
-                              f"where {address} does not lead {me} to rank 0's host, start torchrun there with "
-                              "--local-addr=ADDRESS, one that the other hosts reach") from None
+                raise OSError(f"rank {here.rank} on {me} cannot reach rank 0 at {where} ({error}): {hint}") from None
             time.sleep(0.2)
     told, heard = ([f"{what}_{rank}" for rank in range(here.world_size)] for what in ("host_of", "heard_by"))
     try:
@@ -142,9 +156,8 @@ def _meet(here: Job, timeout: datetime.timedelta) -> dist.Store:
         if here.rank == 0:
             store.wait(heard, timeout)  # it may end with this process
     except dist.DistError as error:
-        raise OSError(f"rank {here.rank} on {me} did not meet the others at {address}, port {port} "
-                      f"({one_line(error)}): look at the screens of the other hosts, which have to reach rank 0 "
-                      "there") from None
+        raise OSError(f"rank {here.rank} on {me} did not meet the others at {where} ({one_line(error)}), whose screens "
+                      f"may say why: {hint}") from None
     if len(set(here.hosts)) > 1 and (deaf := sorted(set(filter(_is_loopback, here.hosts)))):
         raise OSError(f"the processes cannot reach each other: {', '.join(deaf)} listens on loopback alone, since its "
                       f"own name leads there (/etc/hosts), or to no address it has: {NAME_INTERFACE}, or correct the "
@@ -219,7 +232,7 @@ def lay_out(model: nn.Module, state: Mapping[str, torch.Tensor] | None, here: Jo
     """Give a model made on the meta device its memory and rank 0's weights (`state`; None elsewhere): whole on every
     rank, or, with FSDP, each rank's part of it, so that no GPU ever holds it whole."""
     if here.world_size > 1 and here.parallel == "fsdp":
-        _shard(model, here)
+        _shard(model, _mesh(here, here.world_size), here)
     model.to_empty(device=here.device)
     fill(model, state, here)
     return model
@@ -233,14 +246,37 @@ def fill(model: nn.Module, state: Mapping[str, torch.Tensor] | None, here: Job) 
             p.copy_(from_rank0(value.to(here.device), p, here))
 
 
-def _shard(model: nn.Module, here: Job) -> None:
-    """FSDP2: each rank holds 1/W of every parameter; a block's are gathered when it runs, and its gradients summed in
-    float32. With 16-bit products the blocks' weights travel in 16 bits; the residual path stays float32, as in DDP."""
-    # These take a second to import, which every start would pay.
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+def stand_in(model: nn.Module, here: Job) -> nn.Module:
+    """A model of one block for a trial: in `model`'s shape and number type, with weights of zero, on this rank alone.
 
-    mesh = init_device_mesh(here.device.type, (here.world_size,))
+    A pass that fails leaves FSDP with parameters that are no longer sharded, and the ranks in different collectives.
+    So what is to be trained takes part in no trial, and what takes part is thrown away."""
+    trial = build_empty(replace(model.config, n_layer=1) if model.h else model.config)
+    trial.activation_checkpointing = model.activation_checkpointing
+    if here.world_size > 1 and here.parallel == "fsdp":
+        _shard(trial, _mesh(here, 1), here)
+    trial.to_empty(device=here.device)
+    with torch.no_grad():
+        for p in trial.parameters():
+            p.zero_()
+    trial.set_attention(model.h[0].attn.how if model.h else "sdpa")
+    return trial
+
+
+def _mesh(here: Job, size: int) -> DeviceMesh:
+    """The ranks, in groups of `size`: the group that this rank is in."""
+    from torch.distributed.device_mesh import init_device_mesh  # takes a second, which every start would pay
+
+    shape = (here.world_size // size, size)
+    return init_device_mesh(here.device.type, shape, mesh_dim_names=("groups", "ranks"))["ranks"]
+
+
+def _shard(model: nn.Module, mesh: DeviceMesh, here: Job) -> None:
+    """FSDP2: each rank of the mesh holds its part of every parameter; a block's are gathered when it runs, and its
+    gradients summed in float32. With 16-bit products the blocks' weights travel in 16 bits; the residual path stays
+    float32, as in DDP."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method  # a second
+
     policy = MixedPrecisionPolicy()
     if here.dtype != torch.float32:
         policy = MixedPrecisionPolicy(here.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -252,7 +288,11 @@ def _shard(model: nn.Module, here: Job) -> None:
 
 def wrap(model: nn.Module, here: Job, batch_size: int) -> nn.Module:
     """The model whose backward pass averages gradients over the ranks: DDP around it, or itself if it is sharded."""
-    if here.world_size == 1 or here.parallel == "fsdp":
+    if here.world_size == 1:
+        return model
+    if here.parallel == "fsdp":
+        # After a pass that failed they would be whole, and each rank would train a model of its own.
+        assert all(hasattr(p, "full_tensor") for p in model.parameters()), "FSDP's parameters are not sharded"
         return model
     device_ids = [here.device.index] if here.device.type == "cuda" else None
     wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
@@ -300,6 +340,11 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor that may be spread over the ranks."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def from_rank0(tensor: torch.Tensor, p: torch.Tensor, here: Job) -> torch.Tensor:
     """Rank 0's whole tensor, on the device, laid out over the ranks as parameter p is if it has p's shape: the inverse
     of `whole`. The other ranks hand in one of the same shape, which is overwritten."""
@@ -318,26 +363,42 @@ def compile_parts(model: nn.Module, wanted: str, here: Job, batch_size: int) -> 
     """Compile the model's parts in place if `wanted` (auto, True, False), after a trial on every rank.
 
     Returns why it runs without after all, or None."""
-    if wanted == "False" or (wanted == "auto" and here.device.type != "cuda"):
+    if not wants_compiler(wanted, here):
         return None
-    failure = None
-    for part in model.compiled_parts():
-        part.compile()
+    failure = try_compiler(model, here, batch_size)
+    if failure is None:
+        compile_in_place(model)  # finds the trial's compilation ready
+    return failure
+
+
+def wants_compiler(wanted: str, here: Job) -> bool:
+    return wanted == "True" or (wanted == "auto" and here.device.type == "cuda")
+
+
+def try_compiler(model: nn.Module, here: Job, batch_size: int) -> str | None:
+    """Compile a stand-in for the model and run it. Returns what failed, on whichever rank, or None."""
     import torch._functorch.config  # a second to import
 
     # Else the compiler keeps an activation beside what it is made from, where a matrix product reads it.
     torch._functorch.config.ban_recompute_materialized_backward = False
+    trial, failure = stand_in(model, here), None
+    compile_in_place(trial)
     try:
-        _try_pass(model, model, here, batch_size)
+        _try_pass(trial, trial, here, batch_size)
     except torch.OutOfMemoryError:  # no fault of the compiler's
         raise
     except Exception as error:  # whatever the compiler trips over: training without it is better than none
-        failure = one_line(error)
-    failures = [f for f in gather(failure, here) if f]
-    if failures:
-        for part in model.compiled_parts():
-            part._compiled_call_impl = None
-    return failures[0] if failures else None
+        failure = one_line(getattr(error, "inner_exception", error))  # of dynamo's own, what its backend raised
+    return next((f for f in gather(failure, here) if f), None)
+
+
+def compile_in_place(model: nn.Module, **how: Any) -> None:
+    if torch.are_deterministic_algorithms_enabled():
+        # Kernels that are chosen by their speed differ between runs. (An environment variable would come too late
+        # where torch's compiler is imported already.)
+        how["options"] = {"deterministic": True}
+    for part in model.compiled_parts():
+        part.compile(**how)
 
 
 def eager(model: nn.Module) -> contextlib.AbstractContextManager:
@@ -348,6 +409,16 @@ def eager(model: nn.Module) -> contextlib.AbstractContextManager:
 
 
 # Between the ranks
+
+
+def share_rank0s(options: Any, here: Job) -> None:
+    """Give the fields of a dataclass, and of those in it, that are marked {"rank": 0} rank 0's values on every rank."""
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if field.metadata.get("rank") == 0:
+            setattr(options, field.name, on_rank0(lambda value=value: value, here))
+        elif is_dataclass(value):
+            share_rank0s(value, here)
 
 
 def check_agreement(what: dict[str, Any], here: Job) -> None:

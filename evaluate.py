@@ -14,6 +14,12 @@ and stands for no bytes.
 
 from __future__ import annotations
 
+import process
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    process.begin(needs_reader=True)
+    process.end_with_torchrun()
+
 import json
 import math
 import re
@@ -21,13 +27,13 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-import process
+import machine
 import settings
 
-if __name__ == "__main__":  # before torch is imported, which takes seconds
-    process.end_with_torchrun()
+if __name__ == "__main__":
+    machine.warn_of_little_memory()
     settings.help_early(__file__, "EvaluateConfig")
 
 import numpy as np
@@ -38,6 +44,7 @@ from tqdm import tqdm
 import checkpoint
 import distributed
 import prompts
+import sources
 from data import EvalOrder, Mixture
 from device import DeviceConfig, pick_numerics
 from distributed import Job
@@ -51,13 +58,13 @@ Row = tuple[list[int], int]  # the ids of a question and an answer, and how many
 
 @dataclass
 class EvaluateConfig:
-    init_from: str = "resume"  # gpt2 ... gpt2-xl, a hub id, a model or run folder, ckpt.pt; resume: the run in out_dir
-    out_dir: str = "out"  # run folder; its best checkpoint is measured
-    dataset: str = ""  # data set or mixture; empty, without text and tasks too: what the run was trained on
+    init_from: Annotated[str, "path"] = "resume"  # gpt2, a hub id, a model or run folder, ckpt.pt; resume: out_dir
+    out_dir: Annotated[str, "path"] = "out"  # run folder; its best checkpoint is measured
+    dataset: Annotated[str, "paths"] = ""  # data set or mixture; empty, as text and tasks: the run's own
     split: Literal["train", "val", "test"] = "val"  # of the data set
-    text: str = ""  # a UTF-8 text file, read whole as one text
+    text: Annotated[str, "path"] = ""  # a text file, read whole as one text
     tasks: str = ""  # multiple-choice questions: hellaswag
-    hellaswag_file: str = ""  # HellaSwag's questions, a JSON object a line; empty: those of the hub's validation split
+    hellaswag_file: Annotated[str, "path"] = ""  # HellaSwag's, a JSON object a line; empty: the hub's validation
     block_size: int = 0  # tokens in a window; 0 = the model's own context length
     stride: int = 0  # tokens from a window to the next, which sees at least block_size - stride before; 0 = block_size
     eval_iters: int = 0  # batches of windows, evenly spaced over the data or text; 0 = all of it
@@ -83,7 +90,7 @@ def check_options(config: EvaluateConfig) -> None:
         ("block_size", config.block_size >= 0, "0 (the model's) or more"),
         ("stride", config.stride >= 0, "0 (block_size) or more"),
         ("eval_iters", config.eval_iters >= 0, "0 (all) or more"),
-        ("batch_size", config.batch_size >= 1, "at least 1"),
+        ("batch_size", 1 <= config.batch_size <= 10**6, "1 to 1,000,000"),
     ) if not ok]
     names = task_names(config)
     faults += [f"there is no task {name!r}; {settings.closest(name, TASKS) or 'there is ' + ', '.join(TASKS)}"
@@ -268,13 +275,11 @@ def load_questions(name: str, file: str) -> list[Question]:
 
 def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """The JSON values in a file, one a line, each with its place."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield f"{path}:{number}", json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{path}:{number} is not JSON: {error}") from None
+    for record in sources.read_lines(path):
+        value, replaced = sources.json_of(record)
+        if replaced:
+            raise ValueError(f"{record.where} holds {replaced:,} bytes that are no text")
+        yield record.where, value
 
 
 def read_hub(name: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -10,6 +10,11 @@ It is there whole or not at all. The card names files without the folders that t
 
 from __future__ import annotations
 
+import process
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    process.begin()
+
 import json
 import os
 import re
@@ -17,12 +22,12 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import settings
 
 if __name__ == "__main__":
-    settings.help_early(__file__, "ExportConfig")  # before torch is imported, which takes seconds
+    settings.help_early(__file__, "ExportConfig")
 
 import checkpoint
 import files
@@ -43,8 +48,8 @@ UNSHOWN = {"dataset", "init_from", "eval_only", "max_minutes", "backend", "timeo
 
 @dataclass
 class ExportConfig:
-    run: str = "out"  # run folder
-    to: str = ""  # folder to make; it must not exist
+    run: Annotated[str, "path"] = "out"  # run folder
+    to: Annotated[str, "path"] = ""  # folder to make; it must not exist
     checkpoint: str = "best"  # best, latest, or a step that is kept: step_5000
     push: str = ""  # upload the folder to this repository on the Hugging Face hub: owner/name
     public: bool = False  # make that repository public; else it is private
@@ -83,17 +88,15 @@ def check_options(config: ExportConfig) -> None:
 
 def find_checkpoint(run: Path, which: str) -> Path:
     """The checkpoint of a run that is meant. Raises ValueError that names those there are."""
-    folder = run / "checkpoints"
-    steps = {checkpoint.step_of(path): path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)}
+    steps = files.step_folders(run)
     if not steps:
         raise ValueError(f"{run} is no run folder with checkpoints: --run names the --out_dir of train.py")
-    found = re.fullmatch(r"step_(\d+)", which)
-    if found and int(found[1]) in steps:
-        return steps[int(found[1])]
-    if which in ("best", "latest") and (folder / which).is_dir():
-        return folder / (folder / which).resolve().name  # the checkpoint itself: a run under way moves the link
-    there = [name for name in ("best", "latest") if (folder / name).is_dir()] + [f"step_{n}" for n in sorted(steps)]
-    raise ValueError(f"checkpoint={which!r} is not there; {run} has {', '.join(there)}")
+    there = {"best": files.best_checkpoint(run), "latest": files.newest_checkpoint(run)} | {
+        f"step_{step}": folder for step, folder in steps.items()}
+    if folder := there.get(re.sub("^step_0+(?=[0-9])", "step_", which)):
+        return folder
+    raise ValueError(f"checkpoint={which!r} is not there; {run} has "
+                     f"{', '.join(name for name, folder in there.items() if folder)}")
 
 
 def export(run: Path, folder: Path, to: Path, name: str) -> None:
@@ -273,7 +276,7 @@ def use_section(name: str, is_ours: bool, folder: Path, block_size: int) -> str:
         try:
             num_tokens = len(tokenizer.encode(prompt))
         except ValueError:  # it does not know these characters
-            prompt, num_tokens = tokenizer.decode([tokenizer.start_id]), 1
+            prompt, num_tokens = tokenizer.decode(tokenizer.encode_prompt("")), 1
         new = max(1, min(50, block_size - num_tokens))
         lines += [f"tokenizer = AutoTokenizer.from_pretrained(\"{name}\")",
                   f"inputs = tokenizer({json.dumps(prompt)}, return_tensors=\"pt\")",

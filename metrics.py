@@ -40,7 +40,7 @@ from tokenizer import Tokenizer
 
 # Dense bfloat16 (float16 on V100 and T4) matrix peaks in flops/s, from the vendor's data sheets, by what the device's
 # name holds as a whole word. A device that is not listed has no MFU: "unknown" is better than a guess.
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+PEAK_FLOPS = {"B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
               "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "L4": 121e12, "V100": 125e12, "T4": 65e12,
               "RTX 4090(?! )": 165e12, "RTX 3090(?! )": 71e12}
 NUM_SAMPLES = 2  # texts that a run writes at a time
@@ -112,7 +112,7 @@ def write_samples(model: LanguageModel, tokenizer: Tokenizer, num_tokens: int, h
     """What the model writes when nothing is given; the draws are the same each time, so that what changes is its doing.
 
     Every rank takes part and gets the same texts. Training does not notice: the generator is a separate one."""
-    start = torch.full((NUM_SAMPLES, 1), tokenizer.start_id, device=here.device)
+    start = torch.tensor([tokenizer.encode_prompt("").tolist()] * NUM_SAMPLES, device=here.device)
     sampler = Sampler(temperature=0.8, top_k=200, generator=torch.Generator().manual_seed(0))
 
     def choose(logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
@@ -182,21 +182,8 @@ class Reporter:
 
     def say(self, line: str) -> None:
         if self._speaks:
-            with self._heard_or_not():
-                tqdm.write(line)
-                sys.stdout.flush()
-
-    @contextlib.contextmanager
-    def _heard_or_not(self) -> Iterator[None]:
-        """A reader that has left, as `tee` does at a Ctrl-C and a terminal that is closed, does not end the run."""
-        try:
-            yield
-        except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            for stream in (sys.stdout, sys.stderr) if self._bar else (sys.stdout,):
-                os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
-            self._bar = None
+            tqdm.write(line)
+            sys.stdout.flush()
 
     @contextlib.contextmanager
     def excluded(self) -> Iterator[None]:
@@ -217,8 +204,7 @@ class Reporter:
         """A step over `tokens` was made (not waited for)."""
         self._tokens_since += tokens
         if self._bar is not None:
-            with self._heard_or_not():
-                self._bar.update(1)
+            self._bar.update(1)
 
     def train(self, step: int, tokens: int, loss: float, grad_norm: float, lr: float, batch_hash: int, skipped: int,
               fault: str) -> None:
@@ -243,8 +229,7 @@ class Reporter:
         if fault:
             self.say(f"warning: step {step}: {fault}; its update was skipped ({skipped} so far)")
         elif self._bar is not None:
-            with self._heard_or_not():
-                self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_sec:,.0f} tok/s")
+            self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_sec:,.0f} tok/s")
         else:
             self.say(f"step {step}/{self._max_iters}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.2f}, "
                      f"{ms_per_step:.1f} ms, {tokens_per_sec:,.0f} tok/s, "
@@ -303,8 +288,7 @@ class Reporter:
 
     def close(self) -> None:
         if self._bar is not None:
-            with self._heard_or_not():
-                self._bar.close()
+            self._bar.close()
         if self._trackers:
             self._trackers.close(summarize(read_records(self._path)))
 

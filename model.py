@@ -35,6 +35,9 @@ LOGITS_CHUNK_BYTES = 2**27  # of logits at a time; each chunk costs a pass over 
 LOGITS_CHUNK_BYTES_CUDA = 2**29  # a GPU wants larger products
 SOFTMAX_ELEMENTS = 2**22  # of these at a time on a CPU: what its last cache holds in float32
 
+LARGEST = {"n_layer": 10**4, "n_head": 10**5, "n_embd": 10**6, "mlp_hidden": 10**7, "block_size": 10**9,
+           "vocab_size": 2**32, "window": 10**5}  # beyond is a mistake, not a model
+
 Choose = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Attention = Literal["sdpa", "math", "flash3"]  # torch's fused kernels; the formula; FlashAttention-3 (Hopper)
 
@@ -75,6 +78,8 @@ class GPTConfig:
                   if getattr(self, key) <= 0]
         faults += [f"{key}={getattr(self, key)} must be 0 or more"
                    for key in ("n_kv_head", "mlp_hidden", "rope_original_block_size") if getattr(self, key) < 0]
+        faults += [f"{key}={getattr(self, key):,} must be at most {most:,}" for key, most in LARGEST.items()
+                   if getattr(self, key) > most]
         if not self.rope_factor >= 1:
             faults.append(f"rope_factor={self.rope_factor} must be 1 or more")
         if not faults and self.rope_factor != 1 and not (self.pos == "rope" and self.rope_original_block_size):
@@ -688,8 +693,12 @@ class Decoder:
         self.graph = None
         # Not under autocast: it keeps copies of the weights for as long as its block, and a recording for good.
         if device.type == "cuda" and not torch.is_autocast_enabled("cuda"):
-            with torch.cuda.device(device):
-                self._record()
+            try:
+                with torch.cuda.device(device):
+                    self._record()
+            except RuntimeError as error:  # an operation that cannot be recorded, or no memory for the recording
+                warnings.warn(f"recording a CUDA graph failed, going on without it: {error}", stacklevel=2)
+                self.graph = None
 
     def _check_room(self) -> None:
         if self.cache.length == self.cache.capacity:

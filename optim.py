@@ -9,7 +9,7 @@ depend on the order of groups.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -59,6 +59,28 @@ def learning_rate(step: int, config: OptimConfig) -> float:
     progress = (step - begin) / (config.lr_decay_iters - begin)
     height = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
     return config.min_lr + height * (config.learning_rate - config.min_lr)
+
+
+def schedule_warnings(config: OptimConfig, max_iters: int) -> Iterator[str]:
+    """What nobody can want of the learning rate in a run of so many steps."""
+    c = config
+    if not c.decay_lr or not max_iters:
+        return
+    if max_iters <= c.warmup_iters:
+        yield (f"the learning rate rises for {c.warmup_iters:,} steps, and the run has {max_iters:,}: it will learn "
+               "next to nothing; lower --warmup_iters")
+    if c.schedule == "constant":
+        return
+    if c.min_lr > c.learning_rate:
+        yield (f"the decay is a rise: min_lr={c.min_lr:g} is above learning_rate={c.learning_rate:g}; lower it, say "
+               f"--min_lr={c.learning_rate / 10:g}")
+    if c.lr_decay_iters <= c.warmup_iters < max_iters:
+        yield (f"the learning rate falls to min_lr={c.min_lr:g} at once after the warm-up: lr_decay_iters="
+               f"{c.lr_decay_iters:,} is not above warmup_iters={c.warmup_iters:,}; raise it, say "
+               f"--lr_decay_iters={max_iters}")
+    elif not c.min_lr and c.lr_decay_iters < max_iters:
+        yield (f"the last {max_iters - c.lr_decay_iters:,} steps learn nothing: the learning rate is 0 from step "
+               f"{c.lr_decay_iters:,} on; set --min_lr above 0, or --lr_decay_iters={max_iters}")
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

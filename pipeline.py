@@ -24,18 +24,19 @@ import signal
 import sys
 import threading
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
 import files
-from shards import ShardWriter, shard_dtype
-from sources import Part, Record, text_of
+import process
+from shards import ShardWriter, narrow, shard_dtype
+from sources import NAMED, Part, Record, text_of
 from tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
 SPLITS = ("train", "test", "val")
@@ -50,7 +51,7 @@ FEW_DOCUMENTS, FEW_BYTES = 1000, 64 << 20  # a source below both is small: see p
 class TokensConfig:
     """What to make of it"""
 
-    tokenizer: str = "auto"  # gpt2, char, byte, bpe, or a folder or hub id that holds one; auto = the source's, or gpt2
+    tokenizer: Annotated[str, "path"] = "auto"  # gpt2, char, byte, bpe, a folder or hub id; auto = the source's
     vocab_size: int = 2048  # vocabulary of a bpe, which is trained on (the first 500 MB of) the text
     val_fraction: float | None = None  # share of the documents for validation; None = the source's own, or 0.1
     test_fraction: float = 0.0  # share of the documents for a test split
@@ -130,6 +131,9 @@ def plan_splits(parts: list[Part], text_column: str, val_fraction: float, test_f
     return rule
 
 
+NOTED = ("replaced_bytes", "nul_characters", "unknown_tokens")  # of a document that is kept
+
+
 class Outcome(NamedTuple):
     """What became of a record: how many tokens it gave to which split, in their order. Nothing, if it was empty, or
     broken: `fault` then says where and how."""
@@ -137,7 +141,7 @@ class Outcome(NamedTuple):
     spans: list[tuple[str, int]]
     num_bytes: int = 0
     digest: bytes = b""
-    replaced: bool = False  # bytes that are no text were
+    noted: Mapping[str, int] = {}  # how often what is in NOTED was found in it
     fault: str = ""
 
 
@@ -161,8 +165,8 @@ class Encoder:
     def encode(self, records: list[Record], rule: SplitRule) -> tuple[np.ndarray, list[Outcome]]:
         """The tokens of all records one after the other, each document's behind an end-of-text token where there is
         one, and what became of each."""
-        eot_id = self.tokenizer.eot_id
-        before = np.array([] if eot_id is None else [eot_id], dtype=self.dtype)
+        eot_id, unk_id = self.tokenizer.eot_id, self.tokenizer.unk_id
+        before = np.array([] if eot_id is None else [eot_id], dtype=np.uint32)
         tokens: list[np.ndarray] = []
         outcomes = []
         for record in records:
@@ -174,14 +178,26 @@ class Encoder:
             if not text:
                 outcomes.append(Outcome([]))
                 continue
-            utf8, spans = text.encode(), []
+            utf8 = text.encode()
             digest = digest_of(utf8)
-            for split, part in rule.split(text, digest):
-                ids = self.tokenizer.encode(part)
-                tokens += [before, ids.astype(self.dtype)]
-                spans.append((split, len(before) + len(ids)))
-            outcomes.append(Outcome(spans, len(utf8), digest, replaced))
-        return np.concatenate(tokens) if tokens else np.empty(0, self.dtype), outcomes
+            try:
+                encoded = [(split, self.tokenizer.encode(part)) for split, part in rule.split(text, digest)]
+            except ValueError as error:
+                outcomes.append(Outcome([], fault=f"{_place(record, text, error)}: {error}"))
+                continue
+            tokens += [part for _, ids in encoded for part in (before, ids)]
+            unknown = 0 if unk_id is None else sum(int(np.count_nonzero(ids == unk_id)) for _, ids in encoded)
+            counted = zip(NOTED, (replaced, text.count("\0"), unknown))
+            noted = {what: number for what, number in counted if number}
+            outcomes.append(Outcome([(split, len(before) + len(ids)) for split, ids in encoded], len(utf8), digest,
+                                    noted))
+        return narrow(np.concatenate([before[:0], *tokens]), self.dtype), outcomes
+
+
+def _place(record: Record, text: str, error: ValueError) -> str:
+    """Where a text cannot be encoded: the record, and the line of it where that says more."""
+    at = min((text.find(unknown) for unknown in getattr(error, "unknown", [])), default=-1)
+    return record.where if at < 0 or record.form == "json" else f"{record.where}, line {text.count(chr(10), 0, at) + 1}"
 
 
 # Workers
@@ -207,8 +223,9 @@ class Workers:
             _ = encoder.tokenizer  # the children share it
         self._pool: Executor = ThreadPoolExecutor(1, **start) if count == 1 else ProcessPoolExecutor(
             count, multiprocessing.get_context(method), **start)
-        for _ in range(count):
-            self._pool.submit(_load)
+        with _unheard_ctrl_c():
+            for _ in range(count):
+                self._pool.submit(_load)
 
     def submit(self, records: list[Record], rule: SplitRule) -> Future:
         return self._pool.submit(_encode, records, rule)
@@ -220,6 +237,17 @@ class Workers:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
+@contextlib.contextmanager
+def _unheard_ctrl_c() -> Iterator[None]:
+    """Processes that are started in here do not hear Ctrl-C, not even while they import: it is the main process that is
+    interrupted, and ends its workers."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 _encoder: Encoder  # a worker's own
 
 
@@ -227,7 +255,8 @@ def _start(encoder: Encoder) -> None:
     global _encoder
     _encoder = encoder
     if parent := multiprocessing.parent_process():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process is interrupted, and ends its workers
+        process.prepare_streams()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
 
 
@@ -250,49 +279,51 @@ def _encode(records: list[Record], rule: SplitRule) -> tuple[np.ndarray, list[Ou
 
 class Batch(NamedTuple):
     """Records that were tokenized together: where the reader stood behind the last, how much of its part it had read
-    then, and what came of them."""
+    then, which file each is of, and what came of them."""
 
     cursor: Cursor
     end: int
+    files: list[str]
     tokens: np.ndarray
     outcomes: list[Outcome]
 
 
 def encode_in_order(parts: list[Part], start: Cursor, rule: SplitRule, pool: Workers) -> Iterator[Batch]:
     """All records from `start` on, tokenized by the workers. Raises OSError when a worker dies."""
-    ahead: deque[tuple[Cursor, int, int, Future]] = deque()
+    ahead: deque[tuple[Cursor, int, list[str], int, Future]] = deque()
     bytes_ahead, max_bytes_ahead = 0, max(AHEAD_BYTES, 2 * pool.count * BATCH_BYTES)
     try:
-        for cursor, records in _read_batches(parts, start):
+        for cursor, names, records in _read_batches(parts, start):
             num_bytes = sum(len(record.data) for record in records)
-            ahead.append((cursor, records[-1].end, num_bytes, pool.submit(records, rule)))
+            ahead.append((cursor, records[-1].end, names, num_bytes, pool.submit(records, rule)))
             bytes_ahead += num_bytes
             while len(ahead) > 8 * pool.count or bytes_ahead > max_bytes_ahead:
-                cursor, end, num_bytes, future = ahead.popleft()
+                cursor, end, names, num_bytes, future = ahead.popleft()
                 bytes_ahead -= num_bytes
-                yield Batch(cursor, end, *future.result())
-        for cursor, end, _, future in ahead:
-            yield Batch(cursor, end, *future.result())
+                yield Batch(cursor, end, names, *future.result())
+        for cursor, end, names, _, future in ahead:
+            yield Batch(cursor, end, names, *future.result())
     except BrokenExecutor:
         raise OSError("a tokenizing process died, perhaps for want of memory: the same command with fewer --workers "
                       "goes on from the last finished shard") from None
 
 
-def _read_batches(parts: list[Part], start: Cursor) -> Iterator[tuple[Cursor, list[Record]]]:
-    """Records in batches of about BATCH_BYTES, with the place behind each batch."""
-    records, num_bytes = [], 0
+def _read_batches(parts: list[Part], start: Cursor) -> Iterator[tuple[Cursor, list[str], list[Record]]]:
+    """Records in batches of about BATCH_BYTES, with the place behind each batch and the names of their parts."""
+    names, records, num_bytes = [], [], 0
     for index in range(start.part, len(parts)):
         for number, record in enumerate(parts[index].read(), 1):
             if index == start.part and number <= start.record:
                 continue
             cursor = Cursor(index, number)
+            names.append(parts[index].name)
             records.append(record)
             num_bytes += len(record.data)
             if num_bytes >= BATCH_BYTES:
-                yield cursor, records
-                records, num_bytes = [], 0
+                yield cursor, names, records
+                names, records, num_bytes = [], [], 0
     if records:
-        yield cursor, records
+        yield cursor, names, records
 
 
 def refuse(fault: str, skip_bad: bool) -> None:
@@ -315,13 +346,16 @@ class Output:
     def __init__(self, folder: Path, config: TokensConfig, vocab_size: int, expected_bytes: int,
                  arguments: dict[str, Any]):
         self._folder, self._config, self._arguments, self._vocab_size = folder, config, arguments, vocab_size
-        state = files.read_json(folder / "progress.json")
-        self.cursor, self.counts, self.done = Cursor(*state["cursor"]), Counter(state["counts"]), False
+        with files.reading_values(folder / "progress.json"):
+            state = files.read_json(folder / "progress.json")
+            self.cursor, self.counts, self.done = Cursor(*map(int, state["cursor"])), Counter(state["counts"]), False
+            self.files: dict[str, dict[str, int]] = state.get("files", {})  # what was counted -> the first it is of
+            self.first_fault: str = state.get("first_fault", "")
+            self._writers = {split: ShardWriter(
+                folder, split, shard_dtype(vocab_size), config.shard_tokens, (expected_bytes or RESERVE_BYTES) * share,
+                [shard for shard in state["shards"] if shard["split"] == split], state["open_tokens"].get(split, 0))
+                for split, share in zip(SPLITS, (1, config.test_fraction, config.val_fraction))}
         self.seen: set[bytes] = set()
-        self._writers = {split: ShardWriter(
-            folder, split, shard_dtype(vocab_size), config.shard_tokens, (expected_bytes or RESERVE_BYTES) * share,
-            [shard for shard in state["shards"] if shard["split"] == split], state["open_tokens"].get(split, 0))
-            for split, share in zip(SPLITS, (1, config.test_fraction, config.val_fraction))}
         self._digests = open(folder / "digests", "a+b")  # noqa: SIM115  closed by __exit__
         self._digests.truncate(self.counts["digests"] * DIGEST_BYTES)
         self.seen |= read_digests(folder / "digests")
@@ -340,8 +374,8 @@ class Output:
         Raises ValueError or OSError."""
         kept: list[tuple[str, int, int]] = []  # split, begin and end in the batch's tokens: neighbours as one
         begin = 0
-        for outcome in batch.outcomes:
-            dropped = self._count(outcome)
+        for outcome, file in zip(batch.outcomes, batch.files):
+            dropped = self._count(outcome, file)
             for split, count in outcome.spans:
                 end = begin + count
                 if not dropped and kept and kept[-1][0] == split and kept[-1][2] == begin:
@@ -355,14 +389,15 @@ class Output:
             self._save()
         return filled
 
-    def _count(self, outcome: Outcome) -> bool:
-        """Count a record; whether it is dropped. Raises ValueError for a broken one, or OSError."""
+    def _count(self, outcome: Outcome, file: str) -> bool:
+        """Count a record of a file; whether it is dropped. Raises ValueError for a broken one, or OSError."""
         is_twin = self._config.dedupe and bool(outcome.spans) and outcome.digest in self.seen
         if outcome.fault or not outcome.spans or is_twin:
             if outcome.fault:
                 refuse(outcome.fault, self._config.skip_bad)
-            self.counts["bad_records" if outcome.fault else "duplicate_documents" if is_twin else
-                        "empty_documents"] += 1
+                self.first_fault = self.first_fault or outcome.fault
+            self._note("bad_records" if outcome.fault else "duplicate_documents" if is_twin else "empty_documents",
+                       file, 1)
             return True
         if self._config.dedupe:
             self.seen.add(outcome.digest)
@@ -371,9 +406,18 @@ class Output:
             self.counts["digests"] += 1
         self.counts["documents"] += 1
         self.counts["bytes"] += outcome.num_bytes
-        self.counts["documents_with_replaced_bytes"] += outcome.replaced
+        self.counts["documents_with_replaced_bytes"] += outcome.noted.get("replaced_bytes", 0) > 0
         self.counts.update(f"{split}_documents" for split, _ in outcome.spans)
+        for what, number in outcome.noted.items():
+            self._note(what, file, number)
         return False
+
+    def _note(self, what: str, file: str, number: int) -> None:
+        """Count what was dropped or changed, for the first files that it is of by their names as well."""
+        self.counts[what] += number
+        named = self.files.setdefault(what, {})
+        if file in named or len(named) < NAMED:
+            named[file] = named.get(file, 0) + number
 
     def finish(self) -> None:
         for writer in self._writers.values():
@@ -389,7 +433,7 @@ class Output:
             os.fsync(self._digests.fileno())
         files.write_json(self._folder / "progress.json", {
             "arguments": self._arguments, "done": self.done, "cursor": self.cursor, "counts": self.counts,
-            "vocab_size": self._vocab_size, "shards": self.shards,
+            "files": self.files, "first_fault": self.first_fault, "vocab_size": self._vocab_size, "shards": self.shards,
             "open_tokens": {split: writer.open_tokens for split, writer in self._writers.items()}})
 
     def __enter__(self) -> Output:

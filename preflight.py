@@ -7,26 +7,33 @@ enough to see on the first screen that a run cannot end well.
 
 from __future__ import annotations
 
-import itertools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 
 import distributed
 import model as gpt
+import process
 from checkpoint import RunFolder
 from data import BatchPlan
-from device import free_memory_bytes, memory_bytes
+from device import memory_bytes
 from distributed import Job
+from machine import free_memory_bytes, resident_bytes
 from model import LanguageModel
+from optim import OptimConfig, schedule_warnings
+
+HEAP = 1.5  # on a CPU, what a micro-batch takes of the heap, its holes included, to what of it is in use
+FIRST_STEP_BYTES = 60_000_000  # that torch's libraries take when they are first used
 
 
 def report(model: LanguageModel, plan: BatchPlan, epochs: str, run: RunFolder, steps_between_saves: int, max_iters: int,
-           warmup_iters: int, here: Job) -> Iterator[str]:
+           optim: OptimConfig, here: Job) -> Iterator[str]:
     """Lines for people, those that begin with "warning:" about what will fail; every rank has to take part."""
     num_params, block_size = model.num_params(non_embedding=False), model.config.block_size
     how = f", {here.parallel}" if here.world_size > 1 else ""
@@ -34,13 +41,10 @@ def report(model: LanguageModel, plan: BatchPlan, epochs: str, run: RunFolder, s
     yield (f"{plan.seqs_per_step * block_size:,} tokens a step = {plan.accumulation_steps} micro-batches x "
            f"{plan.micro_batch} sequences x {block_size} tokens x {here.world_size} ranks; an epoch {epochs}")
 
-    state, activations = state_bytes(model, plan, here), activation_bytes(model, plan.micro_batch, here)
-    there = memory_bytes(here.device)
-    if here.device.type == "cpu":
-        there //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    yield (f"memory a process: about {size(state + activations)} of {size(there)} (weights, gradients and the "
-           f"optimiser's means {size(state)}, a micro-batch {size(activations)})")
-    if state + activations > there:
+    parts, room = memory_parts(model, plan, here), memory_room(here)
+    yield (f"memory a process: about {size(sum(parts.values()))} of {room / 1e9:,.1f} GB ("
+           + ", ".join(f"{part} {size(num_bytes)}" for part, num_bytes in parts.items()) + ")")
+    if sum(parts.values()) > room:
         yield ("warning: that will not fit: lower --batch_size, or try --activation_checkpointing=True or "
                "--parallel=fsdp")
 
@@ -48,9 +52,10 @@ def report(model: LanguageModel, plan: BatchPlan, epochs: str, run: RunFolder, s
     kept = checkpoints_kept(run, steps_between_saves, max_iters)
     yield (f"saving: {size(checkpoint)} a checkpoint, copied to host memory first; at most {kept} kept on the disk, "
            f"{size(free)} free for {run.path}")
-    if 0 < max_iters <= warmup_iters:
-        yield (f"warning: the learning rate rises for {warmup_iters:,} steps, and the run has {max_iters:,}: it will "
-               "learn next to nothing; lower --warmup_iters")
+    yield from (f"warning: {line}" for line in schedule_warnings(optim, max_iters))
+    if run.config.keep_every % steps_between_saves:
+        yield (f"warning: keep_every={run.config.keep_every} finds a checkpoint only where it meets the saves, one in "
+               f"{steps_between_saves} steps: set a multiple of that")
     if checkpoint > free_memory_bytes():
         yield "warning: the host's memory will not hold the copy that is saved: use a machine with more"
     if checkpoint * (kept - len(run.steps())) > free:
@@ -59,64 +64,107 @@ def report(model: LanguageModel, plan: BatchPlan, epochs: str, run: RunFolder, s
     if here.world_size > 1:
         speed = distributed.bandwidth(here, min(4 * num_params, 100_000_000))
         yield f"all-reduce: {size(speed)}/s from each of {here.world_size} ranks"
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and os.environ.get(
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
+    if process.may_restart() and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
         yield ("warning: torchrun's restarts can hang on stale addresses: start it with "
                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment")
 
 
-def fit_batch_size(model: LanguageModel, seqs_per_rank: int, here: Job) -> int:
+def fit_batch_size(model: LanguageModel, seqs_per_rank: int, here: Job, compile: str = "False") -> int:
     """The largest micro-batch that every rank's device takes: a divisor of `seqs_per_rank`. Raises ValueError.
 
-    On a GPU it is tried, with the gradients and room for AdamW's means in place; elsewhere, where a trial that fails is
-    the end of the process, one sequence is measured and the rest reckoned."""
+    On a GPU it is tried, by a stand-in for the model, compiled if `compile` says so (see distributed.compile_parts);
+    elsewhere, where a trial that fails is the end of the process, it is reckoned."""
     sizes = [n for n in range(1, seqs_per_rank + 1) if seqs_per_rank % n == 0]
+    plans = [BatchPlan(seqs_per_rank * here.world_size, n, seqs_per_rank // n, here.world_size) for n in sizes]
     if here.device.type == "cuda":
-        share = here.world_size if here.parallel == "fsdp" else 1
-        means = torch.empty(2 * sum(p.numel() for p in model.parameters()) // share, device=here.device)
-        fitting = list(itertools.takewhile(partial(_fits_gpu, model, here), sizes))
-        del means
+        fits = _gpu_trial(model, here, compile)
+        largest = _largest_fitting(plans, fits, here)
+        del fits  # and the stand-in with it: the trial is no part of the run
+        torch.compiler.reset()  # or what is trained would be compiled for all sizes, which is slower
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(here.device)  # the trial that failed is no part of the run
+        torch.cuda.reset_peak_memory_stats(here.device)
     else:
-        most = BatchPlan(seqs_per_rank * here.world_size, 1, seqs_per_rank, here.world_size)
-        room = 0.8 * free_memory_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - state_bytes(model, most, here)
-        one = _kept_bytes(model, here)
-        fitting = [n for n in sizes if n * one + activation_bytes(model, 0, here) < room]
-    fits = min(distributed.gather(max(fitting, default=0), here))
-    if not fits:
+        largest = _largest_fitting(plans, partial(_fits_host, model, here), here)
+    if not largest:
         raise ValueError(f"not even one sequence of {model.config.block_size} tokens fits the memory of {here.device}: "
                          "lower --block_size, or try --activation_checkpointing=True or --parallel=fsdp")
-    return fits
+    return largest
 
 
-def _fits_gpu(model: LanguageModel, here: Job, micro_batch: int) -> bool:
-    tokens = torch.zeros(micro_batch, model.config.block_size, dtype=torch.long, device=here.device)
+def _largest_fitting(plans: list[BatchPlan], fits: Callable[[BatchPlan], bool], here: Job) -> int:
+    """The micro-batch of the last plan up to which all fit on all ranks, 0 for none. The ranks hear of each other's
+    verdict after each, so that none goes on to a size alone."""
+    largest = 0
+    for plan in plans:
+        if not all(distributed.gather(fits(plan), here)):
+            break
+        largest = plan.micro_batch
+    return largest
+
+
+def _fits_host(model: LanguageModel, here: Job, plan: BatchPlan) -> bool:
+    return sum(memory_parts(model, plan, here).values()) < 0.9 * memory_room(here)
+
+
+def _gpu_trial(model: LanguageModel, here: Job, compile: str) -> Callable[[BatchPlan], bool]:
+    """A function that tells whether this rank's GPU takes a plan's micro-batch: a stand-in makes two passes over one,
+    beside a tensor as large as all else that training holds. No rank waits for another in there."""
+    is_compiled = distributed.wants_compiler(compile, here) and distributed.try_compiler(model, here, 1) is None
+    trial = distributed.stand_in(model, replace(here, parallel="ddp"))  # whole on each rank
+    block, num_blocks = sum(p.numel() for p in trial.h.parameters()), len(model.h)
+    trial.h = nn.ModuleList([*trial.h] * num_blocks)  # what counts is what each of them keeps of a batch
+    if is_compiled:
+        distributed.compile_in_place(trial, dynamic=True)  # once for all sizes
+    held = sum(distributed.local(p).nbytes for p in model.parameters()) + 8 * sum(p.numel() for p in trial.parameters())
+    # Autocast's 16-bit weights of the blocks that are not there; FSDP frees them block by block.
+    casts = 0 if here.parallel == "fsdp" or here.dtype == torch.float32 else 2 * block * max(0, num_blocks - 1)
+    return lambda plan: _fits_gpu(trial, here, plan.micro_batch, state_bytes(model, plan, here) + casts - held)
+
+
+def _fits_gpu(trial: LanguageModel, here: Job, micro_batch: int, num_bytes: int) -> bool:
+    """Whether two passes fit beside `num_bytes`."""
+    torch.cuda.empty_cache()  # else what a smaller size has left would count
+    torch.cuda.reset_peak_memory_stats(here.device)
     try:
+        others = torch.empty(max(0, num_bytes), dtype=torch.uint8, device=here.device)
+        tokens = torch.zeros(micro_batch, trial.config.block_size, dtype=torch.long, device=here.device)
         for _ in range(2):  # the second time beside gradients
             with here.autocast():
-                _, loss = model(tokens, tokens)
+                _, loss = trial(tokens, tokens)
             loss.backward()
+        del others
         return torch.cuda.max_memory_reserved(here.device) < 0.95 * memory_bytes(here.device)
     except torch.OutOfMemoryError:
         return False
     finally:
-        model.zero_grad(set_to_none=True)
+        trial.zero_grad(set_to_none=True)
 
 
-def _kept_bytes(model: LanguageModel, here: Job) -> int:
-    """Of what the forward pass of one sequence keeps for the backward pass."""
-    kept: dict[int, torch.Tensor] = {}
-    params = {p.untyped_storage().data_ptr() for p in model.parameters()}
+def memory_room(here: Job) -> float:
+    """What a rank may come to hold of a GPU; elsewhere its share of what is free on the host, with what it has."""
+    if here.device.type == "cuda":
+        return memory_bytes(here.device)
+    processes = process.ranks().local_world_size
+    return min(memory_bytes(here.device), free_memory_bytes() + processes * resident_bytes()) / processes
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
 
-    tokens = torch.zeros(1, model.config.block_size, dtype=torch.long, device=here.device)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), here.autocast():
-        model(tokens, tokens)
-    return sum(t.untyped_storage().nbytes() for storage, t in kept.items() if storage not in params)
+def memory_parts(model: LanguageModel, plan: BatchPlan, here: Job) -> dict[str, float]:
+    """What takes how many bytes of the device on one rank; on a CPU, whose memory is the host's, all that lies there.
+    """
+    parts = {"weights, gradients and the optimiser's means": state_bytes(model, plan, here),
+             "a micro-batch": activation_bytes(model, plan.micro_batch, here)}
+    if here.device.type != "cuda":
+        parts["a micro-batch"] *= HEAP
+        # Rank 0's: weights, two means, and the weights once more as Hugging Face has them.
+        parts["a checkpoint's copy"] = 16 * model.num_params(non_embedding=False) / process.ranks().local_world_size
+        parts["the program itself"] = own_bytes(model, here)
+    return parts
+
+
+def own_bytes(model: LanguageModel, here: Job) -> int:
+    """Of the program without its model: torch, above all. A part of it comes with the first step."""
+    weights = sum(distributed.local(p).nbytes for p in model.parameters()) if here.device.type == "cpu" else 0
+    return max(0, resident_bytes() - weights) + FIRST_STEP_BYTES
 
 
 def state_bytes(model: LanguageModel, plan: BatchPlan, here: Job) -> int:

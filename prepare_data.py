@@ -23,7 +23,11 @@ lies in data/.NAME.partial, and the same command goes on from the last finished 
 
 from __future__ import annotations
 
-import glob
+import process
+
+if __name__ == "__main__":
+    process.begin()
+
 import os
 import re
 import shutil
@@ -33,12 +37,13 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from tqdm import tqdm
 
 import files
+import machine
 import settings
 import shards
 import sources
@@ -73,8 +78,8 @@ class PrepareConfig:
     tokens: TokensConfig = field(default_factory=TokensConfig)
     name: str = ""  # the folder in data/ to make; default: the source's or the input's name
     show_merges: bool = False  # print what a bpe has learned: every merge, in order
-    verify: str = ""  # only check every checksum, count and token id of this dataset folder
-    info: str = ""  # only show what is in this dataset folder
+    verify: Annotated[str, "path"] = ""  # only check every checksum, count and token id of this dataset folder
+    info: Annotated[str, "path"] = ""  # only show what is in this dataset folder
 
 
 def main(argv: list[str]) -> None:
@@ -89,7 +94,10 @@ def main(argv: list[str]) -> None:
     if config.tokens.val_fraction is None:
         config.tokens.val_fraction = source.val_fraction
     config.tokens.tokenizer = kind_of(config)
-    rank, world_size = ranks()
+    rank, world_size, *_ = process.ranks()
+    if world_size > 1 and not process.UNDER_TORCHRUN:
+        print(f"rank {rank} of {world_size}, which all have to be started: the environment has "
+              f"{process.rank_variables()}; {process.HOW_TO_START}", flush=True)
     prepare(config, rank, world_size)
     if config.show_merges and rank == 0:
         show_merges(DATA_DIR / folder_name(config))
@@ -140,15 +148,6 @@ def check_options(config: PrepareConfig, given: Mapping[str, str]) -> None:
         raise ValueError("; ".join(faults))
 
 
-def ranks() -> tuple[int, int]:
-    """This process's number and how many there are, from torchrun's environment. Raises ValueError."""
-    rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    if not (rank.isdigit() and world_size.isdigit() and int(rank) < int(world_size)):
-        raise ValueError(f"RANK={rank} and WORLD_SIZE={world_size} in the environment are not the numbers of a process "
-                         "and of all processes")
-    return int(rank), int(world_size)
-
-
 def prepare(config: PrepareConfig, rank: int, world_size: int) -> None:
     """Make data/<name>, together with the other ranks, unless it is there. Raises ValueError or OSError."""
     target = DATA_DIR / folder_name(config)
@@ -177,7 +176,8 @@ def make(config: PrepareConfig, parts: list[Part], site: Unfinished) -> None:
         if not site.is_done():
             write_shards(config, parts, site)
         if site.rank == 0:
-            print(describe(site.target, site.publish()))
+            left_out = sources.left_out(config.source, parts)
+            print(describe(site.target, site.publish(len(parts), left_out)))
     except BaseException:
         site.tidy()
         raise
@@ -192,7 +192,7 @@ def folder_name(config: PrepareConfig) -> str:
         name = path.resolve().name if source.input else path.name
         if path.is_file():
             name = name.removesuffix(sources.ending(path) or path.suffix)
-    if source.input and not glob.glob(source.input, recursive=True):
+    if source.input and not sources.matches(source.input):
         raise FileNotFoundError(f"--input={source.input}: no such file or folder")
     if not FOLDER_NAME.fullmatch(name):
         raise ValueError(f"{name!r} is no name for a folder in {DATA_DIR}/: add --name=NAME")
@@ -245,8 +245,7 @@ def num_workers(config: PrepareConfig, mine: list[Part]) -> int:
     """As many as the user says, else one for each core that this rank may use; one for a small source."""
     if sum(part.size for part in mine) < SMALL_BYTES and not sources.hub_name(config.source):
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return config.tokens.workers or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return config.tokens.workers or max(1, machine.num_cores() // process.ranks().local_world_size)
 
 
 def check_disk(folder: Path, expected_bytes: int) -> None:

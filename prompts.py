@@ -16,7 +16,7 @@ import files
 import weights
 from data import MixedOrder, Mixture, TrainOrder, open_mixture
 from shards import DATA_DIR, UNKNOWN_VOCAB_SIZE, folder_tokenizer
-from tokenizer import GPT2_VOCAB_SIZE, GPT2Tokenizer, Tokenizer, has_tokenizer, load_tokenizer
+from tokenizer import GPT2_VOCAB_SIZE, GPT2Tokenizer, Tokenizer, has_tokenizer, load_tokenizer, no_tokenizer
 
 NANOGPT_VOCAB_SIZE = 50304  # GPT-2's 50,257 tokens, rounded up
 
@@ -36,18 +36,15 @@ def read(prompt: str) -> str:
     """The prompt itself, or the content of the file that FILE:path names."""
     if not prompt.startswith("FILE:"):
         return prompt
-    try:
-        return Path(prompt[5:]).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{prompt[5:]} is no UTF-8 text: {error}") from None
+    return files.read_text(Path(prompt[5:]))
 
 
 def encode(tokenizer: Tokenizer, prompt: str) -> torch.Tensor:
-    """Ids (1, T) of the prompt, of an empty one `start_id`. Raises ValueError for text that cannot be encoded."""
+    """Ids (1, T) of the prompt, at least one: see Tokenizer.encode_prompt. Raises ValueError for text that cannot be
+    encoded."""
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise ValueError("the prompt is no valid text: the terminal did not send it as UTF-8")
-    ids = tokenizer.encode_prompt(prompt) if prompt else np.array([tokenizer.start_id])
-    return torch.from_numpy(ids.astype(np.int64))[None, :]
+    return torch.from_numpy(tokenizer.encode_prompt(prompt).astype(np.int64))[None, :]
 
 
 def options_of(path: Path) -> Mapping[str, Any]:
@@ -71,17 +68,25 @@ def known_tokenizer(path: Path, vocab_size: int) -> Tokenizer | None:
     return None
 
 
+def tokenizer_to_save(path: Path | None, vocab_size: int, data: Mixture) -> Tokenizer | None:
+    """The tokenizer for a checkpoint of a model that was trained on data: that which lies beside the model at path,
+    where it comes from, since the data's need not know its special tokens and chat template; else the data's."""
+    known = known_tokenizer(path, vocab_size) if path and path.is_dir() else None
+    return known if known and has_the_ids(known, data) else data.tokenizer
+
+
 def find_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     """The model's known tokenizer, or GPT-2's where the vocabulary has its size. Raises ValueError, and OSError where
     GPT-2's is not to be had."""
     tokenizer = known_tokenizer(path, vocab_size)
-    if tokenizer is None and GPT2_VOCAB_SIZE <= vocab_size <= NANOGPT_VOCAB_SIZE:
+    if tokenizer:
+        return tokenizer
+    data = DATA_DIR / str(options_of(path).get("dataset"))
+    if GPT2_VOCAB_SIZE <= vocab_size <= NANOGPT_VOCAB_SIZE and not (data / "meta.pkl").is_file():
         return GPT2Tokenizer()
-    if tokenizer is None:
-        looked_in = path if path.is_dir() else DATA_DIR / str(options_of(path).get("dataset"))
-        raise ValueError(f"no tokenizer for the model's {vocab_size} tokens: {looked_in} has no tokenizer.json"
-                         + (" and no meta.pkl" if path.is_file() else ""))
-    return tokenizer
+    why = no_tokenizer(path) if path.is_dir() else (
+        f"{data} has no tokenizer.json and no meta.pkl that numbers characters")
+    raise ValueError(f"no tokenizer for the model's {vocab_size} tokens, so they cannot be read as text: {why}")
 
 
 def has_the_ids(tokenizer: Tokenizer | None, data: Mixture) -> bool:

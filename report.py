@@ -10,6 +10,11 @@ runs give the same bytes; the numbers that its pictures show are in it, as JSON 
 
 from __future__ import annotations
 
+import process
+
+if __name__ == "__main__":  # before matplotlib is imported, which takes a second
+    process.begin()
+
 import base64
 import html
 import json
@@ -17,11 +22,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import settings
 
-if __name__ == "__main__":  # before matplotlib is imported, which takes a second
+if __name__ == "__main__":
     settings.help_early(__file__, "ReportConfig")
 
 import numpy as np
@@ -35,8 +40,8 @@ LOSS_SCALES = ("dataset", "tokenizer", "data_vocab_size")  # options without whi
 
 @dataclass
 class ReportConfig:
-    runs: tuple[str, ...] = ()  # run folders to compare; words without -- are run folders as well
-    out: str = "report.html"  # page to write; its pictures go beside it, into NAME_files/
+    runs: Annotated[tuple[str, ...], "path"] = ()  # run folders to compare; words without -- are run folders as well
+    out: Annotated[str, "path"] = "report.html"  # page to write; its pictures go beside it, into NAME_files/
 
 
 def main(argv: list[str]) -> None:

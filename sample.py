@@ -13,6 +13,11 @@ are `auto`); --start is another name of --prompt.
 
 from __future__ import annotations
 
+import process
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    process.begin(needs_reader=True)
+
 import contextlib
 import itertools
 import sys
@@ -20,12 +25,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import machine
 import settings
 
 if __name__ == "__main__":
-    settings.help_early(__file__, "SampleConfig")  # before torch is imported, which takes seconds
+    machine.warn_of_little_memory()
+    settings.help_early(__file__, "SampleConfig")
 
 import numpy as np
 import torch
@@ -42,12 +49,12 @@ from tokenizer import Tokenizer
 
 @dataclass
 class SampleConfig:
-    init_from: str = "resume"  # gpt2 ... gpt2-xl, a hub id, a model or run folder, ckpt.pt; resume: the run in out_dir
-    out_dir: str = "out"  # run folder; its best checkpoint writes
-    prompt: str = ""  # what to continue; FILE:path reads it from a file; empty: end-of-text, or else a newline
+    init_from: Annotated[str, "path"] = "resume"  # gpt2, a hub id, a model or run folder, ckpt.pt; resume: out_dir
+    out_dir: Annotated[str, "path"] = "out"  # run folder; its best checkpoint writes
+    prompt: Annotated[str, "FILE:path"] = ""  # what to continue; FILE:path: from a file; empty: end-of-text or newline
     interactive: bool = False  # continue each line of the standard input; Ctrl-D or Ctrl-C ends it
     split: Literal["train", "val", "test"] | None = None  # continue prompts from this split of the data, and show both
-    dataset: str = ""  # with split: the data set or mixture; empty: what the run was trained on
+    dataset: Annotated[str, "paths"] = ""  # with split: the data set or mixture; empty: what the run was trained on
     prompt_tokens: int = 0  # with split: tokens of each prompt; 0 = half of the model's block_size
     num_samples: int = 10  # samples to draw
     max_new_tokens: int = 500  # tokens in each
@@ -65,7 +72,7 @@ class SampleConfig:
 def main(argv: list[str]) -> None:
     config, given = settings.parse(SampleConfig, argv, usage=__doc__, aliases={"start": "prompt"})
     check_options(config, given)
-    with distributed.job(config.where) as here:
+    with distributed.job(config.where, alone=True) as here:
         sample(config, here)
 
 
@@ -142,7 +149,7 @@ def write_sample(model: LanguageModel, tokenizer: Tokenizer, prompt: str, ids: t
 
     sampler.watch = show if config.show_probs else None
     tokens = model.stream(ids.to(model.head.device), config.max_new_tokens, sampler, cache=cache)
-    texts = itertools.chain([prompt], tokenizer.decode_stream(int(token) for token in tokens))
+    texts = itertools.chain([prompt], tokenizer.decode_stream(map(int, tokens), ids[0].tolist()))
     for text in list(texts) if config.show_probs else texts:
         print(text, end="", flush=True)
     print("\n---------------", flush=True)
@@ -164,7 +171,7 @@ def continue_windows(model: LanguageModel, tokenizer: Tokenizer, windows: np.nda
         ids, truth = row[:len(row) - new], row[len(row) - new:]
         print(f"=== {number} of {len(windows)}, {config.split} split: prompt, {len(ids)} tokens ===")
         print(f"{tokenizer.decode(ids)}\n=== true continuation, {new} tokens ===")
-        print(f"{tokenizer.decode(truth)}\n=== model's continuation, {new} tokens ===", flush=True)
+        print(f"{''.join(tokenizer.decode_stream(truth, ids))}\n=== model's continuation, {new} tokens ===", flush=True)
         cache.clear()
         write_sample(model, tokenizer, "", torch.from_numpy(ids)[None, :], cache, config)
 

@@ -129,7 +129,7 @@ def keep_top_p(logits: torch.Tensor, p: float, temperature: float, most: int) ->
     probs = distances(ordered, temperature).softmax(dim=1)
     mass = (probs * MASS).long()
     before = (mass.cumsum(dim=1) - mass) / MASS  # of the likelier tokens: below p, this one is still needed
-    count = (before < p).sum(dim=1, keepdim=True)
+    count = (before < p).sum(dim=1, keepdim=True).clamp(min=1)  # float32 has no p of 1e-320
     return _keep(logits, ordered.gather(1, count - 1), count)
 
 

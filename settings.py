@@ -6,9 +6,13 @@ and all keys are flat, so no key may exist twice. A command line reads
     train.py [config/file.py ...] [--key=value ...]
 
 left to right, later wins. A config file is plain Python; its public names that are not modules, functions or classes
-are keys. Its assignments become arguments in the place where the file stood, so that one validator (tyro, on the
-dataclass) serves both. `--key value`, `--some-key=value`, and `--key` for `--key=True` are understood too. A key whose
-type is a tuple takes all words up to the next --key (`--runs a b`, as a shell writes out/*), and adds to those before.
+are keys, and those that are like no key are helpers of the file's own, which a warning names. Its assignments become
+arguments in the place where the file stood, so that one validator (tyro, on the dataclass) serves both. `--key value`,
+`--some-key=value`, and `--key` for `--key=True` are understood too. A key whose type is a tuple takes all words up to
+the next --key (`--runs a b`, as a shell writes out/*), and adds to those before.
+
+An option that takes a path says so in its type: Annotated[str, "path"]; "paths" where the value is a list of names with
+commas between them, "FILE:path" where it is a path only behind FILE:. There a ~ is the home folder, as in a shell.
 """
 
 from __future__ import annotations
@@ -18,7 +22,9 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import math
 import os
+import re
 import runpy
 import sys
 import traceback
@@ -28,15 +34,19 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import process
+
 T = TypeVar("T")
+TYPO = 0.8  # how like a key (1 = the same) a name in a config file must be to be no helper but a misspelled key
 ROOMS = Path(__file__).resolve().parent
 
 
 @dataclasses.dataclass
 class Argument:
     key: str
-    value: str
+    value: Any  # a text, or what a config file has
     where: str  # "--key" or "config/file.py:12", for messages
+    is_assignment: bool = False  # in a config file
 
 
 def parse(options: type[T], argv: list[str], usage: str = "", aliases: dict[str, str] | None = None,
@@ -45,16 +55,21 @@ def parse(options: type[T], argv: list[str], usage: str = "", aliases: dict[str,
 
     `usage` heads the --help, `aliases` are other names for keys, `bare_word` is the key that a word without -- sets
     (instead of naming a config file). Raises ValueError that lists every unknown key (with
-    the closest known one) and every value of a wrong type, each with the place where it stood.
+    the closest known one) and every value of a wrong type, each with the place where it stood. A name in a config file
+    that is like no key is a helper of that file, and only a warning.
     """
     if {"-h", "--help"} & set(argv):
         _tyro(options, ["--help"], usage)
-    known = field_types(options)
-    arguments, faults = [], []
+    known, paths = field_types(options), field_types(options, with_notes=True)
+    arguments, faults, helpers = [], [], []
     for argument in _expand(argv, bare_word, known):
         argument.key = (aliases or {}).get(argument.key, argument.key)
         if argument.key in known:
+            argument.value = _expand_home(str(argument.value), paths[argument.key])
             arguments.append(argument)
+            continue
+        if argument.is_assignment and not closest(argument.key, known, TYPO):
+            helpers.append(f"{argument.where}: warning: {argument.key} is no option and is not used")
             continue
         hint = closest(argument.key, known) or "--help lists the keys"
         faults.append(f"{argument.where}: unknown key {argument.key!r}; {hint}")
@@ -65,9 +80,16 @@ def parse(options: type[T], argv: list[str], usage: str = "", aliases: dict[str,
     suspects = arguments if not _accepts(options, arguments) else [a for a in arguments if given[a.key] != a.value]
     faults += [f"{a.where}: {a.key}={a.value!r} is not {_describe(known[a.key])}" for a in suspects
                if not _accepts(options, [a])]
+    if not faults:
+        parsed = _tyro(options, [f"--{a.key}={a.value}" for a in effective], usage)
+        values = flatten(parsed)
+        faults = [f"{a.where}: {a.key}={a.value} is not {_describe(known[a.key])} that can be reckoned with"
+                  for a in effective if not _is_usable(values[a.key])]
     if faults:
         raise ValueError("; ".join(faults))
-    return _tyro(options, [f"--{a.key}={a.value}" for a in effective], usage), given
+    for line in helpers if process.is_rank0() else []:
+        print(line, file=sys.stderr, flush=True)
+    return parsed, given
 
 
 def help_early(script: str, options: str) -> None:
@@ -98,18 +120,19 @@ def _dataclasses_of(path: Path) -> types.ModuleType:
     return module
 
 
-def closest(word: str, known: Iterable[str]) -> str:
-    """A question that offers the known word most like this one, or "" when none is like it."""
-    close = difflib.get_close_matches(word, known, n=1)
+def closest(word: str, known: Iterable[str], likeness: float = 0.6) -> str:
+    """A question that offers the known word most like this one, or "" when none is so like it."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=likeness)
     return f"did you mean {close[0]!r}?" if close else ""
 
 
-def field_types(options: type) -> dict[str, Any]:
-    """Key -> type of every option, nested dataclasses included. Raises TypeError for a key that exists twice."""
+def field_types(options: type, with_notes: bool = False) -> dict[str, Any]:
+    """Key -> type of every option, nested dataclasses included, with what Annotated says of it if asked for. Raises
+    TypeError for a key that exists twice."""
     found: dict[str, Any] = {}
-    hints = typing.get_type_hints(options)
+    hints = typing.get_type_hints(options, include_extras=with_notes)
     for field in dataclasses.fields(options):
-        inner = field_types(hints[field.name]) if dataclasses.is_dataclass(hints[field.name]) else {
+        inner = field_types(hints[field.name], with_notes) if dataclasses.is_dataclass(hints[field.name]) else {
             field.name: hints[field.name]}
         if twice := found.keys() & inner.keys():
             raise TypeError(f"{options.__name__}: option {twice.pop()!r} exists twice")
@@ -152,16 +175,30 @@ def _expand(argv: list[str], bare_word: str, known: dict[str, Any]) -> list[Argu
     return arguments
 
 
+def _expand_home(value: str, kind: Any) -> str:
+    """A value with ~ and ~user as home folders, where an option of this type has a path."""
+    places = {"path": "^", "paths": r"(?:^|,)\s*", "FILE:path": "^FILE:"}  # of the ~
+    for form in getattr(kind, "__metadata__", ()):
+        value = re.sub(f"({places[form]})(~[^/,]*)", lambda found: found[1] + os.path.expanduser(found[2]), value)
+    return value
+
+
+def _is_usable(value: Any) -> bool:
+    """False for a number that is not finite, and for a whole one that takes more than 64 bits."""
+    return abs(value) < 2**63 if isinstance(value, int) else not isinstance(value, float) or math.isfinite(value)
+
+
 def _is_many(kind: Any) -> bool:
     """Whether an option of this type takes several values."""
     return typing.get_origin(kind) is tuple
 
 
 def _read_config(path: str, known: Iterable[str]) -> list[Argument]:
-    """A config file's assignments, as text. Raises FileNotFoundError, or ValueError with the line that fails.
+    """A config file's assignments. Raises FileNotFoundError, or ValueError with the line that fails.
 
     A name that is not assigned in the file itself (`from base import *`) counts when it is a known key; what else an
     import brings along does not."""
+    path = os.path.expanduser(path)
     if not Path(path).is_file():
         key = path.strip("-").partition("=")[0].replace("-", "_")
         hint = f"did you mean --{path.strip('-')}?" if key in known else (
@@ -175,7 +212,7 @@ def _read_config(path: str, known: Iterable[str]) -> list[Argument]:
         line = error.lineno if isinstance(error, SyntaxError) else frames[-1] if frames else None
         what = error.msg if isinstance(error, SyntaxError) else error
         raise ValueError(f"{path}:{line or ''}: {type(error).__name__}: {what}") from None
-    return [Argument(name, str(value), f"{path}:{lines[name]}" if name in lines else path)
+    return [Argument(name, value, f"{path}:{lines[name]}" if name in lines else path, is_assignment=True)
             for name, value in names.items()
             if (name in lines or name in known) and not name.startswith("_") and not _is_code(value)]
 
@@ -227,23 +264,30 @@ def run(main: Callable[[list[str]], None]) -> None:
     ValueError too, is a defect, and keeps its traceback.
     """
     try:
-        main(sys.argv[1:])
-    except BrokenPipeError:  # the reader of our output, `head` for one, has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with process.interruptible():
+            try:
+                main(sys.argv[1:])
+            finally:
+                sys.stdout.flush()  # what cannot be written is known here, and not when Python ends
+    except BrokenPipeError:  # the reader of our output, `head` for one, has left (see process.begin)
         sys.exit(1)
     except (OSError, ValueError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve().parent
         if isinstance(error, ValueError) and raised_in != ROOMS:
             raise
         sys.exit(_complain(str(error)))
+    except (MemoryError, RuntimeError) as error:  # torch's is a RuntimeError on a CPU
+        if not (isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
+            raise
+        sys.exit(_complain("the memory is full: lower what a process holds at a time, --batch_size or the model's size "
+                           f"for one ({(str(error) or 'MemoryError').splitlines()[0]})"))
     except KeyboardInterrupt:
         _complain("interrupted")
         sys.exit(130)
 
 
 def _complain(message: str) -> int:
-    rank = os.environ.get("RANK", "0")
-    label = "error" if rank == "0" else f"[rank {rank}] error"
+    label = "error" if process.is_rank0() else f"[rank {os.environ['RANK']}] error"
     sys.stderr.write(f"{label}: {' '.join(message.split())}\n")  # in one piece: other ranks may write there too
     sys.stderr.flush()
     return 2

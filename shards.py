@@ -15,11 +15,11 @@ Example: two documents of 3 and 2 tokens behind end-of-text tokens, cut in shard
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -31,6 +31,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 import files
+import machine
+from pickles import load_plain
 from tokenizer import GPT2_VOCAB_SIZE, CharTokenizer, GPT2Tokenizer, Tokenizer, load_tokenizer
 
 DATA_DIR = Path("data")
@@ -39,6 +41,18 @@ UNKNOWN_VOCAB_SIZE = 2**32
 FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # magic -> version, token type
 SHARD_NAME = re.compile(r"(?!\.)(?:.*_)?(?P<split>train|val|test)_\d+\.bin")  # ours, modded-nanogpt's
 LLMC_NAME = re.compile(r"(?!\.).*_(?P<split>train|val|test)\.bin")  # tiny_shakespeare_train.bin
+MANY = 64  # numbers that show what a file without a header holds
+MAX_ID = 1 << 20  # above that of any vocabulary
+SAMPLE_BYTES = 1 << 17
+FOREIGN_FILES = (  # what files of nanoGPT's name have begun with, what that is, and what mends it
+    (b"\x93NUMPY", "was written by np.save, with a header", "convert it with python -c \"import numpy as np; np.load('"
+     "{path}').astype('<u2').tofile('{path}')\""),
+    (b"\x1f\x8b\x08", "is compressed with gzip", "mv '{path}' '{path}.gz' && gunzip '{path}.gz'"),
+    (b"\x28\xb5\x2f\xfd", "is compressed with zstd", "mv '{path}' '{path}.zst' && unzstd '{path}.zst'"),
+    (b"PK\x03\x04", "is a zip archive, as np.savez and torch.save write", "write the ids with ids.astype('<u2').tofile("
+     "'{path}')"))
+FOREIGN_NUMBERS = (("<i8", "64-bit numbers"), ("<i4", "32-bit numbers"), ("<f8", "64-bit floating-point numbers"),
+                   ("<f4", "32-bit floating-point numbers"), (">u2", "big-endian 16-bit numbers"))
 NANOGPT_NAME = re.compile(r"(?P<split>train|val)\.bin")
 
 
@@ -48,6 +62,14 @@ NANOGPT_NAME = re.compile(r"(?P<split>train|val)\.bin")
 def shard_dtype(vocab_size: int) -> np.dtype:
     """The smallest type of FORMATS that holds every id."""
     return np.dtype("<u2" if vocab_size <= 65536 else "<u4")
+
+
+def narrow(ids: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Token ids as the type of a shard. Raises ValueError for one that does not fit."""
+    if len(ids) and (highest := int(ids.max())) > np.iinfo(dtype).max:
+        raise ValueError(f"token id {highest} does not fit {dtype}, which ends at {np.iinfo(dtype).max}: the tokenizer "
+                         "gives ids beyond its own vocabulary")
+    return ids.astype(dtype, copy=False)
 
 
 def shard_header(num_tokens: int, dtype: np.dtype) -> bytes:
@@ -148,6 +170,7 @@ def open_shard(path: Path) -> np.ndarray:
     Raises ValueError for a file that is torn or no shard.
     """
     size = path.stat().st_size
+    files.refuse_pointer(path)
     header = np.fromfile(path, dtype="<i4", count=3)
     if len(header) == 3 and int(header[0]) in FORMATS:
         version, dtype = FORMATS[int(header[0])]
@@ -158,6 +181,7 @@ def open_shard(path: Path) -> np.ndarray:
             raise ValueError(f"{path} is torn: its header counts {count:,} tokens, which takes "
                              f"{offset + count * dtype.itemsize:,} bytes, and it has {size:,}")
     elif NANOGPT_NAME.fullmatch(path.name):
+        _refuse_what_is_foreign(path)
         offset, dtype = 0, np.dtype("<u2")
         count = size // 2
         if size % 2:
@@ -169,6 +193,56 @@ def open_shard(path: Path) -> np.ndarray:
     if count == 0:
         return np.empty(0, dtype)
     return np.asarray(np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,)))  # sliced faster as such
+
+
+def _refuse_what_is_foreign(path: Path) -> None:
+    """Raises ValueError, with the command that mends it, for a file of nanoGPT's name that is surely something else
+    than 16-bit tokens.
+
+    Of wider numbers every second 16 bits are 0, or next to that, and the others are not. Tokens that are drawn one by
+    one do that in less than one pair of two, so never in MANY of them. The one text that does it, single characters
+    with blanks between them, has few different ones, and never two blanks in a row: that is let pass."""
+    size = path.stat().st_size
+    starts = (0, size // 16 * 8, (size - SAMPLE_BYTES) // 8 * 8) if size > 3 * SAMPLE_BYTES else (0,)
+    sample = b""
+    with open(path, "rb") as file:
+        for start in starts:
+            file.seek(start)
+            sample += file.read(3 * SAMPLE_BYTES // len(starts))
+    for first_bytes, what, mend in FOREIGN_FILES:
+        if sample.startswith(first_bytes):
+            raise ValueError(f"{path} {what}: {mend.format(path=path)}")
+    text = sample[:4096]
+    if len(text) >= MANY and not re.search(rb"[\x00-\x08\x0e-\x1f\x7f]", text):
+        with contextlib.suppress(UnicodeDecodeError):
+            codecs.getincrementaldecoder("utf-8")().decode(text)
+            raise ValueError(f"{path} is a text, not tokens: make a data set of it with python prepare_data.py "
+                             f"--input='{path}' --name=NAME")
+    for dtype, what in FOREIGN_NUMBERS:
+        itemsize = np.dtype(dtype).itemsize
+        values = np.frombuffer(sample[:len(sample) // itemsize * itemsize], dtype)
+        if size % itemsize == 0 and _are_tokens(values):
+            raise ValueError(f"{path} holds {what}, and nanoGPT's layout is 16-bit tokens: " + (
+                f"convert it with python -c \"import numpy as np; np.fromfile('{path}', '{dtype}').astype('<u2')"
+                f".tofile('{path}')\"" if values.max() < 65536 else "ids above 65,535 do not fit those; make the data "
+                "anew with python prepare_data.py, whose shards say how wide their tokens are"))
+
+
+def _are_tokens(values: np.ndarray) -> bool:
+    """Whether numbers, read as one of FOREIGN_NUMBERS, are ids beyond doubt."""
+    held = values[values != 0]
+    is_big_endian = values.itemsize == 2  # if all would be multiples of 256 to a little-endian reader
+    if len(held) < MANY or not (held.min() > 0 and held.max() < (256 if is_big_endian else MAX_ID)):
+        return False
+    ids = np.unique(held)
+    is_monotonous = len(ids) == 1 and len(np.unique(np.diff(np.flatnonzero(values)))) == 1
+    if is_monotonous or (ids != np.floor(ids)).any():
+        return False
+    if is_big_endian or values.dtype.kind == "f":
+        return True
+    if ids[-1] >= 65536:  # a high half that is no 0 belongs to a vocabulary that fills the low one
+        return bool((ids % 65536).max() >= 32768)
+    return len(ids) > MANY or len(held) < len(values)
 
 
 # Folders
@@ -228,6 +302,11 @@ def open_dataset(name: str, vocab_size: int = 0, tokenizer: str = "auto") -> Dat
                              f"{own_size}; leave the key out")
     vocab_size = own_size or vocab_size or _guess_vocab_size(next(iter(paths.values()))[0])
     splits = {split: Split(found, vocab_size) for split, found in paths.items()}
+    room = 256 ** max(shard.itemsize for held in splits.values() for shard in held.shards)
+    if own_size and own_size > room:
+        raise ValueError(f"{folder}/meta.pkl speaks of a vocabulary of {own_size:,}, and ids above {room - 1:,} do not "
+                         "fit the type of its tokens: make the data anew with python prepare_data.py, whose shards are "
+                         "as wide as it takes")
     summary = [[shard["sha256"] for shard in manifest.get("shards", [])],
                [(split, path.name, int(length), files.mark(path)) for split, held in splits.items()
                 for path, length in zip(held.paths, held.lengths)]]
@@ -274,6 +353,7 @@ def list_shards(folder: Path) -> tuple[dict[str, list[Path]], dict[str, Any]]:
             _ = int(shard["tokens"]), bytes.fromhex(shard["sha256"])
         _ = int(manifest["tokenizer"]["vocab_size"]), manifest["tokenizer"]["kind"], np.dtype(manifest["dtype"])
         _ = [(int(held["documents"]), int(held["tokens"])) for held in manifest.get("splits", {}).values()]
+        _ = manifest.get("arguments", {}).items()
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{folder}/dataset.json is not ours: {error} was not understood") from None
     return paths, manifest
@@ -293,7 +373,8 @@ def verify(folder: Path) -> Iterator[tuple[str, list[str]]]:
         try:
             tokenizer = load_tokenizer(folder)
             eot_id = tokenizer.eot_id
-            if tokenizer.vocab_size != vocab_size:
+            # It was once said to be the number of tokens, which is less where there are gaps.
+            if vocab_size not in (tokenizer.vocab_size, tokenizer.hf.get_vocab_size()):
                 faults.append(f"tokenizer.json has {tokenizer.vocab_size:,} tokens, and dataset.json says "
                               f"{vocab_size:,}")
         except (OSError, ValueError) as error:
@@ -304,7 +385,7 @@ def verify(folder: Path) -> Iterator[tuple[str, list[str]]]:
         vocab_size = vocab_size or _guess_vocab_size(next(iter(paths.values()))[0])
     found = dict.fromkeys(paths, 0)  # split -> end-of-text tokens
     jobs = [(split, path) for split, split_paths in paths.items() for path in split_paths]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing and NumPy let other threads work
+    with ThreadPoolExecutor(machine.num_cores()) as pool:  # hashing and NumPy let other threads work
         for (split, path), (shard_faults, num_eot) in zip(jobs, pool.map(
                 lambda job: _verify_shard(job[1], vocab_size, eot_id, manifest, listed.get(job[1].name)), jobs)):
             found[split] += num_eot
@@ -344,40 +425,40 @@ def _verify_shard(path: Path, vocab_size: int, eot_id: int | None, manifest: dic
     return faults, num_eot
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Unpickles dictionaries, lists, strings and numbers; anything that names a class or a function is refused."""
-
-    def find_class(self, module, name):
-        raise ValueError(f"it names {module}.{name}, and only plain values are read: a pickle can run code")
-
-
 def _read_meta(folder: Path) -> dict:
     """nanoGPT's meta.pkl (vocab_size, stoi, itos), or {} where there is none."""
     path = folder / "meta.pkl"
     if not path.is_file():
         return {}
-    try:
-        with open(path, "rb") as file:
-            meta = _PlainUnpickler(file).load()
-    except Exception as error:  # a broken pickle raises nearly anything
-        raise ValueError(f"{path} was refused: {error}") from None
-    if not isinstance(meta, dict) or type(meta.get("vocab_size")) is not int or meta["vocab_size"] < 1:
-        raise ValueError(f"{path} is not nanoGPT's: a dictionary with 'vocab_size' was expected")
+    meta = load_plain(path)
+    size = meta.get("vocab_size") if isinstance(meta, dict) else None
+    if type(size) is not int or not 0 < size < UNKNOWN_VOCAB_SIZE:
+        raise ValueError(f"{path} is not nanoGPT's: a dictionary was expected whose 'vocab_size' is a positive whole "
+                         f"number below 2**32" + (f", not {size!r}" if isinstance(meta, dict) else ""))
     return meta
 
 
+def _characters_of(meta: dict) -> list[str] | None:
+    """The characters that a meta.pkl numbers from 0 on, in that order; None where it holds anything else."""
+    stoi = meta.get("stoi")
+    if not isinstance(stoi, dict) or not all(type(i) is int for i in stoi.values()):
+        return None
+    characters = sorted(stoi, key=stoi.get)
+    is_ours = (sorted(stoi.values()) == list(range(len(stoi))) and 0 < len(stoi) <= meta["vocab_size"] and all(
+        isinstance(c, str) and len(c) == 1 and not "\ud800" <= c <= "\udfff" for c in characters))
+    return characters if is_ours else None
+
+
 def folder_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
-    """The tokenizer of a dataset folder: its tokenizer.json, the characters of its meta.pkl, or GPT-2's if it fits."""
+    """The tokenizer of a dataset folder: its tokenizer.json, the characters of its meta.pkl, or GPT-2's if it fits.
+
+    None for a meta.pkl of words, of other numbers than 0 on, or of whatever else: ids are all that training needs."""
     if (folder / "tokenizer.json").is_file():
         return load_tokenizer(folder)
-    stoi = _read_meta(folder).get("stoi")
-    if isinstance(stoi, dict):
-        by_id = {i: character for character, i in stoi.items()}
-        characters = [by_id.get(i) for i in range(len(stoi))]
-        if not all(isinstance(c, str) and len(c) == 1 for c in characters):
-            raise ValueError(f"{folder}/meta.pkl: 'stoi' should number single characters from 0 on")
+    meta = _read_meta(folder)
+    if characters := _characters_of(meta):
         return CharTokenizer(characters)
-    if not GPT2_VOCAB_SIZE <= vocab_size <= 65536:
+    if meta.keys() & {"stoi", "itos"} or not GPT2_VOCAB_SIZE <= vocab_size <= 65536:
         return None
     try:
         return GPT2Tokenizer()

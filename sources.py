@@ -12,26 +12,33 @@ second is Record("b.jsonl:2", "json", b'{"text": "..."}', end=...), and `text_of
 from __future__ import annotations
 
 import glob
+import gzip
 import hashlib
 import http.client
 import io
 import json
 import os
 import re
+import shlex
 import sysconfig
 import tokenize
 import urllib.request
+import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, BinaryIO, NamedTuple
 
 import files
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-NOT_TEXT = (".json", ".csv", ".tsv", ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".arrow", ".bin", ".pdf")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+NOT_TEXT = (*COMPRESSED, ".json", ".csv", ".tsv", ".tar", ".arrow", ".bin", ".pdf")
+TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")  # Arrow's
 COMPRESSION = 2.5  # bytes of text in a byte of a compressed file, about
+NAMED = 50  # files that dataset.json names of each kind that something was dropped of, replaced in, or left out
 
 
 @dataclass
@@ -39,8 +46,8 @@ class SourceConfig:
     """What to read: a named source, a data set on the hub, or files"""
 
     dataset: str = ""  # a named source, of the list above; may stand without the --dataset=
-    input: str = ""  # .txt .md .py .jsonl .jsonl.gz .jsonl.zst .parquet: a file, a folder, a glob; in sorted order
-    hf: str = ""  # a data set on the Hugging Face hub, owner/name, or a folder with its files
+    input: Annotated[str, "path"] = ""  # file, folder, glob of .txt .md .py .jsonl .jsonl.gz .jsonl.zst .parquet
+    hf: Annotated[str, "path"] = ""  # a data set on the Hugging Face hub, owner/name, or a folder with its files
     subset: str = ""  # of a hub data set: its configuration; empty: the named source's own, or the only one
     split: str = "train"  # of a hub data set: what is read; the validation and test splits made here are cut from it
     revision: str = ""  # of a hub data set: branch, tag or commit; empty: the newest when the work begins
@@ -101,50 +108,60 @@ def fingerprint(parts: list[Part]) -> str:
     return hashlib.sha256(json.dumps([(part.name, part.size, part.mark) for part in parts]).encode()).hexdigest()
 
 
-def text_of(record: Record, text_column: str) -> tuple[str, bool]:
-    """The text of a record, and whether bytes that are no text were replaced by U+FFFD in it. Raises ValueError that
-    says where and what, for a record that holds none."""
-    if record.form == "fault":
-        raise ValueError(record.data)
-    if record.form == "python":
-        return _decode_python(record.data)
-    text, replaced = (record.data, False) if record.form == "text" else _decode(record.data)
-    if record.form == "json":
-        try:
-            value = json.loads(text.strip())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{record.where} is not JSON: {error.msg}, character {error.pos + 1}") from None
-        except RecursionError:
-            raise ValueError(f"{record.where} is not JSON that can be read: too many brackets in brackets") from None
-        if not isinstance(value, dict) or not isinstance(value.get(text_column, 0), str | None):
-            found = ", ".join(map(repr, value)) if isinstance(value, dict) else type(value).__name__
+def text_of(record: Record, text_column: str) -> tuple[str, int]:
+    """The text of a record, and how many bytes that are no text were replaced by U+FFFD in it (halves of surrogate
+    pairs count as one). Raises ValueError that says where and what, for a record that holds none."""
+    if record.form in ("json", "fault"):
+        value, replaced = json_of(record)
+        text = value.get(text_column, 0) if isinstance(value, dict) else 0
+        if not isinstance(text, str | None):
+            found = ", ".join(map(repr, value)) if isinstance(value, dict) and text_column not in value else type(
+                text if isinstance(value, dict) else value).__name__
             raise ValueError(f"{record.where} has no text under {text_column!r}, but {found}; --text_column names the "
                              "key")
-        text = value[text_column] or ""
+        text = text or ""
+    elif record.form == "python":
+        text, replaced = _decode_python(record.data)
+    else:
+        text, replaced = (record.data, 0) if record.form == "text" else files.decode(record.data)
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError:  # halves of surrogate pairs, which JSON can spell
-            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), True
+            whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            return whole, replaced + whole.count("\ufffd") - text.count("\ufffd")
     return text, replaced
 
 
-def _decode(data: bytes) -> tuple[str, bool]:
+def json_of(record: Record) -> tuple[Any, int]:
+    """The value of a JSON line, and how many of its bytes were replaced. Raises ValueError as `text_of` does."""
+    if record.form == "fault":
+        raise ValueError(record.data)
+    text, replaced = files.decode(record.data)
+    text = text.strip().removeprefix("\ufeff")
     try:
-        return data.decode("utf-8-sig"), False
-    except UnicodeDecodeError:
-        return data.decode("utf-8-sig", errors="replace"), True
+        try:
+            return json.loads(text), replaced
+        except json.JSONDecodeError:
+            raise
+        except ValueError:  # a number of more digits than Python makes one of; it is no text in any case
+            return json.loads(text, parse_int=float), replaced
+    except json.JSONDecodeError as error:
+        hint = " (it holds NULs: UTF-16 without a byte order mark?)" if "\0" in text else ""
+        raise ValueError(f"{record.where} is not JSON: {error.msg}, character {error.pos + 1}{hint}") from None
+    except RecursionError:
+        raise ValueError(f"{record.where} is not JSON that can be read: too many brackets in brackets") from None
 
 
-def _decode_python(data: bytes) -> tuple[str, bool]:
+def _decode_python(data: bytes) -> tuple[str, int]:
     """As Python reads a source file: by its encoding line, with universal newlines."""
     if b"\r" not in data and b"coding" not in data[:1000]:  # as nearly all are
-        return _decode(data)
+        return files.decode(data)
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
-        return io.TextIOWrapper(io.BytesIO(data), encoding).read(), False
+        return io.TextIOWrapper(io.BytesIO(data), encoding).read(), 0
     except (SyntaxError, LookupError, UnicodeError):  # no such encoding, none for text, or one that does not fit
-        text, replaced = _decode(data)
+        text, replaced = files.decode(data)
         return io.StringIO(text, newline=None).read(), replaced
 
 
@@ -157,24 +174,125 @@ def local_parts(pattern: str, text_column: str) -> list[Part]:
     A file that is named itself is text if nothing speaks against it. Raises FileNotFoundError when there are none,
     ValueError for a file that is none of ours."""
     root = Path(pattern)
-    if root.is_file():
-        if not ending(root):
-            with open(root, "rb") as file:
-                if root.suffix.lower() in NOT_TEXT or b"\0" in file.read(65536):
-                    raise ValueError(f"--input={pattern} is not text: what can be read is {', '.join(READERS)}")
-        return [_file_part(root, root.name, text_column)]
-    if root.is_dir():
-        found, base = [root], root
-    else:
-        found = [Path(path) for path in glob.glob(pattern, recursive=True)]
-        base = Path(os.path.commonpath(found)) if found else root
-        base = base if base.is_dir() else base.parent
-    paths = {path for top in found for path in ([top] if top.is_file() else top.rglob("*"))
-             if ending(path) and path.is_file() and not any(p.startswith(".") for p in path.relative_to(base).parts)}
-    if not paths:
+    if root.is_file() and not ending(root):
+        with open(root, "rb") as file:
+            head = file.read(65536)
+        what, has_nuls = files.sign_of(head), b"\0" in head and not files.mark_of(head)
+        if what not in ("", files.HTML) or root.suffix.lower() in NOT_TEXT or has_nuls:
+            what = what or "not text" + (" (it holds NULs: UTF-16 without a byte order mark?)" if has_nuls else "")
+            raise ValueError(f"--input={pattern} is {what}; what can be read is {', '.join(READERS)}")
+    base, found = look_through(pattern)
+    if not (paths := [path for path in sorted(found) if not found[path]]):
+        left_out = describe_left_out(count_left_out(base, found))
         raise FileNotFoundError(f"--input={pattern}: " + (
-            f"there are no {', '.join(READERS)} files" if found else "no such file or folder"))
-    return [_file_part(path, path.relative_to(base).as_posix(), text_column) for path in sorted(paths)]
+            f"there are no {', '.join(READERS)} files" + (f", but {left_out}" if left_out else "")
+            if matches(pattern) else "no such file or folder"))
+    return [_file_part(path, path.relative_to(base).as_posix(), text_column) for path in paths]
+
+
+def matches(pattern: str) -> list[Path]:
+    """What a glob names, in sorted order. A part of it is a pattern only where nothing has that very name; ** stands
+    for all folders below, each once."""
+    found = {Path()}
+    for part in Path(pattern).parts:
+        found = {path for folder in found for path in (
+            [folder / part] if os.path.lexists(folder / part) else
+            [path for path, why in _walk([folder], folder) if why == "folder"] if part == "**" else
+            map(Path, glob.glob(os.path.join(glob.escape(str(folder)), part))))}
+    return sorted(path for path in found if path.is_dir() or not pattern.endswith("/"))
+
+
+def look_through(pattern: str) -> tuple[Path, dict[Path, str]]:
+    """Where the names of a source's files begin, and for each file that a pattern names, by itself or with its folder,
+    why it is left out: "" for one that is read. Links are followed, and each real file and folder is read once: under
+    its own name, where that is found as well."""
+    if os.path.isfile(pattern):
+        return Path(pattern).parent, {Path(pattern): ""}
+    top = matches(pattern)
+    base = Path(os.path.commonpath(top)) if top else Path(pattern)
+    base = base if base.is_dir() else base.parent
+    found = {path: why for path, why in _walk(top, base) if why != "folder"}
+    parent, real_base, seen = lru_cache(maxsize=None)(os.path.realpath), os.path.realpath(base), set()
+
+    def real(path: Path) -> str:
+        return os.path.realpath(path) if path.is_symlink() else os.path.join(parent(path.parent), path.name)
+
+    reals = {path: real(path) for path, why in found.items() if not why}
+    for path in sorted(reals, key=lambda path: (reals[path] != os.path.join(real_base, path.relative_to(base)), path)):
+        stat = path.stat()
+        key = (stat.st_dev, stat.st_ino) if stat.st_nlink > 1 else reals[path]
+        found[path] = "linked twice" if key in seen else ""
+        seen.add(key)
+    return base, found
+
+
+def _walk(top: list[Path], base: Path) -> Iterator[tuple[Path, str]]:
+    """Every file of what `top` names, and why it is left out, whatever else leads to it; and every folder. Those that
+    are links come last, so that a folder is found under its own name."""
+    todo, links, seen = deque(top), {}, set()
+    while todo or links:
+        is_late, path = not todo, todo.popleft() if todo else links.pop(next(iter(links)))
+        if any(part.startswith(".") for part in path.relative_to(base).parts):
+            yield path, "hidden"
+        elif path.is_file():
+            yield path, "" if ending(path) else suffix(path)
+        elif not path.is_dir():
+            yield path, "special" if path.exists() else "linked to nowhere"
+        elif path.is_symlink() and not is_late:
+            links[path] = path
+        elif (real := path.resolve()) in path.parent.resolve().joinpath("_").parents and path != base:
+            yield path, "linked in a circle"
+        elif real not in seen:
+            seen.add(real)
+            yield path, "folder"
+            try:
+                todo.extend(sorted(path.iterdir()))
+            except OSError:
+                yield path, "unreadable"
+        elif is_late:
+            yield path, "linked twice"
+
+
+def suffix(path: Path) -> str:
+    """The ending of a file that is none of READERS: that of a compressed one with the ending before it."""
+    *_, before, last = "", "", *path.suffixes
+    last = (before if last.lower() in COMPRESSED else "") + last
+    return last.lower() if re.fullmatch(r"(\.(?!\d+$)\w{1,8})+", last) else "without an ending"
+
+
+def left_out(config: SourceConfig, parts: list[Part]) -> dict[str, dict[str, Any]]:
+    """Why files of a local source, whose parts these are, are left out -> how many `files`, and the first ones `named`.
+    """
+    if config.input:
+        return count_left_out(*look_through(config.input))
+    read = {os.path.realpath(part.name) for part in parts} if os.path.isdir(config.hf) else set()
+    if not any(map(os.path.isfile, read)):  # of the hub, or named otherwise
+        return {}
+    base, found = look_through(config.hf)
+    return count_left_out(base, {path: "" if os.path.realpath(path) in read else why or "not of the split"
+                                 for path, why in found.items()})
+
+
+def count_left_out(base: Path, found: dict[Path, str]) -> dict[str, dict[str, Any]]:
+    """See `left_out`, of what `look_through` gives."""
+    counted: dict[str, dict[str, Any]] = {}
+    for path in sorted(found):
+        if why := found[path]:
+            why = why if why in counted or len(counted) < NAMED else "of other kinds"
+            group = counted.setdefault(why, {"files": 0, "named": []})
+            group["files"] += 1
+            group["named"] += [path.relative_to(base).as_posix()] * (group["files"] <= NAMED)
+    return dict(sorted(counted.items()))
+
+
+def describe_left_out(counted: dict[str, dict[str, Any]]) -> str:
+    """The largest groups, with the first names in each."""
+    largest = sorted(counted.items(), key=lambda item: -item[1]["files"])
+    shown = [f"{group['files']:,} {why} ({', '.join(group['named'][:3])}{', ...' if group['files'] > 3 else ''})"
+             for why, group in largest[:8]]
+    if len(largest) > 8:
+        shown.append(f"{sum(group['files'] for _, group in largest[8:]):,} of other kinds")
+    return ", ".join(shown)
 
 
 def ending(path: Path) -> str:
@@ -184,8 +302,12 @@ def ending(path: Path) -> str:
 
 def _file_part(path: Path, name: str, text_column: str) -> Part:
     reader, size = READERS.get(ending(path), _read_whole), path.stat().st_size
-    text_bytes = size * (COMPRESSION if path.suffix in (".gz", ".zst", ".parquet") else 1)
-    return Part(name, size, files.mark(path), text_bytes, partial(reader, path, text_column))
+    text_bytes = size * (COMPRESSION if path.suffix.lower() in (".gz", ".zst", ".parquet") else 1)
+    try:
+        mark = files.mark(path)
+    except OSError:  # is reported when its turn comes
+        mark = ""
+    return Part(name, size, mark, text_bytes, partial(reader, path, text_column))
 
 
 def _read_whole(path: Path, text_column: str, form: str = "utf8") -> Iterator[Record]:
@@ -193,27 +315,85 @@ def _read_whole(path: Path, text_column: str, form: str = "utf8") -> Iterator[Re
     try:
         data = path.read_bytes()
     except OSError as error:
-        yield Record(str(path), "fault", f"{path} cannot be read: {error.strerror}", 0)
+        yield _fault(path, "", error)
         return
-    yield Record(str(path), form, data, len(data))
+    if (what := files.sign_of(data)) not in ("", files.HTML):
+        yield Record(str(path), "fault", f"{path} is {what}", len(data))
+    else:
+        yield Record(str(path), form, data, len(data))
 
 
-def _read_lines(path: Path, text_column: str, compression: str = "") -> Iterator[Record]:
+def read_lines(path: Path, text_column: str = "") -> Iterator[Record]:
     """A JSON object a line. A stream that is torn ends in a fault."""
-    with open(path, "rb") as file:
-        stream = file
-        if compression:
-            import pyarrow
-
-            # In small pieces, because what comes out of the last one of a torn stream is lost.
-            stream = io.BufferedReader(pyarrow.CompressedInputStream(file, compression), 1 << 14)
-        number = 0
-        try:
-            for number, line in enumerate(stream, 1):
+    number = 0
+    try:
+        with open(path, "rb") as file:
+            stream = _decompressed(file, path)
+            head = stream.peek(512)
+            if what := files.sign_of(head):
+                yield Record(str(path), "fault", f"{path} is {what}", path.stat().st_size)
+                return
+            mark = files.mark_of(head)
+            for number, line in enumerate(_wide_lines(stream, mark) if mark else stream, 1):
                 if line.strip():
                     yield Record(f"{path}:{number}", "json", line, file.tell())
-        except OSError as error:
-            yield Record(str(path), "fault", f"{path} is broken behind line {number}: {error}", path.stat().st_size)
+    except (OSError, EOFError, zlib.error) as error:
+        yield _fault(path, f" behind line {number}", error, {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}.get(
+            path.suffix.lower(), b""))
+
+
+class _Pieces(io.RawIOBase):
+    """A decompressed stream, piece by piece, so that a torn one gives all that comes before the tear."""
+
+    def __init__(self, read: Callable[[int], bytes]):
+        self._read = read
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        piece = self._read(len(buffer))
+        buffer[:len(piece)] = piece
+        return len(piece)
+
+
+def _decompressed(file: BinaryIO, path: Path) -> BinaryIO:
+    """What is in an open file, by its ending."""
+    if path.suffix.lower() == ".gz":  # several members, and zeros behind them, too
+        return io.BufferedReader(_Pieces(gzip.GzipFile(fileobj=file).read1), 1 << 17)
+    if path.suffix.lower() == ".zst":
+        import pyarrow
+
+        # In small pieces, because what comes out of the last one of a torn stream is lost.
+        return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"), 1 << 14)
+    return file
+
+
+def _wide_lines(stream: BinaryIO, mark: bytes) -> Iterator[bytes]:
+    """The lines of a stream in UTF-16 or UTF-32, each behind its byte order mark, b"" for a blank one."""
+    newline, line = "\n".encode(files.MARKS[mark]), bytearray()
+    stream.read(len(mark))
+    while piece := stream.readline():  # up to a byte that a newline has, and other characters have as well
+        line += piece
+        line += stream.read(-len(line) % len(newline))
+        if line.endswith(newline):
+            yield mark + line if line.strip(b"\0 \t\r\n") else b""
+            line.clear()
+    yield mark + line if line else b""
+
+
+def _fault(path: Path, behind: str, error: Exception, own: bytes = b"") -> Record:
+    """What is said of a file that ends in an error; `own` is how a sound file of its kind begins."""
+    if isinstance(error, OSError) and error.errno:
+        what = f"{path} cannot be read{behind}: {error.strerror}"
+    elif "requires too much memory" in str(error):
+        what = (f"{path} needs a window above 128 MB, which cannot be read here; recompress without --long: "
+                f"zstd -dc --long=31 {shlex.quote(str(path))} | zstd -o NEW.jsonl.zst")
+    elif "encrypted" in str(error):
+        what = f"{path} is encrypted, and a key for it cannot be given here"
+    else:
+        what = files.broken(path, f"{behind}: {error}", own)
+    return Record(str(path), "fault", what, path.stat().st_size)
 
 
 def _read_parquet(path: Path, text_column: str) -> Iterator[Record]:
@@ -229,11 +409,12 @@ def _read_parquet(path: Path, text_column: str) -> Iterator[Record]:
                 raise ValueError(f"{path} has no column {text_column!r}, but {', '.join(columns)}; --text_column "
                                  "names the one with the text")
             for batch in file.iter_batches(batch_size=256, columns=[text_column]):
-                for text in _utf8_of(batch.column(0), path, text_column):
+                column = batch.column(batch.schema.names.index(text_column))  # a struct's of that name may come along
+                for text in _utf8_of(column, path, text_column):
                     row += 1
                     yield Record(f"{path}: row {row}", "utf8", text, size * row // file.metadata.num_rows)
     except (OSError, pyarrow.ArrowException) as error:
-        yield Record(str(path), "fault", f"{path} is broken behind row {row}: {error}", size)
+        yield _fault(path, f" behind row {row}", error)
 
 
 def _utf8_of(column: Any, name: object, text_column: str) -> list[bytes]:
@@ -241,19 +422,19 @@ def _utf8_of(column: Any, name: object, text_column: str) -> list[bytes]:
     import pyarrow
 
     kind = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+    if str(kind) not in TEXT_TYPES:
         raise ValueError(f"{name}: column {text_column!r} holds {kind}, not text; --text_column names the one with the "
                          "text")
-    return [text or b"" for text in column.cast(kind).cast(pyarrow.large_binary()).to_pylist()]
+    return [text or b"" for text in column.cast(pyarrow.large_binary()).to_pylist()]
 
 
 READERS: dict[str, Callable[..., Iterator[Record]]] = {
     ".txt": _read_whole,
     ".md": _read_whole,
     ".py": partial(_read_whole, form="python"),
-    ".jsonl": _read_lines,
-    ".jsonl.gz": partial(_read_lines, compression="gzip"),
-    ".jsonl.zst": partial(_read_lines, compression="zstd"),
+    ".jsonl": read_lines,
+    ".jsonl.gz": read_lines,
+    ".jsonl.zst": read_lines,
     ".parquet": _read_parquet,
 }
 
@@ -331,13 +512,17 @@ def hub_parts(repo: str, subset: str, split: str, commit: str, text_column: str,
                 setattr(builder.config, key, value)
         rows = builder.as_streaming_dataset(split=split)
     except Exception as error:  # of many kinds: no network, no such data set, subset or split, files of no known format
-        raise OSError(f"could not open the data set {repo!r}: {type(error).__name__}: {error} (without network: copy "
-                      "its files here, and pass their folder as --input=FOLDER)") from None
+        for path in filter(Path.is_file, look_through(repo)[1] if os.path.isdir(repo) else ()):
+            files.refuse_pointer(path)
+        hint = ("datasets takes [ ] * ? in a folder's name for a pattern: rename it, or pass it as --input=FOLDER"
+                if os.path.isdir(repo) and glob.escape(os.path.abspath(repo)) != os.path.abspath(repo) else
+                "without network: copy its files here, and pass their folder as --input=FOLDER")
+        raise OSError(f"could not open the data set {repo!r}: {type(error).__name__}: {error} ({hint})") from None
     if text_column not in columns:
         raise ValueError(f"{repo} has no column {text_column!r}, but {', '.join(columns)}; --text_column names the one "
                          "with the text")
     kind = getattr((rows.features or {}).get(text_column), "dtype", "string")
-    if kind not in ("string", "large_string"):
+    if kind not in TEXT_TYPES:
         raise ValueError(f"{repo}: column {text_column!r} holds {kind}, not text; --text_column names the one with the "
                          "text")
     names = urls if len(urls) == rows.num_shards else [f"{repo}#{i}" for i in range(rows.num_shards)]
@@ -363,7 +548,7 @@ def _read_hub(rows: Any, num_parts: int, index: int, name: str, text_column: str
             end += len(text)
             yield Record(f"{name}: document {row}", "text" if join else "utf8", text, end)
     except (ValueError, pyarrow.ArrowException) as error:
-        yield Record(name, "fault", f"{name} is broken behind document {row}: {error}", end)
+        yield Record(name, "fault", files.broken(Path(name), f" behind document {row}: {error}"), end)
     except Exception as error:  # as many kinds as there are ways to fetch a file
         raise OSError(f"reading {name} failed: {type(error).__name__}: {error}; the same command again goes on from "
                       "the last finished shard") from None

@@ -15,6 +15,12 @@ defaults are nanoGPT's; where flatGPT differs (device, dtype and compile are `au
 
 from __future__ import annotations
 
+import process
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    process.begin()
+    process.end_with_torchrun()
+
 import itertools
 import math
 import sys
@@ -22,13 +28,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import process
+import machine
 import settings
 
-if __name__ == "__main__":  # before torch is imported, which takes seconds
-    process.end_with_torchrun()
+if __name__ == "__main__":
+    machine.warn_of_little_memory()
     settings.help_early(__file__, "TrainConfig")
 
 import torch
@@ -79,9 +85,10 @@ class ModelConfig(GPTConfig):
     vocab_size: int = 0  # vocabulary; 0 = the data set's own (50257 where it does not say)
 
 
+# What only rank 0 acts on is marked {"rank": 0}: the ranks need not agree, rank 0's value counts for all.
 @dataclass
 class TrainConfig:
-    init_from: str = "scratch"  # scratch, gpt2 ... gpt2-xl, hub id, model or run folder, ckpt.pt; resume: go on
+    init_from: Annotated[str, "path"] = "scratch"  # scratch, gpt2, hub id, model or run folder, ckpt.pt; resume: go on
     max_iters: int = 600000  # updates in the whole run
     eval_interval: int = 2000  # steps between evaluations on the validation split
     eval_iters: int = 200  # batches an evaluation, evenly spaced over the split; 0 = the whole split, as at the end
@@ -92,12 +99,12 @@ class TrainConfig:
     activation_checkpointing: bool = False  # run the blocks again in the backward pass: less memory, more time
     bigram_counts: bool = False  # with model=bigram: its best table, by counting; evaluate and save it, make no updates
     bigram_k: float = 1.0  # what is added to each of the counts, so that no pair is impossible
-    max_minutes: float = 0.0  # save and stop so many minutes after the launch, ahead of a time limit; 0 = never
-    run: RunConfig = field(default_factory=RunConfig)
+    max_minutes: float = field(default=0.0, metadata={"rank": 0})  # save and stop so long after the launch; 0 = never
+    run: RunConfig = field(default_factory=RunConfig, metadata={"rank": 0})
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    log: LogConfig = field(default_factory=LogConfig)
+    log: LogConfig = field(default_factory=LogConfig, metadata={"rank": 0})
     where: DeviceConfig = field(default_factory=DeviceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
@@ -111,6 +118,7 @@ def main(argv: list[str]) -> None:
     if config.bigram_counts:
         config.max_iters = 0
     with distributed.job(config.where, config.parallel) as here:
+        distributed.share_rank0s(config, here)
         report = Reporter(Path(config.run.out_dir), config.log, config.max_iters, here)
         with RunFolder(config.run, here, report.say) as run:
             try:
@@ -136,9 +144,12 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     if config.log.sample_interval and data.tokenizer is None:
         raise ValueError(f"sample_interval={config.log.sample_interval} needs a tokenizer, and {config.data.dataset} "
                          "has none: --tokenizer=gpt2 says that it is GPT-2's")
+    if data.tokenizer is None:
+        report.say(f"no tokenizer is known for {config.data.dataset}: the run learns its ids alone, and sample.py will "
+                   "have no text to show")
     distributed.check_agreement(settings.flatten(config) | {
         "the code": files.code_fingerprint(), "the data": data.fingerprint, "torch": torch.__version__,
-        "the kind of device": here.device.type}, here)
+        "device": here.device.type}, here)  # whatever it is called on each rank
 
     # 2) Where the run stands: rank 0 looks into the run folder, and the others hear of it. An evaluation of other
     # weights does not look at it.
@@ -158,7 +169,8 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     block_size = model.config.block_size
     model.activation_checkpointing = config.activation_checkpointing
     plan = plan_batches(config.data, given, block_size, here.world_size, lambda seqs: (
-        trainer["options"]["batch_size"] if trainer["folder"] else preflight.fit_batch_size(model, seqs, here)))
+        trainer["options"]["batch_size"] if trainer["folder"] else preflight.fit_batch_size(
+            model, seqs, here, config.compile)))
     options = settings.flatten(config)
     identity = {"data_fingerprint": data.fingerprint, "data_vocab_size": data.vocab_size,
                 "seqs_per_step": plan.seqs_per_step}
@@ -168,7 +180,8 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
                              data.shares)
     sample_orders, whole_orders = ({name: EvalOrder(split, block_size, num_seqs) for name, split in val_splits.items()}
                                    for num_seqs in (config.eval_iters * config.data.batch_size, 0))
-    evaluate = partial(validation_losses, model, shares=data.shares, batch_size=config.data.batch_size, here=here)
+    # In rows of a micro-batch, a shape that compiled blocks know.
+    evaluate = partial(validation_losses, model, shares=data.shares, batch_size=plan.micro_batch, here=here)
     if config.eval_only:
         report.say(f"step {trainer['step']}: {describe_losses(evaluate(whole_orders))} on the whole validation split")
         return ""
@@ -180,9 +193,8 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     # 4) What it will take, before it is taken. Then the model's outer shells, compiled blocks and the averaging of
     # gradients over the ranks, and the optimiser.
     save_interval = config.run.save_interval or config.eval_interval
-    warmup_iters = config.optim.warmup_iters if config.optim.decay_lr else 0
     for line in preflight.report(model, plan, describe_epochs(data, train_order), run, save_interval, config.max_iters,
-                                 warmup_iters, here):
+                                 config.optim, here):
         report.say(line)
     if failure := distributed.compile_parts(model, config.compile, here, plan.micro_batch):
         report.say(f"torch.compile failed, going on without it: {failure}")
@@ -192,6 +204,9 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     if trainer["folder"]:
         checkpoint.load_training_state(trainer, model, optimizer, scaler, judge, here)
     is_new = distributed.on_rank0(lambda: run.open(options, is_new=trainer["folder"] is None), here)
+    source = trainer["folder"] or ("" if config.init_from == "scratch" else config.init_from)
+    tokenizer = prompts.tokenizer_to_save(weights.resolve(source) if source and here.rank == 0 else None,
+                                          model.config.vocab_size, data)
     now, tokens_per_step = Progress.of(trainer), plan.seqs_per_step * block_size
     report.start(model, now.step, trainer["elapsed_s"], options | {"tokens_per_step": tokens_per_step}, is_new)
 
@@ -233,7 +248,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
             due = is_last or stopped_by or (now.step > 0 and (is_best or periodic) and not now.bad_steps)
             if due and now.step != done_at and stopped_by != SAVING_FAILS:
                 with report.excluded():
-                    run.save(model, optimizer, data.tokenizer, asdict(now) | identity | {
+                    run.save(model, optimizer, tokenizer, asdict(now) | identity | {
                         "tokens": now.step * tokens_per_step, "scaler": scaler.state_dict(), "judge": asdict(judge),
                         "seed": config.seed, "micro_batch": plan.micro_batch, "world_size": here.world_size,
                         "elapsed_s": report.elapsed_s(), "options": options, "versions": versions()}, is_best)

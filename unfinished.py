@@ -31,10 +31,18 @@ from filelock import FileLock, Timeout
 import files
 from pipeline import SPLITS, begin_progress
 from shards import shard_dtype
+from sources import NAMED, describe_left_out
+from tokenizer import has_tokenizer, load_tokenizer
 
 COUNTS = {"documents": "document", "bytes": "byte", "empty_documents": "empty document",
           "duplicate_documents": "duplicate", "bad_records": "broken record",
           "documents_with_replaced_bytes": "replaced text"}  # of dataset.json -> in words
+FILES = {  # of dataset.json -> how it is said of which files
+    "bad_records": "dropped, because broken", "empty_documents": "dropped, because empty",
+    "duplicate_documents": "dropped, because there already",
+    "replaced_bytes": "warning: bytes that are no text, replaced by U+FFFD",
+    "unknown_tokens": "warning: tokens for text that the tokenizer does not know",
+    "nul_characters": "warning: NULs in the text, as of UTF-16 without a byte order mark"}
 UNCOMPARED = ("input", "skip_bad")  # arguments that may differ: what they lead to is the same, or was counted
 
 
@@ -75,7 +83,7 @@ class Unfinished:
         if not record.is_file():
             raise ValueError(f"{folder} exists and was not made by prepare_data.py: choose another --name, or remove "
                              "it")
-        made = files.read_json(record).get("arguments", {})
+        made = arguments_in(record)
         if differing := ["the files of the source have changed" if key == "input_fingerprint" else
                          f"{key} was {made.get(key)}, is {value}" for key, value in self._compared().items()
                          if made.get(key) != value]:
@@ -115,21 +123,22 @@ class Unfinished:
         """Whether nothing is left to do for this rank."""
         return (self.folder / "dataset.json").exists() or is_done(self.work)
 
-    def publish(self) -> dict[str, Any]:
+    def publish(self, files_read: int, left_out: dict[str, Any]) -> dict[str, Any]:
         """As rank 0, wait for all ranks and turn their shards into the target; returns its dataset.json. A kill in
         between loses nothing: what was moved is found moved. Raises ValueError when there is nothing to train on."""
         folders = [self.rank_folder(rank) for rank in range(self.world_size)]
         if not (self.folder / "dataset.json").exists():
             wait_for(lambda: [folder.name for folder in folders if not is_done(folder)])
-            self._join([files.read_json(folder / "progress.json") for folder in folders])
+            self._join([files.read_json(folder / "progress.json") for folder in folders],
+                       {"files_read": files_read, "left_out": left_out})
         for leftover in [path for path in self.folder.iterdir() if path.is_dir()]:
             shutil.rmtree(leftover)
         os.rename(self.folder, self.target)
         files.sync(self.target.parent)
         return files.read_json(self.target / "dataset.json")
 
-    def _join(self, states: list[dict[str, Any]]) -> None:
-        """Move the ranks' shards up under new numbers, and write dataset.json."""
+    def _join(self, states: list[dict[str, Any]], about: dict[str, Any]) -> None:
+        """Move the ranks' shards up under new numbers, and write dataset.json, with what `about` says as well."""
         counts: Counter[str] = sum((Counter(state["counts"]) for state in states), Counter())
         if not counts["train_documents"]:
             shutil.rmtree(self.folder)
@@ -147,12 +156,17 @@ class Unfinished:
             os.replace(path, self.folder / path.name)
         files.sync(self.folder)
         vocab_size = states[0]["vocab_size"]
+        named = {what: sorted(item for state in states for item in state.get("files", {}).get(what, {}).items())
+                 for what in FILES if counts[what]}
+        about |= {key: counts[key] for key in COUNTS | FILES} | {
+            "files": {what: dict(found[:NAMED]) for what, found in named.items()},
+            "first_fault": next((state["first_fault"] for state in states if state.get("first_fault")), "")}
         splits = {split: {"documents": counts[f"{split}_documents"],
                           "tokens": sum(shard["tokens"] for shard in listed if shard["split"] == split)}
                   for split in SPLITS if split != "test" or self.arguments["test_fraction"]}
         files.write_json(self.folder / "dataset.json", {
             "format_version": 1, "tokenizer": {"kind": self.arguments["tokenizer"], "vocab_size": vocab_size},
-            "dtype": shard_dtype(vocab_size).name, **{key: counts[key] for key in COUNTS}, "splits": splits,
+            "dtype": shard_dtype(vocab_size).name, **about, "splits": splits,
             "arguments": self.arguments, "shards": listed})
 
     def tidy(self) -> None:
@@ -174,8 +188,8 @@ def recorded_commit(target: Path, source: str, revision: str, rank: int) -> str 
     def found() -> list[str]:
         records = [target / "dataset.json", hidden_folder(target) / "dataset.json",
                    *hidden_folder(target).glob("rank_00000_of_*/progress.json")]
-        begun = [files.read_json(record).get("arguments", {}) for record in records if record.exists()]
-        return [arguments["commit"] for arguments in begun
+        begun = [arguments_in(record) for record in records if record.exists()]
+        return [arguments.get("commit", "") for arguments in begun
                 if (arguments.get("source"), arguments.get("revision")) == (source, revision)]
 
     if rank > 0 and not target.exists():
@@ -186,7 +200,16 @@ def recorded_commit(target: Path, source: str, revision: str, rank: int) -> str 
 def is_done(rank_folder: Path) -> bool:
     """Whether a rank has written all its shards."""
     path = rank_folder / "progress.json"
-    return path.exists() and files.read_json(path)["done"]
+    with files.reading_values(path):
+        return path.exists() and files.read_json(path)["done"]
+
+
+def arguments_in(record: Path) -> dict[str, Any]:
+    """What a dataset.json or progress.json says that the folder was made with. Raises ValueError."""
+    arguments = files.read_json(record).get("arguments", {})
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{record}: 'arguments' should be an object, not {arguments!r}")
+    return arguments
 
 
 def wait_for(missing: Callable[[], list[str]]) -> None:
@@ -209,6 +232,19 @@ def describe(target: Path, manifest: dict[str, Any]) -> str:
     lines = [f"{target}: {', '.join(counts)}; tokenizer {manifest['tokenizer']['kind']} with "
              f"{manifest['tokenizer']['vocab_size']:,} tokens; "
              + ", ".join(f"{split} {held['tokens']:,}" for split, held in manifest["splits"].items()) + " tokens"]
+    if left_out := manifest.get("left_out"):
+        lines.append(f"left out: {describe_left_out(left_out)}")
+    for what, named in manifest.get("files", {}).items():
+        first = dict(list(named.items())[:3])
+        others = manifest[what] - sum(first.values())
+        lines.append(f"{FILES[what]}: " + ", ".join(f"{file} {count:,}" for file, count in first.items())
+                     + (f", other files {others:,}" if others else "")
+                     + (f" (the first: {manifest['first_fault']})" if what == "bad_records" else ""))
     lines += [f"warning: no document fell in the {split} split: give a larger --{split}_fraction"
               for split, held in manifest["splits"].items() if not held["tokens"]]
+    lines += [f"warning: the {split} split is a single token, and one predicts nothing: give "
+              + ("more text" if split == "train" else f"more text, or a larger --{split}_fraction")
+              for split, held in manifest["splits"].items() if held["tokens"] == 1]
+    if manifest["documents"] > 1 and has_tokenizer(target) and load_tokenizer(target).eot_id is None:
+        lines.append("note: nothing stands between the documents, for the tokenizer has no end-of-text token")
     return "\n".join(lines)

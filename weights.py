@@ -15,8 +15,9 @@ A model that is shaped as neither GPT-2 nor Llama is written under our own names
 
 from __future__ import annotations
 
-import pickle
+import contextlib
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -27,8 +28,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from baselines import build_empty
-from files import HUB_ID, fetch_snapshot, read_json, write_json
+from files import (
+    HUB_ID,
+    best_checkpoint,
+    broken,
+    fetch_snapshot,
+    follow_link,
+    newest_checkpoint,
+    read_json,
+    reading_values,
+    refuse_pointer,
+    write_json,
+)
 from model import HIGH_FREQ_FACTOR, LOW_FREQ_FACTOR, GPTConfig
+from pickles import STAND_INS
 from tokenizer import TOKENIZER_FILES
 
 HUB_ALIASES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
@@ -60,13 +73,16 @@ def load_pretrained(source: str) -> tuple[GPTConfig, State]:
 def resolve(source: str) -> Path:
     """Where a model lies: a nanoGPT .pt file, or a folder with config.json (a run folder means its best checkpoint,
     a hub id its snapshot in the local cache, downloaded when it is not there yet)."""
-    path = Path(source)
+    path = follow_link(Path(source))
     if path.is_file():
         return path
     if path.is_dir():
-        for folder in (path, path / "checkpoints" / "best", path / "checkpoints" / "latest"):
-            if (folder / "config.json").is_file():
-                return folder.resolve()  # the checkpoint itself: a run that is under way moves the link
+        folder = path if (path / "config.json").is_file() else best_checkpoint(path) or newest_checkpoint(path)
+        if folder and not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} has no config.json: it is no whole checkpoint; copy it again, or name "
+                                    "another with --init_from")
+        if folder:
+            return folder.resolve()  # the checkpoint itself: a run that is under way moves the link
         if (path / "ckpt.pt").is_file():  # nanoGPT's out_dir
             return path / "ckpt.pt"
         if (path / "checkpoints").is_dir():
@@ -81,14 +97,18 @@ def resolve(source: str) -> Path:
 
 def full_name(source: str) -> str:
     """A source as it reads from any folder: with the whole path of what lies on this disk, and a hub id as it is."""
-    return str(Path(source).absolute()) if Path(source).exists() else HUB_ALIASES.get(source, source)
+    return str(Path(source).absolute()) if follow_link(Path(source)).exists() else HUB_ALIASES.get(source, source)
 
 
 def load_huggingface(folder: Path) -> tuple[GPTConfig, State]:
     """A Hugging Face GPT-2 or Llama folder, or one of our own: config.json and model.safetensors (one file, or shards
     with an index). Raises ValueError for a model of another type, or with a part that model.py does not have."""
     folder = Path(folder)
-    settings = read_json(folder / "config.json")
+    with reading_values(folder / "config.json"):
+        return _load_huggingface(folder, read_json(folder / "config.json"))
+
+
+def _load_huggingface(folder: Path, settings: dict) -> tuple[GPTConfig, State]:
     kinds = {"gpt2": (_gpt2_config, _from_gpt2), "llama": (_llama_config, _from_llama),
              "flatgpt": (_own_config, lambda config, state: state)}
     if settings.get("model_type") not in kinds:
@@ -181,7 +201,7 @@ def _make_config(path: Path, values: dict) -> GPTConfig:
     """A valid configuration from a file's values. Raises ValueError naming the file and the value that is none."""
     for key, value in values.items():
         kind = (int, float) if isinstance(getattr(GPTConfig, key), float) else type(getattr(GPTConfig, key))
-        if not isinstance(value, kind):
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise ValueError(f"{path}: {key} is {value!r}")
     config = GPTConfig(**values)
     config.validate()
@@ -191,6 +211,11 @@ def _make_config(path: Path, values: dict) -> GPTConfig:
 def load_nanogpt(path: Path) -> tuple[GPTConfig, State]:
     """nanoGPT's ckpt.pt: `model_args`, and `model` with the prefixes that torch.compile leaves."""
     checkpoint = read_nanogpt(path)
+    with reading_values(path):
+        return _load_nanogpt(path, checkpoint)
+
+
+def _load_nanogpt(path: Path, checkpoint: dict) -> tuple[GPTConfig, State]:
     args = checkpoint["model_args"]
     config = _make_config(path, {"mlp": "gelu"} | {key: args[key] for key in (
         "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias") if key in args})
@@ -202,14 +227,21 @@ def load_nanogpt(path: Path) -> tuple[GPTConfig, State]:
 
 def read_nanogpt(path: Path) -> dict:
     """The dictionary in a ckpt.pt: model, model_args, config, ... Raises ValueError for a file that is something else,
-    or that holds objects other than tensors and plain values (they could run code, so they are not built)."""
+    or that holds objects other than tensors, plain values and NumPy's numbers (they could run code, so they are not
+    built)."""
+    refuse_pointer(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path} holds objects other than tensors and plain values; it was not loaded, "
-                         "because such a file can run code") from None
-    except (RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"{path} is not a readable PyTorch checkpoint: {str(error).splitlines()[0]}") from None
+        with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a broken pickle raises nearly anything
+        if isinstance(error, OSError) and error.filename:
+            raise
+        if named := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(f"{path} holds objects other than tensors and plain values ({named[1]}); it was not "
+                             "loaded, because such a file can run code") from None
+        with open(path, "rb") as file:
+            raise ValueError(f"{path} is not a readable PyTorch checkpoint: its {path.stat().st_size:,} bytes, which "
+                             f"begin with {file.read(16)!r}, are cut off, or something else") from None
     parts = [checkpoint.get(key) for key in ("model", "model_args")] if isinstance(checkpoint, dict) else [None]
     if not all(isinstance(part, dict) for part in parts):
         raise ValueError(f"{path} is not nanoGPT's: a dictionary with 'model' and 'model_args' was expected")
@@ -231,7 +263,7 @@ def _read_safetensors(folder: Path) -> State:
         except FileNotFoundError:
             raise FileNotFoundError(f"{folder} has no {file.name}: weights are read from safetensors only") from None
         except SafetensorError as error:
-            raise ValueError(f"{file} is broken: {error}") from None
+            raise ValueError(broken(file, f": {error}")) from None
     return state
 
 
@@ -265,19 +297,20 @@ def shapes(config: GPTConfig) -> dict[str, torch.Size]:
 
 
 def save_pretrained(config: GPTConfig, state: Mapping[str, torch.Tensor], folder: str | Path,
-                    eot_id: int | None = None) -> None:
+                    eot_id: int | None = None, token_ids: Mapping[str, Mapping[str, Any]] | None = None) -> None:
     """Write config.json, generation_config.json and model.safetensors, which transformers loads as GPT2LMHeadModel or
-    LlamaForCausalLM where the model has that shape. `eot_id` becomes the begin- and end-of-text id, None means none.
-    """
+    LlamaForCausalLM where the model has that shape. `eot_id` becomes the begin- and end-of-text id, None means none;
+    `token_ids` says more of them: see Tokenizer."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     ids = {"bos_token_id": eot_id, "eos_token_id": eot_id}
+    token_ids = token_ids or {"config.json": ids, "generation_config.json": ids}
     state = {name: tensor.detach().float().cpu()[:config.vocab_size if name in TABLES else None]
              for name, tensor in state.items()}
     to_theirs = _to_gpt2 if is_gpt2(config) else _to_llama if is_llama(config) else _to_own
     settings, tensors = to_theirs(config, state)
-    write_json(folder / "config.json", settings | ids | {"torch_dtype": "float32"})
-    write_json(folder / "generation_config.json", ids)
+    write_json(folder / "config.json", settings | token_ids["config.json"] | {"torch_dtype": "float32"})
+    write_json(folder / "generation_config.json", token_ids["generation_config.json"])
     save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
 
 
@@ -348,4 +381,5 @@ def save_tensors(tensors: State, path: Path) -> None:
         save_file(tensors, path, metadata={"format": "pt"})  # transformers insists on this key
     except SafetensorError as error:
         raise OSError(f"could not write {path}: {error}") from None
-    path.chmod(0o644)
+    with contextlib.suppress(OSError):  # a disk without modes
+        path.chmod(0o644)

@@ -11,6 +11,11 @@ machine is not equally fast all the time. It runs train.py as a person would and
 
 from __future__ import annotations
 
+import process
+
+if __name__ == "__main__":
+    process.begin()
+
 import json
 import shlex
 import statistics
@@ -20,6 +25,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import settings
 from files import write_text
@@ -59,8 +65,8 @@ ROWS = {
 @dataclass
 class ZooConfig:
     steps: int = 300  # of 768 tokens, for every row
-    dataset: str = "shakespeare_char"  # data set to train on
-    page: str = "docs/models.md"  # the page that holds the table; empty: only print it
+    dataset: Annotated[str, "paths"] = "shakespeare_char"  # data set to train on
+    page: Annotated[str, "path"] = "docs/models.md"  # the page that holds the table; empty: only print it
 
 
 @dataclass

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import locale
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,8 +25,21 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"  # real texts and GPT-2's ranks, where a checkout has them beside it
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
-os.environ.setdefault("WANDB_MODE", "offline")
+
+# What the tests inherit from a launcher, a cluster, or a shell that started them under nohup or in the background, is
+# none of theirs, nor of the programs that they start. No test needs the network.
+INHERITED = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|SLURM_.*"
+                       r"|WANDB_.*|TORCH_DISABLE_SHARE_RDZV_TCP_STORE|HF_.*|LC_.*|LANG|LANGUAGE|COLUMNS|LINES|NO_COLOR"
+                       r"|FORCE_COLOR|CLICOLOR.*|PYTHON(IOENCODING|UTF8|COERCECLOCALE|UNBUFFERED|WARNINGS)")
+for key in filter(INHERITED.fullmatch, list(os.environ)):
+    del os.environ[key]
+os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+with contextlib.suppress(locale.Error):
+    locale.setlocale(locale.LC_ALL, "C.UTF-8")  # of files that are opened without an encoding
+signal.pthread_sigmask(signal.SIG_SETMASK, [])
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD):
+    signal.signal(number, signal.SIG_DFL)
 
 import settings  # noqa: E402
 from shards import shard_header  # noqa: E402
@@ -68,14 +84,6 @@ def refused(cli):
         return lines[0]
 
     return call
-
-
-@pytest.fixture
-def hears_hang_ups():
-    """Also where the tests themselves run under nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
 
 
 def run_process(*args: object, cwd: Path, **env: str) -> str:

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import process
 
 if __name__ == "__main__":
+    process.begin()
     process.end_with_torchrun()
 
 from torch.distributed.elastic.multiprocessing.errors import record

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import threading
@@ -11,9 +12,13 @@ import torch
 import transformers
 from conftest import files_of
 
+import checkpoint
+import files
+import process
 import weights
 from checkpoint import MAX_FAILED_SAVES, RunConfig, RunFolder, load_model, read_optimizer, read_trainer, verify
 from distributed import Job
+from files import best_checkpoint, newest_checkpoint, step_of
 from model import GPT, GPTConfig
 from optim import OptimConfig, build_optimizer, optimizer_state
 from tokenizer import ByteTokenizer
@@ -72,7 +77,7 @@ def test_a_checkpoint_is_a_hugging_face_folder_with_checksums(run, parts):
     transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert transformers.AutoTokenizer.from_pretrained(folder)("hé")["input_ids"] == [104, 195, 169]
     assert all(torch.equal(a, b) for a, b in zip(load_model(str(folder)).parameters(), parts[0].parameters()))
-    assert read_trainer(folder) == {"step": 5}
+    assert read_trainer(folder) == {"step": 5, "best_step": 5}
     assert {name.split(".")[0] for name in read_optimizer(folder)} == {"step", "exp_avg", "exp_avg_sq"}
 
 
@@ -82,6 +87,122 @@ def test_the_last_k_and_the_best_are_kept(run, parts):
         save(run, parts, step, is_best=step == 2)
     assert names(run) == ["best", "latest", "step_00000002", "step_00000004", "step_00000005"]
     assert load_model(str(run.path)).config.n_layer == 1  # a run folder means its best checkpoint
+
+
+@pytest.mark.parametrize("keep_last", [1, 2])
+@pytest.mark.parametrize("link", [None, "step_00000003", "step_00000009", "/nowhere/step_00000003"])
+def test_the_best_is_kept_whatever_the_link_says(run, parts, keep_last, link):
+    run.config.keep_last = keep_last
+    for step in range(1, 7):
+        save(run, parts, step, is_best=step == 2)
+        (run.checkpoints / "best").unlink(missing_ok=True)
+        if link:
+            (run.checkpoints / "best").symlink_to(link)
+    assert [*map(step_of, run.steps())] == [2, *range(7 - keep_last, 7)]
+    assert step_of(best_checkpoint(run.path)) == 2
+    run.open({}, is_new=False)
+    run.retire_after(run.steps()[1])
+    save(run, parts, 7)
+    assert step_of(run.steps()[0]) == 2
+    assert os.readlink(run.checkpoints / "best") == "step_00000002"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_best_is_the_one_that_was_saved_as_such_last_whatever_else_happened(run, parts, monkeypatch, seed):
+    """Against a book kept by hand: improvements, saves that fail, going back, restarts, links that go."""
+    rng = random.Random(seed)
+    run.config.keep_last = rng.choice([0, 1, 2])
+    step, loss, book = 0, 10.0, []  # book: (step, is_best), published, oldest first
+    write_sums = checkpoint._write_sums
+    for _ in range(14):
+        step, is_best = step + 1, rng.random() < 0.4
+        loss -= is_best
+        fails = rng.random() < 0.25
+        monkeypatch.setattr("checkpoint._write_sums", full_disk if fails else write_sums)
+        run.save(*parts, {"step": step, "best_val_loss": loss}, is_best)
+        run.settle()
+        if not fails:
+            book.append((step, is_best))
+        if rng.random() < 0.2 and book:
+            (run.checkpoints / "best").unlink(missing_ok=True)
+            run.open({}, is_new=False)
+        wanted = [at for at, was_best in book if was_best][-1:]
+        if rng.random() < 0.2 and book:  # back to the best, or to one after it
+            folder = rng.choice([folder for folder in run.steps() if step_of(folder) >= (wanted or [0])[0]])
+            run.retire_after(folder)
+            step, loss = step_of(folder), read_trainer(folder)["best_val_loss"]
+            book = [(at, was_best) for at, was_best in book if at <= step]
+        found = best_checkpoint(run.path)
+        assert [step_of(found)] == wanted if wanted else found is None
+        assert newest_checkpoint(run.path) == (run.steps()[-1] if book else None)
+
+
+def full_disk(folder):
+    raise OSError("No space left on device")
+
+
+def test_a_best_that_could_not_be_saved_is_not_the_best(run, parts, monkeypatch):
+    save(run, parts, 1, is_best=True)
+    with monkeypatch.context() as broken:
+        broken.setattr("checkpoint._write_sums", full_disk)
+        run.save(*parts, {"step": 2, "best_val_loss": 1.0}, True)
+        run.settle()
+    run.config.keep_last = 1
+    for step in (3, 4):
+        save(run, parts, step)
+    assert names(run) == ["best", "latest", "step_00000001", "step_00000004"]
+
+
+def test_checkpoints_without_the_record_go_by_the_link_and_without_it_by_their_losses(run, parts):
+    for step, loss in ((1, None), (2, 3.0), (3, 2.5), (4, 2.5), (5, 2.5)):
+        folder = save(run, parts, step)
+        files.write_json(folder / "training" / "trainer.json", {"step": step, "best_val_loss": loss})
+    (run.checkpoints / "best").unlink()
+    assert step_of(best_checkpoint(run.path)) == 3
+    (run.checkpoints / "best").symlink_to("step_00000002")  # step 3's save was none of the best, whose own failed
+    assert step_of(best_checkpoint(run.path)) == 2
+    for unreadable in (b"", b"{", b"[]", b"\xff\xfe", None):
+        path = run.steps()[-1] / "training" / "trainer.json"
+        path.unlink(missing_ok=True) if unreadable is None else path.write_bytes(unreadable)
+        assert step_of(best_checkpoint(run.path)) == 2
+    (run.checkpoints / "best").unlink()
+    assert step_of(best_checkpoint(run.path)) == 3
+    assert best_checkpoint(run.path, before=2) is None
+
+
+def test_a_checkpoint_in_a_links_place_becomes_its_steps_and_a_foreign_folder_moves_aside(run, parts):
+    save(run, parts, 1, is_best=True), save(run, parts, 2)
+    for name in ("best", "latest"):
+        (run.checkpoints / name).unlink()
+    (run.checkpoints / "step_00000001").rename(run.checkpoints / "best")
+    (run.checkpoints / "latest").mkdir()
+    (run.checkpoints / "latest" / "notes").write_text("somebody's")
+    run.open({}, is_new=False)
+    assert names(run) == ["latest.old", "step_00000001", "step_00000002"]
+    save(run, parts, 3)
+    assert names(run) == ["best", "latest", "latest.old", "step_00000001", "step_00000002", "step_00000003"]
+    assert (run.checkpoints / "latest.old" / "notes").read_text() == "somebody's"
+    verify(run.checkpoints / "best")
+
+
+def test_what_is_in_the_way_of_a_link_or_a_deletion_costs_a_warning_and_no_save(run, parts, said, monkeypatch):
+    run.config.keep_last = 1
+    for step in (1, 2):
+        save(run, parts, step)
+    (run.checkpoints / "latest").unlink()
+    (run.checkpoints / "latest" / "x").mkdir(parents=True)
+
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied", "x")
+
+    monkeypatch.setattr(run, "_retire", refuse)
+    said.clear()
+    for step in (3, 4, 5):
+        save(run, parts, step)
+    assert [line for line in said if line.startswith("warning")] == [
+        f"warning: the links best and latest could not be made in {run.checkpoints} (Is a directory); going on "
+        "without: every script here finds the best and the newest checkpoint by itself",
+        f"warning: {run.checkpoints / 'step_00000002'} could not be deleted: Permission denied; going on"]
 
 
 @pytest.mark.parametrize("victim", ["model.safetensors", "config.json", "training/trainer.json", "tokenizer.json",
@@ -122,10 +243,10 @@ def test_a_save_goes_on_beside_training_and_holds_the_state_it_began_with(run, p
     began, may_write = threading.Event(), threading.Event()
     write = weights.save_pretrained
 
-    def slow_write(*args):
+    def slow_write(*args, **options):
         began.set()
         assert may_write.wait(60)
-        write(*args)
+        write(*args, **options)
 
     monkeypatch.setattr("weights.save_pretrained", slow_write)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -228,6 +349,72 @@ def test_resume_policies(run, parts, tmp_path):
     assert json.loads((run.path / "train_config.json").read_text()) == {"n_layer": 2}
 
 
+JOB = {"SLURM_CLUSTER_NAME": "one", "SLURM_JOB_ID": "77"}
+TASK = JOB | {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "3"}
+REQUEUED = {"SLURM_RESTART_COUNT": "1"}
+
+
+@pytest.mark.parametrize(("began", "now", "goes_on"), [
+    (JOB, JOB | REQUEUED, True),
+    (TASK, TASK | REQUEUED, True),
+    (JOB | REQUEUED, JOB | {"SLURM_RESTART_COUNT": "2"}, True),
+    (JOB | {"SLURM_RESTART_COUNT": ""}, JOB | REQUEUED, True),
+    ({}, REQUEUED, False),
+    ({}, JOB | REQUEUED, False),
+    (REQUEUED, REQUEUED | {"SLURM_RESTART_COUNT": "2", "SLURM_JOB_ID": ""}, False),
+    (JOB, JOB, False),  # a second run of the same job
+    (JOB | REQUEUED, JOB | REQUEUED, False),
+    (JOB, JOB | {"SLURM_RESTART_COUNT": "0"}, False),
+    (JOB, JOB | {"SLURM_RESTART_COUNT": ""}, False),
+    (JOB, JOB | REQUEUED | {"SLURM_JOB_ID": "78"}, False),
+    (JOB, JOB | REQUEUED | {"SLURM_CLUSTER_NAME": "two"}, False),
+    (TASK, TASK | REQUEUED | {"SLURM_ARRAY_TASK_ID": "4"}, False),
+], ids=repr)
+def test_never_goes_on_with_what_this_slurm_job_began_before_it_was_requeued(run, parts, monkeypatch, began, now,
+                                                                              goes_on):
+    def start(env, **options):
+        for key in {**TASK, **REQUEUED}:
+            monkeypatch.delenv(key, raising=False)
+        for key, value in env.items():
+            monkeypatch.setenv(key, value)
+        return RunFolder(RunConfig(str(run.path), **options), HERE)
+
+    run._lock.release(force=True)
+    with start(began) as first:
+        first.open({}, is_new=True)
+        folder = save(first, parts, 1)
+    with start(now, resume="never", overwrite=True) as second:
+        assert second.find(lock=True) == (folder if goes_on else None)
+        second.open({}, is_new=not goes_on)
+        assert second.steps() == ([folder] if goes_on else [])
+
+
+@pytest.mark.parametrize("record", [None, "", "{", "[]", '{"ranks": []}'])
+def test_a_run_without_a_record_of_its_launch_is_of_none(run, parts, monkeypatch, record):
+    save(run, parts, 1)
+    path = run.path / "launch.json"
+    path.unlink() if record is None else path.write_text(record)
+    for key, value in {**JOB, **REQUEUED}.items():
+        monkeypatch.setenv(key, value)
+    run.config = RunConfig(str(run.path), resume="never", overwrite=True)
+    assert run.find(lock=True) is None
+    assert run.open({}, is_new=True)
+    assert names(run) == []
+
+
+def test_never_goes_on_with_what_any_of_torchruns_ranks_has_begun(run, parts, monkeypatch):
+    """Also when rank 0 is on another node now."""
+    launches = [{"torchrun": name, "slurm_job": "", "slurm_restarts": "0"} for name in ("", "one", "two", "three")]
+    run._launch = launches[1:3]
+    run.open({}, is_new=True)
+    folder = save(run, parts, 1)
+    run.config = RunConfig(str(run.path), resume="never", overwrite=True)
+    for ranks, goes_on in (([1, 2], True), ([2, 3], True), ([3, 1], True), ([3], False), ([0], False)):
+        run._launch = [launches[rank] for rank in ranks]
+        assert run.find(lock=True) == (folder if goes_on else None)
+    assert not process.is_restart(launches[0], launches[0])
+
+
 def test_a_run_that_began_between_the_look_and_the_start_is_not_written_over(run, parts):
     save(run, parts, 1)
     before = files_of(run.path)
@@ -258,8 +445,15 @@ def test_a_deletion_that_is_killed_leaves_no_half_checkpoint(run, parts, monkeyp
 def test_copies_beside_the_checkpoints_are_none_of_ours(run, parts):
     folder = save(run, parts, 20)
     shutil.copytree(folder, run.checkpoints / "step_00000030.bak")
+    (run.checkpoints / "step_00000040").write_text("a file")
+    (run.checkpoints / "step_00000050").symlink_to("nowhere")
     assert run.steps() == [folder]
-    assert run.newest_valid() == folder
+    assert run.newest_valid() == newest_checkpoint(run.path) == folder
+    for step in (40, 50):  # and they are in nobody's way
+        assert save(run, parts, step) == run.steps()[-1]
+    (run.checkpoints / ".nfs0001").write_text("the system's")
+    run.open({}, is_new=False)
+    assert ".nfs0001" in names(run)
 
 
 def test_looking_for_a_run_makes_nothing(tmp_path):

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import re
+import shutil
 import threading
 from pathlib import Path
 
@@ -271,7 +272,7 @@ def test_beyond_the_last_window_is_padding():
 
 
 def test_a_split_without_a_target_is_refused():
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(ValueError, match="of the two tokens"):
         EvalOrder(split_of([1, 0, 1]), 4)
 
 
@@ -419,6 +420,18 @@ def test_one_data_set_is_a_mixture_of_itself(folders):
 def test_a_mixture_that_is_none_is_refused(folders, spec, words):
     with pytest.raises(ValueError, match=words):
         open_mixture(spec, vocab_size=50)
+
+
+@pytest.mark.parametrize("name", ["x:y", "x,y", "a:2", "x:0.5"])
+def test_a_data_set_whose_name_looks_like_a_mixture_is_that_data_set(folders, name):
+    for place in ("", "data/"):
+        shutil.copytree("data/a", f"{place}{name}")
+        mixture = open_mixture(name, vocab_size=50)
+        assert (list(mixture.datasets), mixture.shares) == ([name], [1.0])
+        if "," not in name:
+            assert open_mixture(f"{name}, b:3", vocab_size=50).shares == [0.25, 0.75]
+            assert list(open_mixture(f"{name}:1,b:3", vocab_size=50).datasets) == [name, "b"]
+        shutil.rmtree(f"{place}{name}")
 
 
 def test_a_data_set_of_a_mixture_that_is_missing_names_the_command_that_makes_it(folders):

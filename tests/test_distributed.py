@@ -5,14 +5,17 @@ import re
 import socket
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 from conftest import ROOT, on_ranks, write_shard
 
 import distributed
+import settings
 from baselines import build_empty
 from data import EvalOrder
 from device import DeviceConfig
@@ -21,6 +24,7 @@ from metrics import validation_loss
 from model import GPT, GPTConfig
 from optim import OptimConfig, build_optimizer
 from shards import Split
+from train import TrainConfig
 
 ALONE = Job(0, 1, torch.device("cpu"), torch.float32)
 LAYOUTS = ("ddp", "fsdp")
@@ -254,7 +258,7 @@ def test_another_host_hears_where_to_read_why_rank_0_failed():
 
 
 def test_a_connection_that_breaks_is_one_line_with_the_hosts_and_no_defect_is_taken_for_one():
-    here = Job(1, 2, torch.device("cpu"), talk=object(), hosts=("east (10.0.0.1)", "west (10.0.0.2)"))
+    here = Job(1, 2, torch.device("cpu"), torch.float32, talk=object(), hosts=("east (10.0.0.1)", "west (10.0.0.2)"))
     broken = "[/src/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.1]:4321\nmore"
     line = (r"^rank 1 on west \(10.0.0.2\) lost the connection to east \(10.0.0.1\): RuntimeError: Connection closed "
             r"by peer \[10.0.0.1\]:4321. What was saved is intact")
@@ -267,11 +271,35 @@ def test_a_connection_that_breaks_is_one_line_with_the_hosts_and_no_defect_is_ta
 
 def test_connecting_has_an_end():
     code = ("import torch, time; from distributed import Job, _deadline\n"
-            "here = Job(0, 2, torch.device('cpu'), hosts=('east (10.0.0.1)', 'west (10.0.0.2)'))\n"
+            "here = Job(0, 2, torch.device('cpu'), torch.float32, hosts=('east (10.0.0.1)', 'west (10.0.0.2)'))\n"
             "with _deadline(0, here): time.sleep(100)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: rank 0 on east (10.0.0.1) cannot connect to the others, which listen at ")
+
+
+def share(marked: dict) -> tuple[dict, str]:
+    """A run's options on this rank once rank 0's count, and what the ranks disagree about then."""
+    with join("ddp") as here:
+        config = TrainConfig(max_minutes=here.rank + 1.0)
+        config.run.out_dir, config.log.wandb_run_name = f"out/{here.rank}", f"run-{here.rank}"
+        config.optim.learning_rate = marked["learning_rate"][here.rank]
+        distributed.share_rank0s(config, here)
+        try:
+            distributed.check_agreement(settings.flatten(config), here)
+        except ValueError as error:
+            return settings.flatten(config), str(error)
+        return settings.flatten(config), ""
+
+
+@pytest.mark.parametrize("learning_rates", [(0.1, 0.1), (0.1, 0.2)])
+def test_what_only_rank_0_acts_on_is_rank_0s_and_nothing_else_is(learning_rates):
+    for rank, (options, fault) in enumerate(on_ranks(2, share, {"learning_rate": learning_rates})):
+        assert [options[key] for key in ("out_dir", "wandb_run_name", "max_minutes")] == ["out/0", "run-0", 1.0]
+        assert options["learning_rate"] == learning_rates[rank]
+        assert ("learning_rate is 0.2 on rank 1" in fault) == (len(set(learning_rates)) == 2)
+        for key in ("out_dir", "wandb_run_name", "max_minutes"):
+            assert key not in fault
 
 
 def evaluate(layout: str, folder: Path, num_seqs: list[int]) -> list[float]:
@@ -299,3 +327,28 @@ def test_float16_is_refused_with_fsdp(monkeypatch):
     monkeypatch.setattr(distributed, "pick_dtype", lambda name, device: torch.float16)
     with pytest.raises(ValueError, match="dtype=float16 does not go with parallel=fsdp"), join("fsdp"):
         pass
+
+
+def count_collectives(layout: str) -> dict[str, Counter]:
+    """What the ranks send each other in the parts of a step, by torch's names."""
+    with join(layout) as here:
+        model = lay_out(here)
+        wrapped, optimizer = distributed.wrap(model, here, MICRO_SEQS), build_optimizer(model, OptimConfig())
+        tokens = torch.zeros(MICRO_SEQS, BLOCK_SIZE, dtype=torch.long)
+        seen = {}
+        for part, do in (("passes", lambda: wrapped(tokens, tokens)[1].backward()),
+                         ("clip", lambda: distributed.whole(nn.utils.clip_grad_norm_(model.parameters(), 1.0))),
+                         ("update", optimizer.step), ("zero", lambda: distributed.zero_grad(model, here))):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                do()
+            seen[part] = Counter(event.name for event in profile.events() if event.name.startswith("c10d::"))
+        return seen
+
+
+def test_a_step_takes_no_more_collectives_than_it_has_to():
+    """FSDP: a gather a pass for each of the two blocks, one for what is in none, a scatter of each one's gradients."""
+    expected = {"ddp": [{"c10d::allreduce_": 1}, {}, {}, {}],
+                "fsdp": [{"c10d::_allgather_base_": 5, "c10d::_reduce_scatter_base_": 3}, {"c10d::allreduce_": 1},
+                         {}, {}]}
+    for layout in LAYOUTS:
+        assert list(on_ranks(2, count_collectives, layout)[0].values()) == expected[layout]

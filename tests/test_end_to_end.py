@@ -1,5 +1,6 @@
 """The whole job as a user runs it: the README's commands, `make demo`, and torchrun against one process."""
 
+import json
 import os
 import re
 import shlex
@@ -17,6 +18,36 @@ from model import GPT
 # README commands that cannot run here: they need a network (GPT-2's ranks are on it), a GPU, or eight of them.
 ELSEWHERE = re.compile(r"^(git|cd|make|pip) |gpt2|nproc_per_node=8|finetune|config/shakespeare_char\.py|ckpt\.pt"
                        r"|fineweb|--hf=|python_source|--push=")
+
+
+CLOCK = """
+# fine-tune, with the clock in the names
+import os
+import time
+
+rank = int(os.environ.get("RANK", 0))
+tokens_per_iter = 2 * 4 * 16
+stamp = str(time.time_ns())
+out_dir = f"out/{stamp}-{rank}"
+wandb_log = False
+wandb_run_name = 'ft-' + stamp
+max_minutes = 60 - time.time() % 1
+device = ("cpu", "auto")[rank]  # each process its own
+"""
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_config_with_the_clock_in_it_trains_on_any_number_of_processes(tiny_data, tmp_path, nproc):
+    if nproc == 2 and torch.cuda.is_available():
+        pytest.skip("auto is no CPU here")
+    (tmp_path / "clock.py").write_text(CLOCK)
+    options = [option for option in TINY_RUN if not option.startswith(("--out_dir", "--device"))]
+    out = torchrun(nproc, ROOT / "train.py", "clock.py", *options, cwd=tmp_path)
+    assert out.count("clock.py:6: warning: rank is no option and is not used") == 1
+    run, = (tmp_path / "out").iterdir()
+    stamp, rank = run.name.split("-")
+    assert rank == "0"
+    assert json.loads((run / "train_config.json").read_text())["wandb_run_name"] == f"ft-{stamp}"
 
 
 @pytest.fixture

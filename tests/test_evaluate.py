@@ -1,6 +1,7 @@
 """evaluate.py against transformers, against lm-evaluation-harness, and by hand."""
 
 import contextlib
+import gzip
 import importlib.util
 import io
 import json
@@ -16,11 +17,13 @@ import torch
 import transformers
 from conftest import TINY_RUN, on_ranks, run_process
 from pyarrow import parquet
+from test_files import POINTER
 from test_train import headerless
 from test_weights import save_hf, save_nanogpt
 from tokenizers import processors
 
 import evaluate
+import prompts
 from model import GPT, GPTConfig
 from shards import shard_header
 from tokenizer import ByteTokenizer, Tokenizer, train_bpe
@@ -78,6 +81,20 @@ def test_loss_of_one_window_is_the_one_that_transformers_gives(cli, byte_model):
     Path("text.txt").write_bytes(TEXT.encode()[:32])
     found = results(cli("evaluate", "--init_from=model", "--text=text.txt", *FP32))["text.txt"]
     assert found["loss"] == pytest.approx(byte_model(ids, labels=ids).loss.item(), abs=1e-5)
+
+
+def test_a_text_and_questions_are_read_by_their_byte_order_mark(cli, byte_model, hellaswag):
+    for encoding in ("utf-8-sig", "utf-16", "utf-32"):
+        Path(f"{encoding}.txt").write_bytes(TEXT[:300].encode(encoding))
+        Path(f"{encoding}.jsonl.gz").write_bytes(gzip.compress(hellaswag.read_text().encode(encoding)))
+        assert prompts.read(f"FILE:{encoding}.txt") == TEXT[:300]
+        assert evaluate.load_questions("hellaswag", f"{encoding}.jsonl.gz") == [
+            question._replace(where=question.where.replace(str(hellaswag), f"{encoding}.jsonl.gz"))
+            for question in evaluate.load_questions("hellaswag", str(hellaswag))]
+    found = [results(cli("evaluate", "--init_from=model", f"--text={name}.txt", *FP32))[f"{name}.txt"]
+             for name in ("utf-8-sig", "utf-16", "utf-32")]
+    assert found[0] == found[1] == found[2]
+    assert found[0]["bytes"] == len(TEXT.encode()) - 1
 
 
 @torch.no_grad()
@@ -301,6 +318,8 @@ def test_questions_from_the_hub_are_those_of_the_file(hellaswag, tmp_path, monke
     (["--text=empty.txt"], "empty.txt has nothing to measure a loss on"),
     (["--text=none.txt"], "none.txt"),
     (["--text=model/model.safetensors"], "model.safetensors is no UTF-8 text"),
+    (["--text=pointer"], "pointer is a Git LFS pointer, not the file itself: `git lfs pull`"),
+    (["--tasks=hellaswag", "--hellaswag_file=pointer"], "pointer is a Git LFS pointer"),
     (["--tasks=helaswag"], "there is no task 'helaswag'; did you mean 'hellaswag'?"),
     (["--tasks=winogrande"], "there is no task 'winogrande'; there is hellaswag"),
     (["--hellaswag_file=x.jsonl"], "hellaswag_file=x.jsonl is for --tasks=hellaswag"),
@@ -313,11 +332,13 @@ def test_questions_from_the_hub_are_those_of_the_file(hellaswag, tmp_path, monke
 ])
 def test_bad_input_is_one_line(refused, byte_model, options, message):
     Path("empty.txt").write_text("")
+    Path("pointer").write_bytes(POINTER)
     assert message in refused("evaluate", "--init_from=model", *options)
 
 
 @pytest.mark.parametrize(("line", "message"), [
     ("{", "questions.jsonl:51 is not JSON"),
+    ('{"activity_label": "\udcff"}', "questions.jsonl:51 holds 1 bytes that are no text"),
     ("[1]", "questions.jsonl:51 is no question of hellaswag: TypeError"),
     ('{"activity_label": "x"}', "questions.jsonl:51 is no question of hellaswag: it has no 'ctx_a'"),
     (json.dumps(hellaswag_records()[0] | {"label": 4}), "questions.jsonl:51 is no question of hellaswag: ValueError"),
@@ -326,7 +347,7 @@ def test_bad_input_is_one_line(refused, byte_model, options, message):
     (json.dumps(hellaswag_records()[0] | {"endings": ["x" * 33] * 4}), "questions.jsonl:1: an answer of"),
 ])
 def test_a_line_that_is_no_question_is_named(refused, byte_model, hellaswag, line, message):
-    hellaswag.write_text(hellaswag.read_text() + f"{line}\n")
+    hellaswag.write_bytes(hellaswag.read_bytes() + f"{line}\n".encode(errors="surrogateescape"))
     assert message in refused("evaluate", "--init_from=model", "--tasks=hellaswag", f"--hellaswag_file={hellaswag}")
 
 

@@ -424,8 +424,7 @@ def copy_until(step: int, run: Path) -> None:
 
 
 @pytest.mark.parametrize("number", process.STOP_SIGNALS)
-def test_a_signal_finishes_the_step_saves_and_exits_with_75(cli, data, undisturbed, monkeypatch, number,
-                                                            hears_hang_ups):
+def test_a_signal_finishes_the_step_saves_and_exits_with_75(cli, data, undisturbed, monkeypatch, number):
     with monkeypatch.context() as patch:
         patch.setattr(metrics.Reporter, "count", raising_at(15, number, metrics.Reporter.count))
         result = cli("train", *RUN)
@@ -455,8 +454,7 @@ def raising_at(step: int, number: int, count: Callable) -> Callable:
 def test_a_reader_that_has_left_does_not_keep_a_run_from_saving(data, undisturbed, name):
     """`train.py | tee log`, where Ctrl-C ends tee as well; a terminal that is closed."""
     run = subprocess.Popen([sys.executable, planted.__file__, *RUN], cwd=data, env={**os.environ, "HOLD_STEP": "15"},
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                           preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     until(lambda: (data / "held").exists() or run.poll() is not None, lambda: run.stderr.read().decode())
     run.stdout.close()
     run.send_signal(signal.Signals[name])
@@ -505,6 +503,20 @@ def test_never_and_overwrite_speak_of_what_was_there_before_the_launch(cli, laun
     assert run.wait() == 0, run.log
     assert resumed_at(run.log) == [20]
     assert steps_saved() == [10, 20, 30, 40]
+
+
+@linux
+@pytest.mark.parametrize("held_at", [5, pytest.param(25, marks=pytest.mark.soak)])
+def test_never_goes_on_after_torchruns_own_restart_before_and_after_the_first_checkpoint(launch, held_at):
+    run = launch("--resume=never", HOLD_STEP=str(held_at))
+    run.wait_until(Path("held").exists)
+    os.kill(run.ranks()[0], signal.SIGKILL)
+    assert run.wait() == 0, run.log
+    assert resumed_at(run.log) == ([20] if held_at > 20 else [])
+    assert steps_saved() == [10, 20, 30, 40]
+    again = launch("--resume=never")
+    assert again.wait() != 0
+    assert "out/tiny holds a run, and resume=never" in again.log
 
 
 def assert_same_batches(run: Path, other: Path) -> None:

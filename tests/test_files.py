@@ -1,5 +1,6 @@
 """files.py: what is written is there whole or not at all, and marks and checksums are those of the content."""
 
+import codecs
 import errno
 import hashlib
 import os
@@ -22,6 +23,62 @@ def test_json_is_read_as_it_was_written(tmp_path, value):
     files.write_json(tmp_path / "value.json", value)
     assert list(files.read_json(tmp_path / "value.json").items()) == list(value.items())
     assert [path.name for path in tmp_path.iterdir()] == ["value.json"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+def test_json_and_text_are_read_in_every_encoding_that_says_so(tmp_path, encoding):
+    path = tmp_path / "value.json"
+    path.write_bytes('{"ü": "🎉"}'.encode(encoding))
+    assert files.read_json(path) == {"ü": "🎉"}
+    if encoding != "utf-16-be":  # which is JSON's own rule
+        assert files.read_text(path) == '{"ü": "🎉"}'
+
+
+MARKED = {"utf-8": codecs.BOM_UTF8, "utf-16-le": codecs.BOM_UTF16_LE, "utf-16-be": codecs.BOM_UTF16_BE,
+          "utf-32-le": codecs.BOM_UTF32_LE, "utf-32-be": codecs.BOM_UTF32_BE}
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"])), encoding=st.sampled_from(sorted(MARKED)))
+def test_text_is_decoded_by_its_mark(text, encoding):
+    text = f"a{text}"  # a mark or a NUL behind a mark would make another mark
+    assert files.decode(MARKED[encoding] + text.encode(encoding)) == (text, 0)
+    assert files.decode(text.encode()) == (text, 0)
+
+
+BROKEN = st.sampled_from([b"\xff", b"\xc3(", b"\xf0\x9f", b"\xed\xa0\x80", b"\xe6"])
+
+
+@given(pieces=st.lists(st.text("aü🎉\n", min_size=1) | BROKEN))
+def test_the_bytes_that_are_replaced_are_those_that_are_no_text(pieces):
+    """Each piece of bytes is followed by a letter, so that it stays what it is; of `\\xc3(` the bracket is text."""
+    data = b"x" + b"".join(piece.encode() if isinstance(piece, str) else piece + b"x" for piece in pieces)
+    text, replaced = files.decode(data)
+    assert replaced == sum(len(piece) - piece.count(b"(") for piece in pieces if isinstance(piece, bytes))
+    assert text.replace("\ufffd", "") == "x" + "".join(
+        piece if isinstance(piece, str) else "(x" if b"(" in piece else "x" for piece in pieces)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d" * 32 + b"\nsize 12345\n"
+
+
+def test_what_is_no_text_and_no_json_is_called_what_it_is(tmp_path):
+    path = tmp_path / "a.json"
+    for content, words in (
+            (POINTER, "is a Git LFS pointer"), (b"<html>", "is an HTML page"), (b"{", "not readable JSON"),
+            (b"[" * 100_000, "not readable JSON"), (b"[]", "should hold a JSON object")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"a\.json .*{words}"):
+            files.read_json(path)
+    for content, words in (
+            (POINTER, "is a Git LFS pointer"), (b"a\xff\xfeb", "is no UTF-8 text: 2 of its bytes are none")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"a\.json .*{words}"):
+            files.read_text(path)
+    assert files.broken(path, ": reason") == f"{path} is broken: reason"
+    path.write_bytes(b"\x1f\x8b\x08torn")
+    assert files.broken(path, ": reason") == f"{path} is compressed: `gzip -d` unpacks it"
+    assert files.broken(path, ": reason", b"\x1f\x8b") == f"{path} is broken: reason"
+    assert files.broken(tmp_path / "gone", ": reason") == f"{tmp_path}/gone is broken: reason"
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])

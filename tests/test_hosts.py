@@ -211,7 +211,7 @@ def test_a_host_whose_name_leads_to_loopback_is_named_and_with_the_interface_nam
     cost(f"/etc/hosts of east says {own_name!r}, to the end of both with the start", since_s)
     if cure:  # torchrun takes "localhost" for the name of its host, and tells it to the other
         assert "rank 1 on west cannot reach rank 0 at localhost" in errors(runs["west"])[0]
-        assert "start torchrun there with --local-addr=ADDRESS" in errors(runs["west"])[0]
+        assert "start torchrun on that with --local-addr=ADDRESS" in errors(runs["west"])[0]
         assert "rank 0 on east did not meet the others at localhost" in errors(runs["east"])[0]
     else:
         assert_lines(runs, "cannot reach each other: east (127.0.", "GLOO_SOCKET_IFNAME=NAME NCCL_SOCKET_IFNAME=NAME")

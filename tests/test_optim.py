@@ -17,6 +17,7 @@ from optim import (
     load_optimizer_state,
     muon_params,
     optimizer_state,
+    schedule_warnings,
     set_learning_rate,
 )
 
@@ -243,3 +244,22 @@ def test_the_first_steps_only_teach_and_ripples_of_an_even_run_are_no_spikes():
     even = StepJudge()
     assert not any(even.fault(3.0, 1.0, spike_sigma=3.0) for _ in range(200))
     assert even.fault(3.0, 1.05, spike_sigma=3.0) == ""
+
+
+@pytest.mark.parametrize(("options", "max_iters", "words"), [
+    ({"learning_rate": 1e-5}, 20, "the decay is a rise: min_lr=6e-05 is above learning_rate=1e-05; lower it, say "
+                                  "--min_lr=1e-06"),
+    ({"learning_rate": 1e-5, "schedule": "linear"}, 20, "the decay is a rise"),
+    ({"learning_rate": 1e-5, "schedule": "wsd"}, 20, "the decay is a rise"),
+    ({"learning_rate": 1e-5, "schedule": "constant"}, 20, None), ({"learning_rate": 1e-5, "decay_lr": False}, 20, None),
+    ({"warmup_iters": 20}, 20, "rises for 20 steps, and the run has 20"),
+    ({"warmup_iters": 20, "decay_lr": False}, 20, None),
+    ({"warmup_iters": 10, "lr_decay_iters": 10}, 20, "at once after the warm-up: lr_decay_iters=10 is not above"),
+    ({"warmup_iters": 10, "lr_decay_iters": 10, "schedule": "constant"}, 20, None),
+    ({"lr_decay_iters": 15, "min_lr": 0.0}, 20, "the last 5 steps learn nothing"),
+    ({"lr_decay_iters": 15}, 20, None), ({"lr_decay_iters": 20, "min_lr": 0.0}, 20, None), ({"min_lr": 1.0}, 0, None)])
+def test_what_nobody_wants_of_the_learning_rate_is_a_warning(options, max_iters, words):
+    config = OptimConfig(**{"warmup_iters": 0, "lr_decay_iters": max_iters} | options)
+    lines = list(schedule_warnings(config, max_iters))
+    assert len(lines) == (words is not None), lines
+    assert all(words in line for line in lines)

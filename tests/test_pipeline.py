@@ -163,7 +163,7 @@ def test_what_is_empty_or_broken_gives_no_tokens_and_says_so():
     assert tokens.tolist() == [256, 97, 98, 256, 0xEF, 0xBF, 0xBD]
     assert [outcome.spans for outcome in outcomes] == [[("train", 3)], [], [], [("train", 4)]]
     assert [outcome.num_bytes for outcome in outcomes] == [2, 0, 0, 3]
-    assert [outcome.replaced for outcome in outcomes] == [False, False, False, True]
+    assert [outcome.noted for outcome in outcomes] == [{}, {}, {}, {"replaced_bytes": 1}]
     assert [outcome.fault.partition(" is")[0] for outcome in outcomes] == ["", "", "a:3", ""]
 
 

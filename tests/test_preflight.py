@@ -13,6 +13,7 @@ from checkpoint import RunConfig, RunFolder
 from data import BatchPlan
 from distributed import Job
 from model import GPT, GPTConfig
+from optim import OptimConfig
 
 HERE = Job(0, 1, torch.device("cpu"), torch.float32)
 PLAN = BatchPlan(seqs_per_step=8, micro_batch=4, accumulation_steps=2, world_size=1)
@@ -24,7 +25,23 @@ def make_model(**options) -> GPT:
 
 def report(tmp_path, model=None, here=HERE, max_iters=100, **run_options) -> list[str]:
     run = RunFolder(RunConfig(str(tmp_path / "run"), **run_options), here)
-    return list(preflight.report(model or make_model(), PLAN, "has 9 sequences", run, 10, max_iters, 50, here))
+    optim = OptimConfig(warmup_iters=50, lr_decay_iters=max_iters)
+    return list(preflight.report(model or make_model(), PLAN, "has 9 sequences", run, 10, max_iters, optim, here))
+
+
+def kept_bytes(model) -> int:
+    """Of what the forward pass of one sequence keeps for the backward pass."""
+    kept: dict[int, torch.Tensor] = {}
+    params = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    tokens = torch.zeros(1, model.config.block_size, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(tokens, tokens)
+    return sum(t.untyped_storage().nbytes() for storage, t in kept.items() if storage not in params)
 
 
 def warnings(lines: list[str]) -> list[str]:
@@ -66,7 +83,7 @@ def test_activations_of_the_baselines_are_about_what_autograd_keeps(kind):
         assert estimate == 3 * 4 * 512 * 1024
     else:
         head = 4 * model.head.numel() + 2 * 4 * 512 * 1024
-        assert estimate - head == pytest.approx(preflight._kept_bytes(model, HERE), rel=0.3)
+        assert estimate - head == pytest.approx(kept_bytes(model), rel=0.3)
     sharded = Job(0, 4, torch.device("cpu"), torch.float32, "fsdp")
     count = sum(p.numel() for p in model.parameters())
     assert preflight.state_bytes(model, BatchPlan(8, 1, 2, 4), sharded) == 4 * count + 8 * count + 4 * count
@@ -129,15 +146,47 @@ def test_a_run_says_it_before_anything_is_written(cli, tiny_data, monkeypatch):
 
 def test_the_micro_batch_is_the_largest_that_memory_holds(monkeypatch):
     model = make_model(n_embd=128)
-    one = preflight._kept_bytes(model, HERE)
-    assert one == pytest.approx(preflight.activation_bytes(model, 1, HERE), rel=0.3)  # measured against reckoned
-    state = preflight.state_bytes(model, BatchPlan(24, 1, 24, 1), HERE) + preflight.activation_bytes(model, 0, HERE)
-    for sequences, fitting in ((1.5, 1), (5.5, 4), (7, 6), (1000, 24)):  # divisors of 24
-        monkeypatch.setattr("preflight.free_memory_bytes", lambda n=sequences: (state + n * one) / 0.8)
-        assert preflight.fit_batch_size(model, 24, HERE) == fitting
-    monkeypatch.setattr("preflight.free_memory_bytes", lambda: state)
-    with pytest.raises(ValueError, match="not even one sequence of 64 tokens fits"):
-        preflight.fit_batch_size(model, 24, HERE)
+    monkeypatch.setattr("preflight.resident_bytes", lambda: 300_000_000)
+
+    def needed(micro_batch: int) -> float:
+        return sum(preflight.memory_parts(model, BatchPlan(24, micro_batch, 24 // micro_batch, 1), HERE).values())
+
+    assert kept_bytes(model) == pytest.approx(preflight.activation_bytes(model, 1, HERE), rel=0.3)
+    for limit, free in (("preflight.memory_bytes", "preflight.free_memory_bytes"),
+                        ("preflight.free_memory_bytes", "preflight.memory_bytes")):
+        monkeypatch.setattr(free, lambda *device: 10**12)
+        held = 300_000_000 * (limit == "preflight.free_memory_bytes")  # what is free comes on top of what is held
+        for micro_batch in (1, 4, 6, 24):
+            monkeypatch.setattr(limit, lambda *device, n=micro_batch, held=held: 1.001 * needed(n) / 0.9 - held)
+            assert preflight.fit_batch_size(model, 24, HERE) == micro_batch
+        monkeypatch.setattr(limit, lambda *device, held=held: needed(1) - held)
+        with pytest.raises(ValueError, match="not even one sequence of 64 tokens fits"):
+            preflight.fit_batch_size(model, 24, HERE)
+
+
+def test_what_was_fitted_is_forecast_to_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr("preflight.memory_bytes", lambda device: 600_000_000)
+    monkeypatch.setattr("preflight.resident_bytes", lambda: 300_000_000)
+    model = make_model(block_size=256, n_embd=128)
+    micro_batch = preflight.fit_batch_size(model, 1024, HERE)
+    assert 1 < micro_batch < 1024
+    monkeypatch.setitem(globals(), "PLAN", BatchPlan(1024, micro_batch, 1024 // micro_batch, 1))
+    lines = report(tmp_path, model)
+    assert " of 0.6 GB (" in lines[2]
+    assert warnings(lines) == []
+
+
+def test_the_program_itself_is_part_of_the_forecast(tmp_path, monkeypatch):
+    model = make_model()
+    weights = sum(p.nbytes for p in model.parameters())
+    monkeypatch.setattr("preflight.resident_bytes", lambda: 250_000_000 + weights)
+    assert "the program itself 310 MB" in report(tmp_path, model)[2]
+
+
+def test_a_checkpoint_kept_for_good_has_to_be_one_that_is_saved(tmp_path):
+    assert warnings(report(tmp_path, keep_every=50)) == []
+    line, = warnings(report(tmp_path, keep_every=25))
+    assert line.startswith("warning: keep_every=25 finds a checkpoint only where it meets the saves, one in 10 steps")
 
 
 def test_batch_size_0_is_reported_and_kept_by_a_resume(cli, tiny_data, monkeypatch):

@@ -12,8 +12,14 @@ from conftest import ROOT
 import process
 
 
-def test_under_nohup_a_terminal_that_closes_is_not_heard(hears_hang_ups):
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.fixture
+def nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_under_nohup_a_terminal_that_closes_is_not_heard(nohup):
     with process.stop_requests() as asked:
         signal.raise_signal(signal.SIGHUP)
         assert asked == []
@@ -21,7 +27,7 @@ def test_under_nohup_a_terminal_that_closes_is_not_heard(hears_hang_ups):
 
 
 @pytest.mark.parametrize("number", process.STOP_SIGNALS)
-def test_signals_are_recorded_and_handlers_put_back(hears_hang_ups, number):
+def test_signals_are_recorded_and_handlers_put_back(number):
     before = [signal.getsignal(n) for n in process.STOP_SIGNALS]
     with process.stop_requests() as asked:
         assert asked == []
@@ -59,6 +65,31 @@ def test_seconds_since_launch_are_the_processs_and_under_torchrun_its_parents(mo
     assert process.seconds_since_launch() == pytest.approx(own_s, abs=5)
     monkeypatch.setattr(os, "getppid", lambda: 1)
     assert process.seconds_since_launch() > own_s
+
+
+LAUNCHER = """
+import os, subprocess, sys
+ours = [sys.executable, "-c", "import process; print(process.launch()['torchrun'])"]
+for command in (ours, ours, ["sh", "-c", f"'{ours[0]}' -c \\"{ours[2]}\\"; true"]):
+    subprocess.run(command, env={**os.environ, "TORCHELASTIC_RUN_ID": "none"}, check=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes' parents are read in /proc")
+def test_a_launch_is_the_same_for_all_that_a_torchrun_starts_and_no_other_for_a_wrapper():
+    first, second = (subprocess.run([sys.executable, "-c", LAUNCHER], cwd=ROOT, check=True, capture_output=True,
+                                    text=True).stdout.splitlines() for _ in range(2))
+    assert len(first) == len(second) == 3
+    assert len(set(first)) == len(set(second)) == 1
+    assert first[0].startswith("none on ")
+    assert first[0] != second[0]
+
+
+def test_without_torchrun_and_slurm_there_is_no_launch(monkeypatch):
+    monkeypatch.setattr(process, "UNDER_TORCHRUN", False)
+    for key in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.setenv(key, "")
+    assert process.launch() == {"torchrun": "", "slurm_job": "", "slurm_restarts": "0"}
 
 
 def test_torch_is_not_imported_before_a_workers_end_is_tied_to_torchruns():

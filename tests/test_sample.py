@@ -105,7 +105,7 @@ def test_a_nanogpt_checkpoint_samples_with_its_data_sets_characters(cli, tmp_pat
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    (["--prompt=Ω and ∂"], "the char tokenizer does not know 'Ω' '∂'"),
+    (["--prompt=Ω and ∂"], "the tokenizer has no token for 'Ω' '∂': its"),
     (["--prompt=FILE:none.txt"], "none.txt"),
     (["--prompt=FILE:out/tiny/checkpoints/best/model.safetensors"], "model.safetensors is no UTF-8 text"),
     (["--prompt=caf\udce9"], "the prompt is no valid text"),
@@ -287,7 +287,7 @@ def test_lines_that_are_typed_are_continued_one_by_one(cli, trained, monkeypatch
     assert result.out.partition("\n")[2] == "".join(text + LINE for text in wanted)
     assert result.err.splitlines() == [
         "error: the prompt is no valid text: the terminal did not send it as UTF-8",
-        "error: the char tokenizer does not know 'Ω': its 43 characters are those of the text it was made from"]
+        "error: the tokenizer has no token for 'Ω': its 43 characters are those of the text it was made from"]
 
 
 def test_a_seed_repeats_a_conversation(cli, trained, monkeypatch):

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import runpy
 import shlex
@@ -10,7 +11,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import hypothesis
 import pytest
@@ -91,7 +92,7 @@ def test_booleans_are_true_and_false(config, value):
 
 
 @quick
-@given(title=st.text(), rate=st.floats(allow_nan=False))
+@given(title=st.text(), rate=st.floats(allow_nan=False, allow_infinity=False))
 def test_texts_and_numbers_arrive_as_they_were_written(config, title, rate):
     wanted = DEFAULTS | {"title": title, "rate": rate}
     assert parse(f"--title={title}", f"--rate={rate!r}") == wanted
@@ -137,6 +138,15 @@ def test_a_value_of_the_wrong_type_is_named_with_its_place(config, key, value, w
     assert fault(config(f"\n{key} = {value!r}")) == f"config.py:2: {key}={value!r} is not {wanted}"
 
 
+@pytest.mark.parametrize(("key", "value", "kind"), [
+    ("rate", "nan", "a number"), ("rate", "-inf", "a number"), ("rate", "1e999", "a number"),
+    ("num_steps", str(2**63), "a whole number"), ("depth", "-1" + "0" * 40, "a whole number")])
+def test_a_number_that_is_none_to_reckon_with_is_named_with_its_place(config, key, value, kind):
+    assert fault(f"--{key}={value}") == f"--{key}: {key}={value} is not {kind} that can be reckoned with"
+    assert fault(config(f"{key} = type({DEFAULTS[key]})('{value}')")).startswith(f"config.py:1: {key}=")
+    assert parse(f"--{key}={value}", f"--{key}=1") == DEFAULTS | {key: 1}  # the later one wins
+
+
 def test_an_unknown_key_is_named_with_its_place_and_the_closest_key(config):
     for place, argument in (("--num_stps", "--num_stps=3"), ("config.py:3", config("depth = 1\n\nnum_stps = 3"))):
         message = fault(argument)
@@ -162,6 +172,56 @@ def test_all_faults_of_a_command_fit_one_line(refused, config):
     line = refused("train", config("max_iter = 3\nout_dir = 'x'\n"), "--dtype=int8", "--bias=1.5")
     for part in ("config.py:1: ", "'max_iters'", "--dtype: ", "bfloat16", "--bias: "):
         assert part in line
+
+
+HELPERS = """import math
+from pathlib import Path
+hours, num_gpus, base = 2, 8, {"a": 1}
+tokens_per_step: int = 12 * 1024
+sizes = [n for n in (1, 2)]
+for i in range(3):
+    scale = i
+if (last := i) and Path(__file__).exists():
+    with open(__file__) as source:
+        depth = len(source.read()[:4])
+def double(x):
+    inside = 2 * x
+    return inside
+rate = float(double(math.pi > 3))
+_hidden = 1
+"""
+
+
+def test_a_helper_in_a_config_file_is_a_warning_with_its_place(config, capsys):
+    assert parse(config(HELPERS)) == DEFAULTS | {"depth": 4, "rate": 2.0}
+    lines = capsys.readouterr().err.splitlines()
+    places = {"hours": 3, "num_gpus": 3, "base": 3, "tokens_per_step": 4, "sizes": 5, "i": 6, "scale": 7, "last": 8,
+              "source": 9}
+    assert sorted(lines) == sorted(f"config.py:{line}: warning: {name} is no option and is not used"
+                                   for name, line in places.items())
+
+
+def test_one_rank_speaks_of_helpers(config, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    parse(config("hours = 3\n"))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", [
+    "n_layers", "learningrate", "batchsize", "eval_intervals", "max_iter", "wandb_name", "n_heads", "nembd", "beta",
+    "lr_decay_iter", "warmup_steps", "outdir", "datasets", "drop_out", "gradient_accumulation", "blocksize"])
+def test_a_name_like_a_key_is_an_error_in_a_config_file(config, name):
+    with pytest.raises(ValueError, match=rf"config\.py:2: unknown key '{name}'; did you mean"):
+        settings.parse(TrainConfig, [config(f"hours = 1\n{name} = 3\n")])
+
+
+@pytest.mark.parametrize("name", ["tokens_per_step", "num_gpus", "base", "size", "scale", "gpus", "n", "hours", "root",
+                                  "epochs", "now", "tokens_per_iter", "world_size", "data", "ratio"])
+def test_a_helper_is_an_error_on_the_command_line_alone(config, name, capsys):
+    settings.parse(TrainConfig, [config(f"{name} = 10**5000\n")])  # whatever its value
+    assert f"config.py:1: warning: {name} is no option" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=f"--{name}: unknown key '{name}'"):
+        settings.parse(TrainConfig, [f"--{name}=3"])
 
 
 def test_a_missing_config_file_is_named(refused):
@@ -240,7 +300,8 @@ def test_a_librarys_value_error_keeps_its_traceback(monkeypatch):
 
 
 def test_a_reader_that_leaves_is_no_error():
-    script = "import settings; settings.run(lambda argv: [print('line', flush=True) for _ in range(100000)])"
+    script = ("import process, settings; process.begin(needs_reader=True); "
+              "settings.run(lambda argv: [print('line', flush=True) for _ in range(100000)])")
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.readline()
     process.stdout.close()
@@ -333,6 +394,64 @@ def test_help_is_the_same_without_the_rooms_and_imports_no_torch(script):
         shown.append(done.stdout)
     assert shown[0] == shown[1]
     assert "--dtype" in shown[0]
+
+
+# Home folders
+
+
+NO_PATHS = {  # text options that are none, in whatever script
+    "sample": {"device", "split"}, "evaluate": {"device", "tasks"}, "export": {"checkpoint", "push"}, "report": set(),
+    "prepare_data": {"dataset", "subset", "split", "revision", "text_column", "name"}, "bench": {"options"},
+    "zoo": set(), "train": {"device", "backend", "wandb_project", "wandb_run_name"}}
+SCRIPTS = {"train": "TrainConfig", "sample": "SampleConfig", "prepare_data": "PrepareConfig", "zoo": "ZooConfig",
+           "evaluate": "EvaluateConfig", "export": "ExportConfig", "report": "ReportConfig", "bench": "BenchConfig"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_tilde_is_the_home_folder_in_every_option_that_takes_a_path(config, monkeypatch, script):
+    monkeypatch.setenv("HOME", "/home/me")
+    options = getattr(importlib.import_module(script), SCRIPTS[script])
+    texts = {key for key, kind in settings.field_types(options).items() if kind in (str, tuple[str, ...])}
+    assert texts
+    for key in texts:
+        value, home = ("FILE:~/a", "FILE:/home/me/a") if key == "prompt" else ("~/a", "/home/me/a")
+        wanted = value if key in NO_PATHS[script] else home
+        for argv in ([f"--{key}={value}"], [f"--{key}", value]):
+            shown = parse(*argv, options=options)[key]
+            assert shown == (wanted if isinstance(shown, str) else (wanted,)), key
+        assert settings.parse(options, [config(f"{key} = {value!r}")])[1] == {key: wanted}
+
+
+@dataclass
+class Paths:
+    out: Annotated[str, "path"] = ""
+    dataset: Annotated[str, "paths"] = ""
+    prompt: Annotated[str, "FILE:path"] = ""
+    runs: Annotated[tuple[str, ...], "path"] = ()
+
+
+@pytest.mark.parametrize(("key", "value", "home"), [
+    ("out", "~", "/home/me"), ("out", "~/", "/home/me/"), ("out", "~root/x", f"{os.path.expanduser('~root')}/x"),
+    ("out", "~no_such_user/x", "~no_such_user/x"), ("out", "a/~/b", "a/~/b"), ("out", "a~", "a~"),
+    ("out", "./~", "./~"), ("out", "~/[ab]*/**", "/home/me/[ab]*/**"), ("out", "x,~/a", "x,~/a"),
+    ("dataset", "~/a:0.5,~/b:0.5", "/home/me/a:0.5,/home/me/b:0.5"), ("dataset", "a, ~/b", "a, /home/me/b"),
+    ("dataset", "a:1,b~/c", "a:1,b~/c"), ("prompt", "~/a", "~/a"), ("prompt", "~", "~"),
+    ("prompt", "FILE:~/a,~/b", "FILE:/home/me/a,~/b"), ("prompt", "See FILE:~/a", "See FILE:~/a")])
+def test_a_tilde_counts_where_a_path_begins_and_nowhere_else(config, monkeypatch, key, value, home):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert parse(f"--{key}={value}", options=Paths)[key] == home
+    assert parse(config(f"{key} = {value!r}"), options=Paths)[key] == home
+
+
+def test_a_tilde_in_words_without_a_key_is_the_home_folder_too(config, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    (tmp_path / "me").mkdir()
+    config("depth = 7", "me/mine.py")
+    assert parse("~/mine.py")["depth"] == 7
+    with pytest.raises(FileNotFoundError, match=r"no config file '.*/me/mane\.py'; did you mean '.*/me/mine\.py'"):
+        parse("~/mane.py")
+    assert parse("~/a", "--runs", "~/b", "c", options=Paths, bare_word="runs")["runs"] == tuple(
+        f"{tmp_path}/me/{name}" for name in "ab") + ("c",)
 
 
 @dataclass

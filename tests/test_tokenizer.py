@@ -17,9 +17,11 @@ from tokenizer import (
     EOT,
     GPT2_FILES,
     KINDS,
+    WORD_CHARACTERS,
     ByteTokenizer,
     GPT2Tokenizer,
     Tokenizer,
+    cut_words,
     load_tokenizer,
     make_tokenizer,
     train_bpe,
@@ -230,7 +232,7 @@ def test_char_ids_count_the_sorted_characters(documents):
 
 
 def test_a_character_outside_the_vocabulary_is_named():
-    with pytest.raises(ValueError, match="does not know 'c' 'é'"):
+    with pytest.raises(ValueError, match="no token for 'c' 'é': its 2 characters"):
         make_tokenizer("char", ["ab"], 0).encode("abécab")
 
 
@@ -259,6 +261,31 @@ def test_bpe_training_is_deterministic(tmp_path):
         (tmp_path / name).mkdir()
         train_bpe([TEXT, *EDGES], 400).save(tmp_path / name)
     assert (tmp_path / "a/tokenizer.json").read_bytes() == (tmp_path / "b/tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("word", ["ab", "aé", "12", "-=", "_", "一二三丁", " \t", "\n", "ǅ", "x²"])
+def test_a_word_without_end_is_cut_for_the_training_and_characters_stay_whole(word):
+    for text in (word * 9000, f"to be, {word * 9000} or not\n", "a " * 999 + word * 5000):
+        pieces = list(cut_words(text))
+        assert "".join(pieces) == text
+        words = [end - begin for piece in pieces
+                 for _, (begin, end) in train_bpe([], 257).hf.pre_tokenizer.pre_tokenize_str(piece)]
+        assert len(pieces) > 2
+        assert max(words) <= 2 * WORD_CHARACTERS
+
+
+@pytest.mark.parametrize("text", ["", "a" * 1999, "to be or not to be, " * 2000, "一二，三丁。" * 3000, "ab12" * 5000,
+                                  "int x = 0;\n    " * 1000, f"{'=' * 1500}\n" * 9])
+def test_a_text_of_words_is_left_whole_for_the_training(text):
+    assert list(cut_words(text)) == [text]
+
+
+def test_gpt2_comes_through_a_million_blanks(gpt2_tokenizer):
+    for blank in (" ", "\n", "\u3000"):
+        text = f"to be{blank * 1_000_100}or not"
+        assert gpt2_tokenizer.decode(gpt2_tokenizer.encode(text)) == text
+    few = f"to be{' ' * 3000}or not"
+    assert gpt2_tokenizer.encode(few).tolist() == gpt2_tokenizer._encoding.encode_ordinary(few)
 
 
 def test_gpt2s_missing_files_are_named_when_there_is_no_network(tmp_path, monkeypatch):

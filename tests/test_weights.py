@@ -1,13 +1,18 @@
 """weights.py against transformers, and against files of nanoGPT's layout."""
 
+import gzip
 import json
 import os
 import pickle
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import TINY_RUN
 from safetensors.torch import load_file, save_file
+from test_files import POINTER
 
 import weights
 from model import GPT, GPTConfig
@@ -280,6 +285,71 @@ def test_a_pickle_planted_in_ckpt_pt_is_not_run(tmp_path, save):
     with pytest.raises(ValueError, match=r"ckpt\.pt"):
         GPT.from_pretrained(str(tmp_path / "ckpt.pt"))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_numpys_numbers_in_ckpt_pt_are_plain_values(tmp_path, zipped):
+    save_nanogpt(tmp_path / "ckpt.pt")
+    wanted = GPT.from_pretrained(str(tmp_path / "ckpt.pt"))
+    theirs = torch.load(tmp_path / "ckpt.pt")
+    theirs |= {"best_val_loss": np.float64(1.5), "iter_num": np.int64(7), "losses": np.array([3.0, 2.5])}
+    theirs["model_args"] |= {"n_layer": np.int64(2), "dropout": np.float32(0.5), "bias": np.bool_(False)}
+    theirs["config"] |= {"learning_rate": np.float64(1e-3), "dataset": np.str_("tiny")}
+    torch.save(theirs, tmp_path / "numpy.pt", _use_new_zipfile_serialization=zipped)
+    read = weights.read_nanogpt(tmp_path / "numpy.pt")
+    assert [read[key] for key in ("best_val_loss", "iter_num", "losses")] == [1.5, 7, [3.0, 2.5]]
+    assert read["config"] == {"dataset": "tiny", "learning_rate": 1e-3}
+    model = GPT.from_pretrained(str(tmp_path / "numpy.pt"))
+    assert all(map(torch.equal, model.state_dict().values(), wanted.state_dict().values()))
+    assert (model.config.n_layer, model.config.dropout, model.config.bias) == (2, 0.5, False)
+
+
+@pytest.mark.parametrize("value", [np.array([Planted("ran")], dtype=object), np.datetime64("2020-01-01"), Path("x")])
+def test_what_else_a_ckpt_pt_holds_is_refused(tmp_path, monkeypatch, value):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": {}, "model_args": {}, "config": value}, tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match=r"ckpt\.pt"):
+        weights.read_nanogpt(tmp_path / "ckpt.pt")
+    assert not Path("ran").exists()
+
+
+JUNK = {"empty": b"", "text": b"hello world\n" * 99, "zeros": bytes(5000), "gzip": gzip.compress(b"x" * 999),
+        "a pickle": pickle.dumps([1, 2]), "a dictionary": pickle.dumps({"model": 1}), "a pointer": b"version https://g",
+        "an empty zip": b"PK\x05\x06" + bytes(18)}
+
+
+@pytest.mark.parametrize("kind", [*JUNK, "torn", "its tail", "a byte short"])
+def test_a_junk_ckpt_pt_is_named_and_not_offered_as_a_start(refused, tiny_data, kind):
+    path = Path("out/tiny/ckpt.pt")
+    path.parent.mkdir(parents=True)
+    save_nanogpt(path)
+    line = refused("train", *TINY_RUN, "--init_from=resume")
+    assert "start from nanoGPT's with --init_from=out/tiny/ckpt.pt" in line
+    good = path.read_bytes()
+    path.write_bytes((JUNK | {"torn": good[:len(good) // 2], "its tail": good[-900:], "a byte short": good[:-1]})[kind])
+    for command in (["--init_from=resume"], ["--init_from=out/tiny/ckpt.pt", "--out_dir=out/new"]):
+        line = refused("train", *TINY_RUN, *command)
+        assert "out/tiny/ckpt.pt is not a readable PyTorch checkpoint" in line
+        assert "start from" not in line
+        assert "weights_only" not in line
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model-00001-of-00001.safetensors", "ckpt.pt",
+                                  "model.safetensors.index.json"])
+def test_a_git_lfs_pointer_is_called_one(tmp_path, name):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    if name.startswith("model-"):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    (tmp_path / name).write_bytes(POINTER)
+    with pytest.raises(ValueError, match=rf"/{name} is a Git LFS pointer, not the file itself: `git lfs pull`"):
+        weights.load_pretrained(str(tmp_path / name if name == "ckpt.pt" else tmp_path))
+
+
+def test_a_page_in_the_place_of_weights_is_called_one(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "model.safetensors").write_text("<!DOCTYPE html>")
+    with pytest.raises(ValueError, match=r"model\.safetensors is an HTML page, as a failed download leaves one"):
+        weights.load_pretrained(str(tmp_path))
 
 
 def test_files_that_are_something_else_are_named(tmp_path):

@@ -1,0 +1,133 @@
+# ruff: noqa: E402  (the library has to be loaded before torch is)
+"""A step, an evaluation and some tokens on a CUDA that does nothing: `python tests/fake_cuda.py LIBRARY`.
+
+Tensors are fake: they have shapes, types and a device, and no content. An operation that mixes devices raises, and so
+does whatever waits for the device to learn a number. LIBRARY is fake_cuda.cpp, compiled. Prints one JSON object: for
+each case what went wrong, and for the parts of a step how many operations they launch.
+"""
+
+import contextlib
+import ctypes
+import importlib.util
+import json
+import math
+import sys
+import traceback
+from pathlib import Path
+
+TORCH = Path(importlib.util.find_spec("torch").submodule_search_locations[0], "lib")
+for library in (*TORCH.glob("libgomp*.so*"), TORCH / "libc10.so", TORCH / "libtorch_cpu.so", Path(sys.argv[1])):
+    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)  # before torch asks whether there is a CUDA
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from distributed import Job
+from model import GPT, Decoder, GPTConfig
+from optim import OptimConfig, build_optimizer
+from sampling import Sampler
+
+CUDA = torch.device("cuda", 0)
+SHAPE = {"block_size": 64, "vocab_size": 300, "n_layer": 2, "n_head": 4, "n_embd": 128}
+LLAMA = {"pos": "rope", "norm": "rmsnorm", "mlp": "swiglu", "n_kv_head": 2, "tie_embeddings": False}
+CASES = {
+    "bfloat16": (torch.bfloat16, {}), "float16": (torch.float16, {}), "float32": (torch.float32, {}),
+    "dropout": (torch.bfloat16, {"dropout": 0.1, "bias": True}), "llama": (torch.bfloat16, LLAMA),
+    "fast": (torch.bfloat16, {"pos": "rope", "norm": "rmsnorm", "qk_norm": True, "mlp": "relu2"}),
+    "alibi": (torch.bfloat16, {"pos": "alibi"}),
+    "post-norm": (torch.bfloat16, {"pos": "sinusoidal", "norm_position": "post"})}
+
+
+def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
+    """SDPA, whose choice of a kernel asks the card: FlashAttention-2, and with a mask the memory-efficient kernel."""
+    if attn_mask is None and q.dtype != torch.float32:
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
+    if attn_mask is not None:
+        numbers = attn_mask if attn_mask.dtype != torch.bool else torch.where(attn_mask, 0.0, -math.inf)
+        attn_mask = numbers.to(q.dtype).expand(q.size(0), q.size(1), q.size(2), k.size(2))
+    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, True, dropout_p, is_causal)[0]
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations, but for those that only look at a tensor in another way."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not (func.is_view or func.namespace == "prim")
+        return func(*args, **(kwargs or {}))
+
+
+def make(dtype: torch.dtype = torch.float32, **shape) -> GPT:
+    torch.set_default_dtype(dtype)
+    try:
+        with CUDA:
+            return GPT(GPTConfig(**SHAPE | shape))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def step(model: GPT, optimizer: torch.optim.Optimizer, here: Job) -> dict[str, int]:
+    """A training step as train.py makes it; the launches of its last parts."""
+    tokens = torch.zeros(4, 64, dtype=torch.long, device=CUDA)
+    with here.autocast():
+        _, loss = model(tokens, tokens, torch.ones((), dtype=torch.long, device=CUDA))
+    loss.backward()
+    launches = {}
+    for part, do in (("clip", lambda: nn.utils.clip_grad_norm_(model.parameters(), 1.0)), ("update", optimizer.step),
+                     ("zero", lambda: model.zero_grad(set_to_none=False))):
+        with Launches() as counter:
+            do()
+        launches[part] = counter.count
+    return launches
+
+
+def everything(dtype: torch.dtype, **shape) -> None:
+    """Training with and without activation checkpointing, evaluation, and tokens by the decoder."""
+    here = Job(0, 1, CUDA, dtype)
+    for checkpointing in (False, True):
+        model = make(**shape)
+        model.activation_checkpointing = checkpointing
+        optimizer = build_optimizer(model, OptimConfig())
+        for _ in range(2):
+            step(model, optimizer, here)
+    tokens = torch.zeros(2, 5, dtype=torch.long, device=CUDA)
+    with torch.no_grad(), here.autocast():
+        model.eval()(tokens, tokens, num_targets=1)
+    model = make(dtype, **shape).eval()
+    sampler = Sampler(0.8, 200, top_p=0.9, min_p=0.01, repetition_penalty=1.1)
+    written = list(model.stream(tokens, 4, sampler, cache=model.make_cache(2, 40)))
+    assert all(token.device == CUDA for token in written)
+
+
+def main() -> None:
+    F.scaled_dot_product_attention = attention
+    Decoder._record = lambda decoder: None  # there is nothing to record
+    torch.cuda.device = lambda device: contextlib.nullcontext()
+    torch.cuda.is_bf16_supported = lambda *args, **kwargs: True
+    torch.nn.utils.clip_grad._has_foreach_support = lambda *args: True  # which looks for plain tensors
+    torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+    found = {"cases": {}}
+    for name, (dtype, shape) in CASES.items():
+        try:
+            with FakeTensorMode():
+                everything(dtype, **shape)
+            found["cases"][name] = ""
+        except Exception:
+            found["cases"][name] = traceback.format_exc(limit=-4)
+    with FakeTensorMode():
+        model = make(n_layer=12)
+        optimizer, here = build_optimizer(model, OptimConfig()), Job(0, 1, CUDA, torch.bfloat16)
+        found["tensors"] = len(list(model.parameters()))
+        step(model, optimizer, here)  # the first makes the means
+        found["launches"] = step(model, optimizer, here)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
