@@ -1,6 +1,6 @@
 # make demo      prepare a small corpus, train a small model on it, read what it writes (a few minutes on a laptop)
 # make test      lint, tests, and the README's commands
-# make soak      every way to kill, hang and starve a run that the tests know (eight minutes on two cores)
+# make soak      every way to kill, hang and starve a run that the tests know (a quarter of an hour on two cores)
 # make test-gpu  the main job on a machine with an NVIDIA GPU; make bench-gpu measures it there
 # make zoo       what every model and option is worth, as the table in docs/models.md (a quarter of an hour on two cores)
 # make install   .venv with all that the program and the tests need
@@ -21,7 +21,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
 
 soak: .venv/.dev
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal -m "soak or not soak" tests/test_faults.py tests/test_distributed.py
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal -m "soak or not soak" tests/test_faults.py tests/test_distributed.py tests/test_hosts.py
 
 test-gpu: .venv/.dev
 	$(PY) -m pytest -m gpu tests/test_gpu.py

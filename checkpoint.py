@@ -150,8 +150,9 @@ class RunFolder:
         self._launch = distributed.gather(process.launch(), self._here)
         if self.config.resume != "never" and max(newest) > newest[0]:
             there = f"that of step {newest[0]}" if newest[0] >= 0 else "none"
-            raise ValueError(f"rank {newest.index(max(newest))} finds step {max(newest)}'s checkpoint in {self.path}, "
-                             f"rank 0, who is to read it, {there}: copy the folder to rank 0's node, or share it")
+            holder = self._here.name(newest.index(max(newest)))
+            raise ValueError(f"{holder} finds step {max(newest)}'s checkpoint in {self.path}, {self._here.name(0)}, "
+                             f"who is to read it, {there}: copy the folder to rank 0's node, or share it")
 
         def look() -> dict[str, Any]:
             folder = self.find(lock)

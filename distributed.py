@@ -11,8 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import ipaddress
 import os
+import re
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -33,6 +37,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 FILE_TIMEOUT_S = 3600  # that the others wait while rank 0 reads, verifies or writes files
+NAME_INTERFACE = ("start torchrun on every host with GLOO_SOCKET_IFNAME=NAME NCCL_SOCKET_IFNAME=NAME, NAME being its "
+                  "network interface to the others (`ip -brief address` lists them)")
 
 
 @dataclass
@@ -54,6 +60,11 @@ class Job:
     dtype: torch.dtype
     parallel: str = "ddp"
     talk: dist.ProcessGroup | None = None  # for plain Python between the ranks, with patience for slow disks
+    hosts: tuple[str, ...] = ()  # of each rank, "east (10.0.0.1)": its host's name, and where gloo listens there
+
+    def name(self, rank: int) -> str:
+        """A rank in words, with its host where there are several."""
+        return f"rank {rank} on {self.hosts[rank]}" if len(set(self.hosts)) > 1 else f"rank {rank}"
 
     def set_dtype(self, dtype: torch.dtype) -> None:
         """Raises ValueError where the layout does not go with it."""
@@ -98,20 +109,120 @@ def job(config: DeviceConfig, parallel: ParallelConfig | None = None, alone: boo
     if not process.UNDER_TORCHRUN:
         print(f"rank {rank} waits for the other {world_size - 1} at {where}, up to {parallel.timeout_s} s: the "
               f"environment has {process.rank_variables()}", file=sys.stderr, flush=True)
-    try:
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=parallel.timeout_s),
-                                device_id=device if backend == "nccl" else None)
-        here.talk = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=FILE_TIMEOUT_S))
-    except dist.DistError as error:
-        raise ValueError(f"rank {rank} of {world_size} did not meet the others at {where} ({one_line(error)}); the "
-                         f"environment has {process.rank_variables()}: {process.HOW_TO_START}") from None
-    yield here
+    timeout = datetime.timedelta(seconds=parallel.timeout_s)
+    store = _meet(here, where, timeout)
+    with _lost_connections(here):
+        with _deadline(parallel.timeout_s + 10, here):
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout,
+                                    device_id=device if backend == "nccl" else None)
+            here.talk = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=FILE_TIMEOUT_S))
+        yield here
     # Not after an error: the others may be waiting for us, closing the groups would wait for them, our end wakes them.
     here.talk = None
     # Gloo's threads may still hold Python objects of their last work, and need the interpreter's lock to drop them,
     # which the closing of a group keeps while it waits for them.
     time.sleep(0.1)
     dist.destroy_process_group()
+
+
+# Hosts
+
+
+def _meet(here: Job, where: str, timeout: datetime.timedelta) -> dist.Store:
+    """The store of rank 0, at `where`, in which the processes find each other; `here` learns each rank's host.
+
+    Raises OSError where they would wait in vain: the store is out of reach, a rank does not come, or gloo would listen
+    on a host's loopback, whose ranks torch would keep waiting for five times the timeout."""
+    me, (address, _, port) = socket.gethostname(), where.rpartition(":")
+    hint = (f"every host has to reach rank 0 there; where {address} does not lead to its host, start torchrun on that "
+            "with --local-addr=ADDRESS") if process.UNDER_TORCHRUN else (
+            f"the environment has {process.rank_variables()}: {process.HOW_TO_START}")
+    deadline_s = time.monotonic() + timeout.total_seconds()
+    while here.rank > 0:
+        try:
+            socket.create_connection((address, int(port)), timeout.total_seconds()).close()
+            break
+        except OSError as error:
+            if time.monotonic() > deadline_s:
+                raise OSError(f"rank {here.rank} on {me} cannot reach rank 0 at {where} ({error}): {hint}") from None
+            time.sleep(0.2)
+    told, heard = ([f"{what}_{rank}" for rank in range(here.world_size)] for what in ("host_of", "heard_by"))
+    try:
+        store, _, _ = next(dist.rendezvous("env://", here.rank, here.world_size, timeout=timeout))
+        store.set(told[here.rank], f"{me} ({_gloo_address()})")
+        store.wait(told, timeout)
+        here.hosts = tuple(store.get(key).decode() for key in told)
+        store.set(heard[here.rank], "")
+        if here.rank == 0:
+            store.wait(heard, timeout)  # it may end with this process
+    except dist.DistError as error:
+        raise OSError(f"rank {here.rank} on {me} did not meet the others at {where} ({one_line(error)}), whose screens "
+                      f"may say why: {hint}") from None
+    if len(set(here.hosts)) > 1 and (deaf := sorted(set(filter(_is_loopback, here.hosts)))):
+        raise OSError(f"the processes cannot reach each other: {', '.join(deaf)} listens on loopback alone, since its "
+                      f"own name leads there (/etc/hosts), or to no address it has: {NAME_INTERFACE}, or correct the "
+                      "name")
+    return store
+
+
+def _gloo_address() -> str:
+    """Where gloo listens on this host: at the interface it is told, else where the host's name leads."""
+    if interface := os.environ.get("GLOO_SOCKET_IFNAME"):
+        return interface
+    with contextlib.suppress(OSError):  # a name that leads nowhere
+        for family, *_, address in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM):
+            with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.bind(address)  # fails for an address of another host
+                return address[0]
+    return "127.0.0.1"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.rpartition("(")[2].rstrip(")").partition("%")[0]).is_loopback
+    except ValueError:  # an interface's name
+        return False
+
+
+@contextlib.contextmanager
+def _deadline(seconds: float, here: Job) -> Iterator[None]:
+    """What lasts longer in here ends the process: a rank that waits for connections in gloo hears of no failure."""
+
+    def end() -> None:
+        sys.stderr.write(f"error: {_cannot_connect(here, f'nothing heard for {seconds:.0f} s')}\n")
+        sys.stderr.flush()
+        os._exit(2)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextlib.contextmanager
+def _lost_connections(here: Job) -> Iterator[None]:
+    """What torch says of a connection that broke, in one line that names hosts. Raises OSError."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = re.sub(r"\[\S+:\d+\] ", "", one_line(error))  # without the line of torch's source
+        if here.talk is None and "connectFullMesh" in reason:
+            raise OSError(_cannot_connect(here, reason)) from None
+        is_gloos = "/gloo/" in str(error) and "enforce fail" not in str(error)
+        if not is_gloos and "ncclRemoteError" not in str(error):
+            raise
+        others = sorted(set(here.hosts) - {here.hosts[here.rank]}) or ["the other processes"]
+        raise OSError(f"{here.name(here.rank)} lost the connection to {', '.join(others)}: {reason}. What was saved is "
+                      "intact: torchrun --max-restarts=3 starts all again by itself, else give the same command again "
+                      "on every host") from None
+
+
+def _cannot_connect(here: Job, reason: str) -> str:
+    return (f"{here.name(here.rank)} cannot connect to the others, which listen at "
+            f"{', '.join(sorted(set(here.hosts)))}: {reason}. Every host has to reach those: {NAME_INTERFACE}")
 
 
 # Layouts
@@ -313,7 +424,7 @@ def share_rank0s(options: Any, here: Job) -> None:
 def check_agreement(what: dict[str, Any], here: Job) -> None:
     """Raises ValueError on every rank unless all have the same values of `what` (plain Python)."""
     everyone = gather(what, here)
-    faults = [f"{key} is {theirs.get(key)} on rank {rank} and {value} on rank 0"
+    faults = [f"{key} is {theirs.get(key)} on {here.name(rank)} and {value} on {here.name(0)}"
               for rank, theirs in enumerate(everyone) for key, value in everyone[0].items() if theirs.get(key) != value]
     if faults:
         raise ValueError(f"the processes do not run the same job: {'; '.join(faults)}. Start every node with the same "
@@ -351,7 +462,7 @@ def gather(value: Any, here: Job) -> list[Any]:
 
 def on_rank0(do: Callable[[], T], here: Job) -> T:
     """Run `do` on rank 0, which may take long; every rank gets its value (plain Python). If it fails there, the others
-    leave quietly."""
+    leave: quietly beside it, on other hosts with an OSError that says where to look."""
     if here.world_size == 1:
         return do()
     box: list[Any] = [None, True]  # value, failed
@@ -360,6 +471,8 @@ def on_rank0(do: Callable[[], T], here: Job) -> T:
             box = [do(), False]
     finally:
         dist.broadcast_object_list(box, group=here.talk)
+    if box[1] and here.hosts[here.rank] != here.hosts[0]:
+        raise OSError(f"{here.name(0)} has failed: its screen says why")
     if box[1]:
         sys.exit(2)
     return box[0]

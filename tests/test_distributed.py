@@ -1,5 +1,10 @@
 """distributed.py: whatever the layout, the gradients are one process's; what the ranks must agree on, they compare."""
 
+import os
+import re
+import socket
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -7,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from conftest import on_ranks, write_shard
+from conftest import ROOT, on_ranks, write_shard
 
 import distributed
 import settings
@@ -224,6 +229,53 @@ def test_ranks_that_disagree_all_hear_of_what():
     for message in on_ranks(2, disagree):
         assert "learning_rate is 0.2 on rank 1 and 0.1 on rank 0" in message
         assert "n_layer" not in message
+
+
+def meet_on_two_hosts(address_of_east: str):
+    """What rank 0 on `east` and rank 1 on `west` say when they join, and then when rank 0 fails at what it does."""
+    rank = int(os.environ["RANK"])
+    socket.gethostname = lambda: ("east", "west")[rank]
+    distributed._gloo_address = lambda: (address_of_east, "10.0.0.2")[rank]
+    try:
+        with join("ddp") as here:
+            distributed.on_rank0(lambda: 1 / 0, here)
+    except (OSError, ZeroDivisionError) as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("address", ["127.0.1.1", "::1"])
+def test_a_host_that_is_known_by_loopback_is_named_on_all(address):
+    for message in on_ranks(2, meet_on_two_hosts, address):
+        assert f"east ({address}) listens on loopback alone" in message
+        assert "GLOO_SOCKET_IFNAME=NAME NCCL_SOCKET_IFNAME=NAME" in message
+        assert "west" not in message
+
+
+def test_another_host_hears_where_to_read_why_rank_0_failed():
+    east, west = on_ranks(2, meet_on_two_hosts, "eth0")
+    assert east == "division by zero"
+    assert west == "rank 0 on east (eth0) has failed: its screen says why"
+
+
+def test_a_connection_that_breaks_is_one_line_with_the_hosts_and_no_defect_is_taken_for_one():
+    here = Job(1, 2, torch.device("cpu"), torch.float32, talk=object(), hosts=("east (10.0.0.1)", "west (10.0.0.2)"))
+    broken = "[/src/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.1]:4321\nmore"
+    line = (r"^rank 1 on west \(10.0.0.2\) lost the connection to east \(10.0.0.1\): RuntimeError: Connection closed "
+            r"by peer \[10.0.0.1\]:4321. What was saved is intact")
+    with pytest.raises(OSError, match=line), distributed._lost_connections(here):
+        raise RuntimeError(broken)
+    for defect in ("[enforce fail at /src/third_party/gloo/gloo/transport/tcp/pair.cc:446] 8 vs 4", "size mismatch"):
+        with pytest.raises(RuntimeError, match=re.escape(defect)), distributed._lost_connections(here):
+            raise RuntimeError(defect)
+
+
+def test_connecting_has_an_end():
+    code = ("import torch, time; from distributed import Job, _deadline\n"
+            "here = Job(0, 2, torch.device('cpu'), torch.float32, hosts=('east (10.0.0.1)', 'west (10.0.0.2)'))\n"
+            "with _deadline(0, here): time.sleep(100)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: rank 0 on east (10.0.0.1) cannot connect to the others, which listen at ")
 
 
 def share(marked: dict) -> tuple[dict, str]:

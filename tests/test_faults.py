@@ -202,13 +202,14 @@ def be_train(cwd: Path, options: tuple[str, ...], faults: dict[str, str]) -> int
 class Torchrun:
     """torchrun beside the test, over ranks with faults planted."""
 
-    def __init__(self, cwd: Path, nproc: int, options: tuple[str, ...], agent: tuple[str, ...], faults: dict[str, str]):
+    def __init__(self, cwd: Path, nproc: int, options: tuple[str, ...], agent: tuple[str, ...], faults: dict[str, str],
+                 script: Path | str = planted.__file__, within: tuple[str, ...] = ()):
         self.cwd, self._log, self.nproc = cwd, cwd / f"log-{time.monotonic_ns()}", nproc
         env = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **faults}
         with open(self._log, "w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={nproc}", *agent, planted.__file__,
-                 *options], cwd=cwd, env={**os.environ, **env}, stdout=log, stderr=log)
+                [*within, sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={nproc}", *agent,
+                 str(script), *options], cwd=cwd, env={**os.environ, **env}, stdout=log, stderr=log)
 
     @property
     def log(self) -> str:
