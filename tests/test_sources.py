@@ -389,7 +389,7 @@ SKIPPED = b"\x50\x2a\x4d\x18" + (8).to_bytes(4, "little") + b"not text"  # a fra
 
 
 @pytest.mark.parametrize(("ending", "make"), [
-    (".jsonl.gz", lambda half: gzip.compress(half[0]) + gzip.compress(half[1]) + bytes(512)),
+    (".jsonl.gz", lambda half: gzip.compress(half[0], mtime=0) + gzip.compress(half[1]) + bytes(512)),
     (".jsonl.gz", lambda half: gzip.compress(half[0]) + bytes(3000) + gzip.compress(half[1]) + bytes(1)),
     (".jsonl.gz", lambda half: gzip.compress(b"") + gzip.compress(half[0] + half[1], 0) + gzip.compress(b"")),
     (".JSONL.GZ", lambda half: b"".join(gzip.compress(b"".join(half)[i:i + 7]) for i in range(0, 999, 7))),
@@ -498,7 +498,7 @@ def test_a_page_in_the_place_of_a_download_is_called_one(ending):
 
 
 @pytest.mark.parametrize(("content", "command"), [
-    (gzip.compress(b"text"), "gzip -d"), (zstd(b"text"), "zstd -d"), (bz2.compress(b"text"), "bzip2 -d"),
+    (gzip.compress(b"text", mtime=0), "gzip -d"), (zstd(b"text"), "zstd -d"), (bz2.compress(b"text"), "bzip2 -d"),
     (lzma.compress(b"text"), "xz -d"), (b"PK\x03\x04...", "unzip")])
 def test_what_is_compressed_is_refused_with_the_command_that_unpacks_it(content, command):
     for name in ("a.txt", "a.jsonl"):
