@@ -218,7 +218,10 @@ def write_shards(config: PrepareConfig, parts: list[Part], site: Unfinished) -> 
     if tokens.tokenizer not in ("gpt2", "byte") and not site.tokenizer.exists():
         if rank == 0:
             learned = texts(parts, config, BPE_BYTES if tokens.tokenizer == "bpe" else float("inf"))
-            keep_tokenizer(make_tokenizer(tokens.tokenizer, learned, tokens.vocab_size), site.tokenizer)
+            made = make_tokenizer(tokens.tokenizer, learned, tokens.vocab_size)
+            if not made.vocab_size:
+                raise ValueError("the source is empty: there is no text to make tokens of")
+            keep_tokenizer(made, site.tokenizer)
         else:
             wait_for(lambda: [] if site.tokenizer.exists() else ["rank 0 to make the tokenizer"])
     mine = parts[rank::site.world_size]

@@ -475,10 +475,7 @@ def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenize
     if kind == "byte":
         return ByteTokenizer()
     if kind == "char":
-        characters = sorted({character for text in texts for character in set(text)})
-        if not characters:
-            raise ValueError("the source is empty: there is no text to make tokens of")
-        return CharTokenizer(characters)
+        return CharTokenizer(sorted({character for text in texts for character in set(text)}))
     if kind == "bpe":
         return train_bpe(texts, vocab_size)
     check_kind(kind)

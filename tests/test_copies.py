@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import TINY_RUN, files_of, records_of
+from conftest import ROOT, TINY_RUN, files_of, records_of
 
 from checkpoint import read_trainer, verify
 
@@ -250,6 +250,8 @@ def test_a_disk_without_links_costs_one_sentence(cli, tiny_data, scripted, monke
 
 @pytest.mark.skipif(not hasattr(os, "seteuid"), reason="modes are POSIX's")
 def test_a_copy_of_what_was_read_only_goes_on(cli, original, scripted, monkeypatch):
+    if os.geteuid() == 0 and not all(folder.stat().st_mode & 0o001 for folder in (ROOT, *ROOT.parents)):
+        pytest.skip("the code lies where nobody but root, whom no mode stops, may read it")
     with tempfile.TemporaryDirectory() as folder:  # pytest's own lies where root alone may go
         shutil.copytree(".", folder, symlinks=True, dirs_exist_ok=True)
         monkeypatch.chdir(folder)
