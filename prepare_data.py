@@ -358,7 +358,8 @@ def show_info(folder: Path) -> None:
     kind = manifest["tokenizer"]["kind"] if manifest else "not said" if tokenizer is None else tokenizer.kind
     print(f"{folder}: tokenizer {kind}, vocabulary of {dataset.vocab_size:,}")
     if manifest:
-        print(describe(folder, manifest))
+        with files.reading_values(folder / "dataset.json"):
+            print(describe(folder, manifest))
         print("made with " + ", ".join(f"{key} {value}" for key, value in manifest.get("arguments", {}).items()
                                        if value and key != "input_fingerprint"))
     print(f"\n{'split':6}{'shards':>8}{'tokens':>18}{'documents':>14}{'bytes on disk':>18}")

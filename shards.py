@@ -25,6 +25,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -350,9 +351,11 @@ def list_shards(folder: Path) -> tuple[dict[str, list[Path]], dict[str, Any]]:
     try:
         for shard in manifest["shards"]:
             paths.setdefault(shard["split"], []).append(folder / Path(shard["file"]).name)
-            _ = int(shard["tokens"]), bytes.fromhex(shard["sha256"])
-        _ = int(manifest["tokenizer"]["vocab_size"]), manifest["tokenizer"]["kind"], np.dtype(manifest["dtype"])
-        _ = [(int(held["documents"]), int(held["tokens"])) for held in manifest.get("splits", {}).values()]
+            _ = index(shard["tokens"]), bytes.fromhex(shard["sha256"])
+        if not all(isinstance(split, str) for split in paths):
+            raise TypeError("a split that is no text")
+        _ = index(manifest["tokenizer"]["vocab_size"]), manifest["tokenizer"]["kind"], np.dtype(manifest["dtype"])
+        _ = [(index(held["documents"]), index(held["tokens"])) for held in manifest.get("splits", {}).values()]
         _ = manifest.get("arguments", {}).items()
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{folder}/dataset.json is not ours: {error} was not understood") from None
