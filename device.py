@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT_WINDOW = 128  # tokens up to which attention by the formula may be faster than torch's kernel on a CPU
 TRIAL_S = 0.1  # seconds that the timed rounds of a trial take, or one round if that is longer
-TRIAL_FLOPS = 4e9  # floating-point operations that a pass of a trial takes at most, about: 20 ms at 200 GFLOP/s
+TRIAL_FLOPS = 2e9  # floating-point operations that a pass of a trial takes at most, about: 10 ms at 200 GFLOP/s
 TRIAL_ROWS = (32, 512)  # positions that a pass reads, at least and at most, but no more than the run itself
 TRIAL_WEIGHTS = 2**25  # parameters that a pass reads at most; more than a processor's caches hold
 CLEARLY_FASTER = 0.9  # of the other's time: a smaller difference may be noise
@@ -70,9 +70,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return DTYPES[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        return torch.bfloat16
-    return torch.float32
+    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_tile") else torch.float32
 
 
 def pick_attention(name: str, device: torch.device, dtype: torch.dtype, block_size: int) -> str:
@@ -105,8 +104,9 @@ def pick_numerics(model: LanguageModel, dtype: str, attention: str, device: torc
     time, and what a trial showed, in words ("" without one).
 
     `auto` is what the run has `recorded` among its options on a device of this type. Without a record the rules of
-    pick_dtype and pick_attention hold, but that a CPU tries whether bfloat16, and the formula for short windows, are
-    faster as well; not so where `auto` itself is recorded, as earlier versions did. Raises ValueError as those do."""
+    pick_dtype and pick_attention hold, but that a CPU with instructions for bfloat16 tries whether that, and with it
+    the formula for short windows, is faster as well; not so where `auto` itself is recorded, as earlier versions did.
+    Raises ValueError as those do."""
     on_cpu, block_size = device.type == "cpu", model.config.block_size
     if str(recorded.get("device")).startswith(device.type):
         if dtype == "auto" and recorded.get("dtype") in tuple(DTYPES):
@@ -115,7 +115,8 @@ def pick_numerics(model: LanguageModel, dtype: str, attention: str, device: torc
             attention = recorded["attention"]
     by_rule = pick_dtype(dtype, device)
     choices = [Numerics(by_rule, pick_attention(attention, device, by_rule, block_size))]
-    if on_cpu and by_rule == torch.bfloat16 and model.config.model != "bigram":  # which has no products
+    is_native = on_cpu and pick_dtype("auto", device) == torch.bfloat16
+    if is_native and by_rule == torch.bfloat16 and model.config.model != "bigram":  # which has no products
         kernels = [choices[0].attention]
         if attention == "auto" != recorded.get("attention") and model.h and block_size <= SHORT_WINDOW:
             kernels = ["sdpa", "math"]

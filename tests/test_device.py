@@ -26,7 +26,7 @@ def tiny(**options) -> torch.nn.Module:
 @pytest.fixture
 def native(monkeypatch):
     """A processor that has instructions for bfloat16."""
-    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True})
 
 
 @pytest.fixture
@@ -139,9 +139,9 @@ def test_nothing_is_tried_where_nothing_is_open(native, monkeypatch):
             (("auto", "auto"), {"device": "cpu", "dtype": "auto", "attention": "auto"}, {"block_size": 256}, BFLOAT16),
             (("auto", "sdpa"), {}, {"model": "bigram"}, BFLOAT16)):
         assert pick_numerics(tiny(**shape), *options, CPU, 64, recorded) == (expected, "")
-    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
-    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True})
     assert pick_numerics(tiny(), "auto", "auto", CPU, 64, {}) == (FLOAT32, "")
+    assert pick_numerics(tiny(), "bfloat16", "auto", CPU, 64, {}) == (BY_FORMULA, "")  # a trial would take seconds
 
 
 @pytest.mark.parametrize("recorded", [{"device": "cuda", "dtype": "bfloat16", "attention": "flash3"},
