@@ -11,12 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import ipaddress
 import os
-import re
-import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -27,6 +23,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
+import hosts
 import machine
 import process
 from baselines import build_empty
@@ -37,8 +34,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 FILE_TIMEOUT_S = 3600  # that the others wait while rank 0 reads, verifies or writes files
-NAME_INTERFACE = ("start torchrun on every host with GLOO_SOCKET_IFNAME=NAME NCCL_SOCKET_IFNAME=NAME, NAME being its "
-                  "network interface to the others (`ip -brief address` lists them)")
 
 
 @dataclass
@@ -110,9 +105,9 @@ def job(config: DeviceConfig, parallel: ParallelConfig | None = None, alone: boo
         print(f"rank {rank} waits for the other {world_size - 1} at {where}, up to {parallel.timeout_s} s: the "
               f"environment has {process.rank_variables()}", file=sys.stderr, flush=True)
     timeout = datetime.timedelta(seconds=parallel.timeout_s)
-    store = _meet(here, where, timeout)
-    with _lost_connections(here):
-        with _deadline(parallel.timeout_s + 10, here):
+    store = hosts.meet(here, where, timeout)
+    with hosts.lost_connections(here):
+        with hosts.deadline(parallel.timeout_s + 10, here):
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout,
                                     device_id=device if backend == "nccl" else None)
             here.talk = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=FILE_TIMEOUT_S))
@@ -123,106 +118,6 @@ def job(config: DeviceConfig, parallel: ParallelConfig | None = None, alone: boo
     # which the closing of a group keeps while it waits for them.
     time.sleep(0.1)
     dist.destroy_process_group()
-
-
-# Hosts
-
-
-def _meet(here: Job, where: str, timeout: datetime.timedelta) -> dist.Store:
-    """The store of rank 0, at `where`, in which the processes find each other; `here` learns each rank's host.
-
-    Raises OSError where they would wait in vain: the store is out of reach, a rank does not come, or gloo would listen
-    on a host's loopback, whose ranks torch would keep waiting for five times the timeout."""
-    me, (address, _, port) = socket.gethostname(), where.rpartition(":")
-    hint = (f"every host has to reach rank 0 there; where {address} does not lead to its host, start torchrun on that "
-            "with --local-addr=ADDRESS") if process.UNDER_TORCHRUN else (
-            f"the environment has {process.rank_variables()}: {process.HOW_TO_START}")
-    deadline_s = time.monotonic() + timeout.total_seconds()
-    while here.rank > 0:
-        try:
-            socket.create_connection((address, int(port)), timeout.total_seconds()).close()
-            break
-        except OSError as error:
-            if time.monotonic() > deadline_s:
-                raise OSError(f"rank {here.rank} on {me} cannot reach rank 0 at {where} ({error}): {hint}") from None
-            time.sleep(0.2)
-    told, heard = ([f"{what}_{rank}" for rank in range(here.world_size)] for what in ("host_of", "heard_by"))
-    try:
-        store, _, _ = next(dist.rendezvous("env://", here.rank, here.world_size, timeout=timeout))
-        store.set(told[here.rank], f"{me} ({_gloo_address()})")
-        store.wait(told, timeout)
-        here.hosts = tuple(store.get(key).decode() for key in told)
-        store.set(heard[here.rank], "")
-        if here.rank == 0:
-            store.wait(heard, timeout)  # it may end with this process
-    except dist.DistError as error:
-        raise OSError(f"rank {here.rank} on {me} did not meet the others at {where} ({one_line(error)}), whose screens "
-                      f"may say why: {hint}") from None
-    if len(set(here.hosts)) > 1 and (deaf := sorted(set(filter(_is_loopback, here.hosts)))):
-        raise OSError(f"the processes cannot reach each other: {', '.join(deaf)} listens on loopback alone, since its "
-                      f"own name leads there (/etc/hosts), or to no address it has: {NAME_INTERFACE}, or correct the "
-                      "name")
-    return store
-
-
-def _gloo_address() -> str:
-    """Where gloo listens on this host: at the interface it is told, else where the host's name leads."""
-    if interface := os.environ.get("GLOO_SOCKET_IFNAME"):
-        return interface
-    with contextlib.suppress(OSError):  # a name that leads nowhere
-        for family, *_, address in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM):
-            with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
-                probe.bind(address)  # fails for an address of another host
-                return address[0]
-    return "127.0.0.1"
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.rpartition("(")[2].rstrip(")").partition("%")[0]).is_loopback
-    except ValueError:  # an interface's name
-        return False
-
-
-@contextlib.contextmanager
-def _deadline(seconds: float, here: Job) -> Iterator[None]:
-    """What lasts longer in here ends the process: a rank that waits for connections in gloo hears of no failure."""
-
-    def end() -> None:
-        sys.stderr.write(f"error: {_cannot_connect(here, f'nothing heard for {seconds:.0f} s')}\n")
-        sys.stderr.flush()
-        os._exit(2)
-
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-@contextlib.contextmanager
-def _lost_connections(here: Job) -> Iterator[None]:
-    """What torch says of a connection that broke, in one line that names hosts. Raises OSError."""
-    try:
-        yield
-    except RuntimeError as error:
-        reason = re.sub(r"\[\S+:\d+\] ", "", one_line(error))  # without the line of torch's source
-        if here.talk is None and "connectFullMesh" in reason:
-            raise OSError(_cannot_connect(here, reason)) from None
-        is_gloos = "/gloo/" in str(error) and "enforce fail" not in str(error)
-        if not is_gloos and "ncclRemoteError" not in str(error):
-            raise
-        others = sorted(set(here.hosts) - {here.hosts[here.rank]}) or ["the other processes"]
-        raise OSError(f"{here.name(here.rank)} lost the connection to {', '.join(others)}: {reason}. What was saved is "
-                      "intact: torchrun --max-restarts=3 starts all again by itself, else give the same command again "
-                      "on every host") from None
-
-
-def _cannot_connect(here: Job, reason: str) -> str:
-    return (f"{here.name(here.rank)} cannot connect to the others, which listen at "
-            f"{', '.join(sorted(set(here.hosts)))}: {reason}. Every host has to reach those: {NAME_INTERFACE}")
 
 
 # Layouts
@@ -399,13 +294,12 @@ def compile_in_place(model: nn.Module, **how: Any) -> None:
         how["options"] = {"deterministic": True}
     for part in model.compiled_parts():
         part.compile(**how)
+    model.is_compiled = True
 
 
 def eager(model: nn.Module) -> contextlib.AbstractContextManager:
     """In here the model runs without what was compiled of it: the compiler would make it anew for each new length."""
-    if not any(part._compiled_call_impl for part in model.compiled_parts()):
-        return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    return torch.compiler.set_stance("force_eager") if model.is_compiled else contextlib.nullcontext()
 
 
 # Between the ranks

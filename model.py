@@ -428,6 +428,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.activation_checkpointing = False  # keep only the blocks' inputs, and run them again in the backward pass
         self.compile_decoding = False  # compile the step that generates a token
+        self.is_compiled = False  # its parts, in place: see distributed.compile_in_place
         self.chunk_loss = ChunkLoss()
         self.h = nn.ModuleList()  # what is gathered, compiled and run again block by block
         self.lm_head: nn.Linear | None = None  # None: the token table is the head

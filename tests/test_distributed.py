@@ -15,6 +15,7 @@ import torch.nn as nn
 from conftest import ROOT, on_ranks, write_shard
 
 import distributed
+import hosts
 import settings
 from baselines import build_empty
 from data import EvalOrder
@@ -235,7 +236,7 @@ def meet_on_two_hosts(address_of_east: str):
     """What rank 0 on `east` and rank 1 on `west` say when they join, and then when rank 0 fails at what it does."""
     rank = int(os.environ["RANK"])
     socket.gethostname = lambda: ("east", "west")[rank]
-    distributed._gloo_address = lambda: (address_of_east, "10.0.0.2")[rank]
+    hosts._gloo_address = lambda: (address_of_east, "10.0.0.2")[rank]
     try:
         with join("ddp") as here:
             distributed.on_rank0(lambda: 1 / 0, here)
@@ -262,17 +263,17 @@ def test_a_connection_that_breaks_is_one_line_with_the_hosts_and_no_defect_is_ta
     broken = "[/src/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.1]:4321\nmore"
     line = (r"^rank 1 on west \(10.0.0.2\) lost the connection to east \(10.0.0.1\): RuntimeError: Connection closed "
             r"by peer \[10.0.0.1\]:4321. What was saved is intact")
-    with pytest.raises(OSError, match=line), distributed._lost_connections(here):
+    with pytest.raises(OSError, match=line), hosts.lost_connections(here):
         raise RuntimeError(broken)
     for defect in ("[enforce fail at /src/third_party/gloo/gloo/transport/tcp/pair.cc:446] 8 vs 4", "size mismatch"):
-        with pytest.raises(RuntimeError, match=re.escape(defect)), distributed._lost_connections(here):
+        with pytest.raises(RuntimeError, match=re.escape(defect)), hosts.lost_connections(here):
             raise RuntimeError(defect)
 
 
 def test_connecting_has_an_end():
-    code = ("import torch, time; from distributed import Job, _deadline\n"
+    code = ("import torch, time; from distributed import Job; from hosts import deadline\n"
             "here = Job(0, 2, torch.device('cpu'), torch.float32, hosts=('east (10.0.0.1)', 'west (10.0.0.2)'))\n"
-            "with _deadline(0, here): time.sleep(100)")
+            "with deadline(0, here): time.sleep(100)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: rank 0 on east (10.0.0.1) cannot connect to the others, which listen at ")
