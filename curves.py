@@ -87,7 +87,8 @@ class Run:
     num_params: int | None  # None when there is no checkpoint yet
 
     def __post_init__(self) -> None:
-        self._tokens_per_step = next((r["tokens"] / r["step"] for r in self.records if r.get("tokens")), 0.0)
+        self._tokens_per_step = next((r["tokens"] / r["step"] for r in self.records if r["step"] and r.get("tokens")),
+                                     0.0)
         self.evaluated = [r for r in self.records if "val/loss" in r]
         self.trained = [r for r in self.records if "train/loss" in r]
         self.curves = {key: thin(self._curve(self.trained, key)) for key in {picture.key for picture in PICTURES}}
@@ -101,7 +102,9 @@ class Run:
 
     def place(self, record: Record, x: str) -> float:
         """Where a record stands on the axis `x`, tokens or elapsed_s."""
-        return number(record.get(x, record["step"] * self._tokens_per_step if x == "tokens" else None))
+        if x == "tokens" and record.get(x) is None:
+            return record["step"] * self._tokens_per_step
+        return number(record.get(x))
 
     def _curve(self, records: list[Record], key: str) -> Curve:
         rows = [(r["step"], self.place(r, "tokens"), self.place(r, "elapsed_s"), *[number(r.get(key))] * 3)
@@ -110,12 +113,12 @@ class Run:
 
     def summary(self) -> dict[str, Any]:
         """The run in one row of numbers; None for what is not known."""
-        val, max_iters = self.curves["val/loss"], self.options.get("max_iters")
+        val, max_iters = self.curves["val/loss"], number(self.options.get("max_iters"))
         best = np.nanargmin(val["value"]) if has_values(val) else None
         final = self.evaluated[-1] if self.evaluated else {}
         return {
             "parameters": self.num_params, "tokens": round(self.place(self.records[-1], "tokens")),
-            "steps": self.records[-1]["step"], "max_iters": max_iters,
+            "steps": self.records[-1]["step"], "max_iters": max_iters if math.isfinite(max_iters) else None,
             "train_loss": self.trained[-1]["train/loss"] if self.trained else None,
             "val_loss": final.get("val/loss"),
             "val_losses": {key.removeprefix("val/loss/"): value for key, value in final.items()  # a mixture's

@@ -30,6 +30,13 @@ SIGNS = {  # how a file begins -> what it is, and what mends it
     b"BZh91AY&SY": "compressed: `bzip2 -d` unpacks it", b"\xfd7zXZ\0": "compressed: `xz -d` unpacks it",
     b"PK\x03\x04": "a ZIP archive: `unzip` unpacks it", b"%PDF-": "a PDF: `pdftotext` makes text of it"}
 LINKS = ("latest", "best")  # in a run's checkpoints/
+NUMBER = int | float
+TRAINER = {  # trainer.json's keys, and of what kind their values are
+    **dict.fromkeys(("step", "next_seq", "bad_steps", "skipped", "rollbacks", "tokens"), int), "best_step": int | None,
+    "best_val_loss": NUMBER | None, "elapsed_s": NUMBER, "options": dict, "judge": dict, "scaler": dict | None}
+RECORD = {  # the same for the records of metrics.jsonl; what is not named here are losses, or another version's
+    **dict.fromkeys(("tokens", "elapsed_s", "lr", "grad_norm", "tokens_per_sec", "mfu", "memory_gb", "skipped",
+                     "rollbacks", "next_seq"), NUMBER | None), "batch_hash": str, "fault": str, "samples": list}
 EVENTS = {"fault": "skipped step", "rollbacks": "rollback", "resumed": "restart"}  # key of a record -> what it is of
 
 
@@ -106,15 +113,16 @@ def broken(path: Path, reason: object, own: bytes = b"") -> str:
 
 
 def read_records(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl, without one that a kill, or a run that is just writing it, has left torn; none when
-    there is no such file."""
+    """The records of a metrics.jsonl; none when there is no such file. Lines that are none are left out, since a kill,
+    or a run that is just writing, leaves one torn; and so are values of another kind than a run writes."""
     records = []
     with contextlib.suppress(FileNotFoundError):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError):
                 record = json.loads(line)
                 if isinstance(record, dict) and isinstance(record.get("step"), int):
-                    records.append(record)
+                    records.append({key: value for key, value in record.items()
+                                    if isinstance(value, RECORD.get(key, NUMBER | None if "/" in key else object))})
     return records
 
 
@@ -231,7 +239,7 @@ def step_of(folder: Path) -> int | None:
     if found := re.fullmatch("step_([0-9]+)", folder.name):
         return int(found[1])
     with contextlib.suppress(OSError, ValueError):
-        return step if isinstance(step := read_trainer(folder).get("step"), int) else None
+        return read_trainer(folder)["step"]
     return None
 
 
@@ -270,7 +278,7 @@ def best_checkpoint(run: Path, before: int | None = None) -> Path | None:
     if best in folders:
         return folders[best]
     losses = {folder: trainer["best_val_loss"] for folder, trainer in [(newest, trainer), *trainers]
-              if isinstance(trainer.get("best_val_loss"), int | float)}
+              if trainer.get("best_val_loss") is not None}
     return min(reversed(losses), key=losses.get, default=None)
 
 
@@ -289,8 +297,13 @@ def follow_link(path: Path) -> Path:
 
 
 def read_trainer(folder: str | Path) -> dict:
-    """trainer.json of a checkpoint."""
-    return read_json(Path(folder) / "training" / "trainer.json")
+    """trainer.json of a checkpoint. Raises FileNotFoundError, or ValueError for one that a run cannot go on from."""
+    path = Path(folder) / "training" / "trainer.json"
+    trainer = read_json(path)
+    for key, kinds in TRAINER.items():
+        if not isinstance(trainer.get(key), kinds) and (key in trainer or key == "step"):
+            raise ValueError(f"{path} holds what is not expected there: {key} is {trainer.get(key)!r:.50}")
+    return trainer
 
 
 def read_sums(folder: Path) -> dict[str, str]:

@@ -320,13 +320,14 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
     """What a run came to. Its losses are compared on the windows that all its evaluations read; the final one is of
     the last evaluation, the whole split when the run has come to its end. Unknown values are left out."""
     evaluations = [record for record in records if record.get("val/loss") is not None]
-    speeds = [record["tokens_per_sec"] for record in records if "tokens_per_sec" in record]
-    summary: dict[str, Any] = {key: records[-1][key] for key in ("step", "elapsed_s") if records}
+    speeds = [record["tokens_per_sec"] for record in records if record.get("tokens_per_sec") is not None]
+    newest = records[-1] if records else {}
+    summary: dict[str, Any] = {key: newest[key] for key in ("step", "elapsed_s") if key in newest}
     if evaluations:
         summary["best_val_loss"] = min(record.get("val/sampled_loss") or record["val/loss"] for record in evaluations)
         summary["final_val_loss"] = evaluations[-1]["val/loss"]
     if speeds:
         # A step that the run went back from is not one of them, unless it has been made again.
-        summary["tokens"] = max(record.get("tokens", 0) for record in records if record["step"] <= summary["step"])
+        summary["tokens"] = max(record.get("tokens") or 0 for record in records if record["step"] <= summary["step"])
         summary["tokens_per_sec"] = statistics.median(speeds)
     return summary

@@ -164,7 +164,7 @@ def summary_table(runs: list[Run]) -> str:
     columns = {
         "parameters": lambda s: short_with_exact(s["parameters"]),
         "tokens": lambda s: short_with_exact(s["tokens"]),
-        "steps": lambda s: f"{s['steps']:,}" + (f" of {s['max_iters']:,}" if s["max_iters"] else ""),
+        "steps": lambda s: f"{s['steps']:,}" + (f" of {s['max_iters']:,.0f}" if s["max_iters"] else ""),
         "last train loss": lambda s: show(s["train_loss"], ".4f"),
         "last val loss": lambda s: show(s["val_loss"], ".4f") + (
             "<small>whole split</small>" if s["val_is_whole"] else "") + "".join(

@@ -92,24 +92,30 @@ def train_steps(model: nn.Module, here: Job, num_steps: int = 4) -> list[tuple[f
     return seen
 
 
-def losses_after_a_trial(layout: str, where: str, ranks: tuple[int, ...]) -> tuple[str | None, list]:
-    """Why the blocks are not compiled, when the compiler fails on some of the ranks; and the steps after that."""
-    with pytest.MonkeyPatch.context() as patched, join(layout) as here:
-        model = make(layout, here)
-        if here.rank in ranks:
-            failing(patched.setattr, where)
-        else:
-            counting(patched.setattr)
-        failure = distributed.compile_parts(model, "True" if where else "False", here, MICRO_SEQS)
-        return failure, train_steps(model, here)
+def losses_after_trials(layout: str, cases: list[tuple[str, tuple[int, ...]]]) -> list[tuple[str | None, list]]:
+    """For each case, where the compiler fails (""; nowhere, and none is asked for) and on which ranks: why the blocks
+    are not compiled, and the steps after that."""
+    found = []
+    with join(layout) as here:
+        for where, ranks in cases:
+            with pytest.MonkeyPatch.context() as patched:
+                model = make(layout, here)
+                if here.rank in ranks:
+                    failing(patched.setattr, where)
+                else:
+                    counting(patched.setattr)
+                failure = distributed.compile_parts(model, "True" if where else "False", here, MICRO_SEQS)
+                found.append((failure, train_steps(model, here)))
+    return found
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_trial_of_the_compiler_that_fails_changes_no_step(layout):
-    [(failure, undisturbed), _] = on_ranks(2, losses_after_a_trial, layout, "", ())
-    assert failure is None
-    for where, ranks in (("forward", (0, 1)), ("backward", (0, 1)), ("backward", (1,))):
-        for failure, steps in on_ranks(2, losses_after_a_trial, layout, where, ranks):
+    cases = [("", ()), ("forward", (0, 1)), ("backward", (0, 1)), ("backward", (1,))]
+    for (failure, undisturbed), *others in on_ranks(2, losses_after_trials, layout, cases):
+        assert failure is None
+        assert len(others) == 3
+        for failure, steps in others:
             assert "no compiler for this" in failure
             assert steps == undisturbed
 
@@ -144,8 +150,7 @@ def count_graphs(layout: str, dtype: str) -> tuple[list[int], str | None]:
         return counts, failure
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "dtype"), [("ddp", "float32"), ("fsdp", "float32"), ("fsdp", "bfloat16")])
 def test_all_blocks_share_the_trials_compilation(layout, dtype):
     """One graph is a block, one the loss of a chunk; each is compiled once more for evaluations, without gradients."""
     assert on_ranks(2, count_graphs, layout, dtype) == [([2, 2, 4, 4], None)] * 2
@@ -162,6 +167,7 @@ def test_a_run_compiles_no_shape_but_the_micro_batch(cli, tiny_data, monkeypatch
     assert len(graphs) == 4
 
 
+@pytest.mark.soak
 def test_a_run_whose_compiler_is_missing_ends_as_one_that_wants_none(tiny_data, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "/bin/false")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
@@ -202,10 +208,10 @@ def test_deterministic_reaches_the_compiler_and_nccl_whatever_was_imported_befor
     assert asked == [{}] * 3
 
 
-def fit_and_train(layout: str, where: str, full_at: int) -> tuple[int, list]:
-    """The micro-batch that is found when rank 1's memory is full in a pass over so many sequences (0: never), by what a
-    GPU's trial does; and the steps after it."""
-    forward = GPT.forward
+def fit_and_train(layout: str, cases: list[tuple[str, int]]) -> list[tuple[int, list]]:
+    """For each case, where rank 1's memory is full ("": no trial is made) in a pass over how many sequences (0: never):
+    the micro-batch that is found by what a GPU's trial does, and the steps after it."""
+    forward, found = GPT.forward, []
 
     def overflow(model, idx, targets=None, num_targets=None):
         loss = forward(model, idx, targets, num_targets)[1]
@@ -218,21 +224,24 @@ def fit_and_train(layout: str, where: str, full_at: int) -> tuple[int, list]:
     def out_of_memory(gradient):
         raise torch.OutOfMemoryError("backward")
 
-    with pytest.MonkeyPatch.context() as patched, join(layout) as here:
-        for name in ("reset_peak_memory_stats", "max_memory_reserved"):
-            patched.setattr(torch.cuda, name, lambda device: 0)
-        model, found = make(layout, here), MICRO_SEQS
-        if where:
-            fits = preflight._gpu_trial(model, here, "False")
-            patched.setattr(preflight, "_fits_host", lambda model, here, plan: fits(plan))
-            patched.setattr(GPT, "forward", overflow)
-            found = preflight.fit_batch_size(model, 4, here)
-            patched.setattr(GPT, "forward", forward)
-        return found, train_steps(model, here)
+    with join(layout) as here:
+        for case in cases:
+            where, full_at = case
+            model, size = make(layout, here), MICRO_SEQS
+            if where:
+                with pytest.MonkeyPatch.context() as patched:
+                    for name in ("reset_peak_memory_stats", "max_memory_reserved"):
+                        patched.setattr(torch.cuda, name, lambda device: 0)
+                    fits = preflight._gpu_trial(model, here, "False")
+                    patched.setattr(preflight, "_fits_host", lambda model, here, plan, fits=fits: fits(plan))
+                    patched.setattr(GPT, "forward", overflow)
+                    size = preflight.fit_batch_size(model, 4, here)
+            found.append((size, train_steps(model, here)))
+    return found
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_size_that_does_not_fit_one_rank_is_no_ranks_and_changes_no_step(layout):
-    [(_, undisturbed), _] = on_ranks(2, fit_and_train, layout, "", 0)
-    for where, full_at, expected in (("forward", 2, 1), ("backward", 2, 1), ("backward", 4, 2), ("forward", 0, 4)):
-        assert on_ranks(2, fit_and_train, layout, where, full_at) == [(expected, undisturbed)] * 2
+    cases = [("", 0), ("forward", 2), ("backward", 2), ("backward", 4), ("forward", 0)]
+    for (_, undisturbed), *others in on_ranks(2, fit_and_train, layout, cases):
+        assert others == [(size, undisturbed) for size in (1, 1, 2, 4)]
