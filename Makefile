@@ -21,17 +21,17 @@ test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
 
 soak: .venv/.dev
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal -m "soak or not soak" tests/test_faults.py tests/test_compile.py tests/test_distributed.py tests/test_hosts.py
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal -m "soak or not soak" tests/test_faults.py tests/test_compile.py tests/training/test_distributed.py tests/training/test_hosts.py
 
 test-gpu: .venv/.dev
 	$(PY) -m pytest -m gpu tests/test_gpu.py
 
 bench-gpu: .venv/.dev
-	$(PY) bench.py gpu --config=config/gpt2_124m.py
+	$(PY) -m benchmarks.bench gpu --config=config/gpt2_124m.py
 
 zoo: .venv/.run
 	test -e data/shakespeare_char || $(PY) prepare_data.py shakespeare_char $(ARGS)
-	$(PY) zoo.py
+	$(PY) -m benchmarks.zoo
 
 lint: .venv/.dev
 	$(PY) -m ruff check .

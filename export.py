@@ -10,10 +10,10 @@ It is there whole or not at all. The card names files without the folders that t
 
 from __future__ import annotations
 
-import process
+from flatgpt import signals
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds
-    process.begin()
+    signals.begin()
 
 import json
 import os
@@ -24,23 +24,19 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-import settings
-
-if __name__ == "__main__":
-    settings.help_early(__file__, "ExportConfig")
-
-import checkpoint
-import files
-import weights
-from checkpoint import RunConfig
-from curves import PICTURES, Run, picture_of, render
-from data import Mixture, open_mixture
-from device import one_line
-from metrics import LogConfig, summarize
+from flatgpt import files
+from flatgpt.data.loader import Mixture, open_mixture
+from flatgpt.data.shards import Dataset
+from flatgpt.data.sources import SOURCES
+from flatgpt.data.tokenizer import load_tokenizer
+from flatgpt.models import weights
+from flatgpt.options import parse_options, run_script
+from flatgpt.training import checkpoint
+from flatgpt.training.checkpoint import RunConfig
+from flatgpt.training.device import one_line
+from flatgpt.training.metrics import LogConfig, summarize
+from flatgpt.training.plots import PICTURES, Run, picture_of, render
 from model import LanguageModel
-from shards import Dataset
-from sources import SOURCES
-from tokenizer import load_tokenizer
 
 PARTS = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 UNSHOWN = {"dataset", "init_from", "eval_only", "max_minutes", "backend", "timeout_s"}  # options; the card has its own
@@ -56,7 +52,7 @@ class ExportConfig:
 
 
 def main(argv: list[str]) -> None:
-    config, _ = settings.parse(ExportConfig, argv, usage=__doc__)
+    config, _ = parse_options(ExportConfig, argv, usage=__doc__)
     check_options(config)
     run, to = Path(config.run), Path(config.to)
     folder = find_checkpoint(run, config.checkpoint)
@@ -286,4 +282,4 @@ def use_section(name: str, is_ours: bool, folder: Path, block_size: int) -> str:
 
 
 if __name__ == "__main__":
-    settings.run(main)
+    run_script(main)

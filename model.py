@@ -500,7 +500,7 @@ class LanguageModel(nn.Module):
                  use_cache: bool = True, **options: Any) -> torch.Tensor:
         """Continue each row of idx (B, T >= 1) by `max_new_tokens` tokens: (B, T + max_new_tokens). See `stream`;
         sampling.Sampler has more `options`."""
-        from sampling import Sampler
+        from flatgpt.models.sampling import Sampler
 
         tokens = self.stream(idx, max_new_tokens, Sampler(temperature, top_k, **options), use_cache)
         return torch.cat([idx, *(token.unsqueeze(1) for token in tokens)], dim=1)
@@ -556,8 +556,8 @@ class LanguageModel(nn.Module):
         """Load a model: a hub id (`gpt2` ... `gpt2-xl`, `owner/name`) or Hugging Face folder of a GPT-2 or Llama, a
         checkpoint or run folder of ours, or nanoGPT's ckpt.pt. `overrides` replace fields of the configuration that do
         not change the weights' shapes (dropout). Raises ValueError or OSError in words for a user."""
-        from baselines import build_empty
-        from weights import load_pretrained
+        from flatgpt.models.baselines import build_empty
+        from flatgpt.models.weights import load_pretrained
 
         config, state = load_pretrained(source)
         for key, value in overrides.items():
@@ -568,7 +568,7 @@ class LanguageModel(nn.Module):
 
     def save_pretrained(self, folder: str, eot_id: int | None = None) -> None:
         """Write a Hugging Face model folder: config.json, generation_config.json, model.safetensors."""
-        from weights import save_pretrained
+        from flatgpt.models.weights import save_pretrained
 
         save_pretrained(self.config, self.state_dict(), folder, eot_id)
 

@@ -23,10 +23,10 @@ lies in data/.NAME.partial, and the same command goes on from the last finished 
 
 from __future__ import annotations
 
-import process
+from flatgpt import launcher, signals
 
 if __name__ == "__main__":
-    process.begin()
+    signals.begin()
 
 import os
 import re
@@ -42,13 +42,9 @@ from typing import Annotated, Any
 import numpy as np
 from tqdm import tqdm
 
-import files
-import machine
-import settings
-import shards
-import sources
-import unfinished
-from pipeline import (
+from flatgpt import files, machine
+from flatgpt.data import shards, sources, staging
+from flatgpt.data.pipeline import (
     Batch,
     Cursor,
     Encoder,
@@ -61,10 +57,11 @@ from pipeline import (
     read_digests,
     refuse,
 )
-from shards import DATA_DIR
-from sources import SOURCES, Part, SourceConfig, text_of
-from tokenizer import Tokenizer, check_kind, load_tokenizer, make_tokenizer
-from unfinished import Unfinished, describe, plural, wait_for
+from flatgpt.data.shards import DATA_DIR
+from flatgpt.data.sources import SOURCES, Part, SourceConfig, text_of
+from flatgpt.data.staging import Unfinished, describe, plural, wait_for
+from flatgpt.data.tokenizer import Tokenizer, check_kind, load_tokenizer, make_tokenizer
+from flatgpt.options import closest, parse_options, run_script
 
 BPE_BYTES = 500 << 20  # text that a bpe is trained on, at most
 TOKENS_PER_BYTE = {"gpt2": 0.25, "bpe": 0.25, "char": 1.0, "byte": 1.0}  # about, to know the disk space ahead
@@ -84,7 +81,7 @@ class PrepareConfig:
 
 def main(argv: list[str]) -> None:
     """Make a dataset folder; or verify one, or show what is in it."""
-    config, given = settings.parse(PrepareConfig, argv, usage=__doc__, bare_word="dataset")
+    config, given = parse_options(PrepareConfig, argv, usage=__doc__, bare_word="dataset")
     check_options(config, given)
     if config.verify:
         return verify(shards.find_folder(config.verify))
@@ -94,10 +91,10 @@ def main(argv: list[str]) -> None:
     if config.tokens.val_fraction is None:
         config.tokens.val_fraction = source.val_fraction
     config.tokens.tokenizer = kind_of(config)
-    rank, world_size, *_ = process.ranks()
-    if world_size > 1 and not process.UNDER_TORCHRUN:
+    rank, world_size, *_ = launcher.ranks()
+    if world_size > 1 and not launcher.UNDER_TORCHRUN:
         print(f"rank {rank} of {world_size}, which all have to be started: the environment has "
-              f"{process.rank_variables()}; {process.HOW_TO_START}", flush=True)
+              f"{launcher.rank_variables()}; {launcher.HOW_TO_START}", flush=True)
     prepare(config, rank, world_size)
     if config.show_merges and rank == 0:
         show_merges(DATA_DIR / folder_name(config))
@@ -120,7 +117,7 @@ def check_options(config: PrepareConfig, given: Mapping[str, str]) -> None:
         faults.append(f"nothing to read: name a source ({', '.join(SOURCES)}), a data set of the hub (--hf=OWNER/NAME) "
                       "or --input=FILE_OR_FOLDER")
     if source.dataset and source.dataset not in SOURCES:
-        hint = settings.closest(source.dataset, SOURCES) or f"the sources are {', '.join(SOURCES)}"
+        hint = closest(source.dataset, SOURCES) or f"the sources are {', '.join(SOURCES)}"
         faults.append(f"no source {source.dataset!r}; {hint} (your own text: --input=FILE_OR_FOLDER --name=NAME)")
     elif source.hf and (source.input or source.dataset):
         faults.append(f"--hf={source.hf} is a source of its own: leave out "
@@ -153,7 +150,7 @@ def prepare(config: PrepareConfig, rank: int, world_size: int) -> None:
     target = DATA_DIR / folder_name(config)
     repo, commit = sources.hub_name(config.source), ""
     if repo:  # all ranks, and a resumed run, read what the first one found
-        commit = unfinished.recorded_commit(target, config.source.hf or config.source.dataset, config.source.revision,
+        commit = staging.recorded_commit(target, config.source.hf or config.source.dataset, config.source.revision,
                                             rank)
         commit = sources.commit_of(repo, config.source.revision) if commit is None else commit
     # A commit says what is in a data set; otherwise its parts have to be looked at.
@@ -248,7 +245,7 @@ def num_workers(config: PrepareConfig, mine: list[Part]) -> int:
     """As many as the user says, else one for each core that this rank may use; one for a small source."""
     if sum(part.size for part in mine) < SMALL_BYTES and not sources.hub_name(config.source):
         return 1
-    return config.tokens.workers or max(1, machine.num_cores() // process.ranks().local_world_size)
+    return config.tokens.workers or max(1, machine.num_cores() // launcher.ranks().local_world_size)
 
 
 def check_disk(folder: Path, expected_bytes: int) -> None:
@@ -387,4 +384,4 @@ def show_merges(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    settings.run(main)
+    run_script(main)

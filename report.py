@@ -10,10 +10,10 @@ runs give the same bytes; the numbers that its pictures show are in it, as JSON 
 
 from __future__ import annotations
 
-import process
+from flatgpt import signals
 
 if __name__ == "__main__":  # before matplotlib is imported, which takes a second
-    process.begin()
+    signals.begin()
 
 import base64
 import html
@@ -24,16 +24,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import settings
-
-if __name__ == "__main__":
-    settings.help_early(__file__, "ReportConfig")
-
 import numpy as np
 from matplotlib.figure import Figure
 
-import files
-from curves import COLOURS, PICTURES, Picture, Run, dashes, has_values, picture_of, read_run, render, short
+from flatgpt import files
+from flatgpt.options import parse_options, run_script
+from flatgpt.training.plots import (
+    COLOURS,
+    PICTURES,
+    Picture,
+    Run,
+    dashes,
+    has_values,
+    picture_of,
+    read_run,
+    render,
+    short,
+)
 
 LOSS_SCALES = ("dataset", "tokenizer", "data_vocab_size")  # options without which losses do not compare
 
@@ -46,7 +53,7 @@ class ReportConfig:
 
 def main(argv: list[str]) -> None:
     """Write the page, and its pictures beside it."""
-    config, _ = settings.parse(ReportConfig, argv, usage=__doc__, bare_word="runs")
+    config, _ = parse_options(ReportConfig, argv, usage=__doc__, bare_word="runs")
     out = Path(config.out)
     if not config.runs:
         raise ValueError("no run is named; write: python report.py --runs out/a out/b")
@@ -295,4 +302,4 @@ td > span { display: none; }
 
 
 if __name__ == "__main__":
-    settings.run(main)
+    run_script(main)

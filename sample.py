@@ -13,10 +13,10 @@ are `auto`); --start is another name of --prompt.
 
 from __future__ import annotations
 
-import process
+from flatgpt import signals
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds
-    process.begin(needs_reader=True)
+    signals.begin(needs_reader=True)
 
 import contextlib
 import itertools
@@ -27,24 +27,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import machine
-import settings
+from flatgpt import machine
+from flatgpt.options import parse_options, run_script
 
 if __name__ == "__main__":
     machine.warn_of_little_memory()
-    settings.help_early(__file__, "SampleConfig")
 
 import numpy as np
 import torch
 
-import checkpoint
-import distributed
-import prompts
-from device import DeviceConfig, pick_numerics
-from distributed import Job
+from flatgpt.data.tokenizer import Tokenizer
+from flatgpt.models import inference
+from flatgpt.models.sampling import Sampler, Stage, table
+from flatgpt.training import checkpoint, distributed
+from flatgpt.training.device import DeviceConfig, pick_numerics
+from flatgpt.training.distributed import Job
 from model import Cache, LanguageModel
-from sampling import Sampler, Stage, table
-from tokenizer import Tokenizer
 
 
 @dataclass
@@ -70,7 +68,7 @@ class SampleConfig:
 
 
 def main(argv: list[str]) -> None:
-    config, given = settings.parse(SampleConfig, argv, usage=__doc__, aliases={"start": "prompt"})
+    config, given = parse_options(SampleConfig, argv, usage=__doc__, aliases={"start": "prompt"})
     check_options(config, given)
     with distributed.job(config.where, alone=True) as here:
         sample(config, here)
@@ -78,18 +76,18 @@ def main(argv: list[str]) -> None:
 
 def sample(config: SampleConfig, here: Job) -> None:
     """Print the samples, and the speed they were written at."""
-    prompt = prompts.read(config.prompt)
-    path, name = prompts.find_model(config.init_from, config.out_dir)
+    prompt = inference.read(config.prompt)
+    path, name = inference.find_model(config.init_from, config.out_dir)
     with checkpoint.reading(path):
         model = checkpoint.load_model(str(path))
-        tokenizer = prompts.find_tokenizer(path, model.config.vocab_size)
-    numerics, _ = pick_numerics(model, config.where.dtype, "sdpa", here.device, 1, prompts.options_of(path),
+        tokenizer = inference.find_tokenizer(path, model.config.vocab_size)
+    numerics, _ = pick_numerics(model, config.where.dtype, "sdpa", here.device, 1, inference.options_of(path),
                                 training=False)
     here.set_dtype(numerics.dtype)
     model.to(here.device, here.dtype)  # a token costs the time it takes to read the weights
     model.compile_decoding = config.compile == "True" or (config.compile == "auto" and here.device.type == "cuda")
     windows = draw_windows(config, path, model, tokenizer) if config.split else None
-    ids = prompts.encode(tokenizer, prompt)
+    ids = inference.encode(tokenizer, prompt)
     print(f"{name}: {model.num_params(non_embedding=False):,} parameters on {here.device}, {here.dtype}", flush=True)
     torch.manual_seed(config.seed)
     began = time.perf_counter()
@@ -157,9 +155,9 @@ def write_sample(model: LanguageModel, tokenizer: Tokenizer, prompt: str, ids: t
 
 def draw_windows(config: SampleConfig, path: Path, model: LanguageModel, tokenizer: Tokenizer) -> np.ndarray:
     """A prompt and what follows it for each sample, (num_samples, prompt_tokens + max_new_tokens) int64."""
-    data = prompts.open_data(path, config.dataset, model.config.vocab_size, tokenizer)
+    data = inference.open_data(path, config.dataset, model.config.vocab_size, tokenizer)
     prompt_tokens = config.prompt_tokens or max(1, model.config.block_size // 2)
-    return prompts.draw_windows(data, config.split, config.num_samples, prompt_tokens + config.max_new_tokens,
+    return inference.draw_windows(data, config.split, config.num_samples, prompt_tokens + config.max_new_tokens,
                                 config.seed)
 
 
@@ -179,12 +177,12 @@ def continue_windows(model: LanguageModel, tokenizer: Tokenizer, windows: np.nda
 def converse(model: LanguageModel, tokenizer: Tokenizer, config: SampleConfig) -> None:
     """Continue each line of the standard input, to its end or Ctrl-C. A line that cannot be encoded is only said."""
     is_terminal, room, cache = sys.stdin.isatty(), 0, Cache()
-    sys.stdin.reconfigure(errors="surrogateescape")  # prompts.encode has words for what is no text
+    sys.stdin.reconfigure(errors="surrogateescape")  # inference.encode has words for what is no text
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             prompt = input("> " if is_terminal else "")
             try:
-                ids = prompts.encode(tokenizer, prompt)
+                ids = inference.encode(tokenizer, prompt)
             except ValueError as error:
                 print(f"error: {error}", file=sys.stderr, flush=True)
                 continue
@@ -198,4 +196,4 @@ def converse(model: LanguageModel, tokenizer: Tokenizer, config: SampleConfig) -
 
 
 if __name__ == "__main__":
-    settings.run(main)
+    run_script(main)

@@ -15,11 +15,11 @@ defaults are nanoGPT's; where flatGPT differs (device, dtype and compile are `au
 
 from __future__ import annotations
 
-import process
+from flatgpt import launcher, signals
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds
-    process.begin()
-    process.end_with_torchrun()
+    signals.begin()
+    launcher.end_with_torchrun()
 
 import itertools
 import math
@@ -30,26 +30,17 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import machine
-import settings
+from flatgpt import machine
+from flatgpt.options import flatten, parse_options, run_script
 
 if __name__ == "__main__":
     machine.warn_of_little_memory()
-    settings.help_early(__file__, "TrainConfig")
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-import checkpoint
-import distributed
-import files
-import optim
-import preflight
-import prompts
-import weights
-from baselines import build, build_empty, count_pairs, fit_bigram
-from checkpoint import Progress, RunConfig, RunFolder
-from data import (
+from flatgpt import files
+from flatgpt.data.loader import (
     DataConfig,
     EvalOrder,
     MixedOrder,
@@ -62,12 +53,16 @@ from data import (
     prefetch,
     read_step,
 )
-from device import DeviceConfig, Numerics, pick_numerics
-from distributed import Job, ParallelConfig
-from metrics import LogConfig, Reporter, describe_losses, validation_losses, write_samples
+from flatgpt.data.shards import UNKNOWN_VOCAB_SIZE
+from flatgpt.models import inference, weights
+from flatgpt.models.baselines import build, build_empty, count_pairs, fit_bigram
+from flatgpt.training import checkpoint, distributed, optim, preflight
+from flatgpt.training.checkpoint import Progress, RunConfig, RunFolder
+from flatgpt.training.device import DeviceConfig, Numerics, pick_numerics
+from flatgpt.training.distributed import Job, ParallelConfig
+from flatgpt.training.metrics import LogConfig, Reporter, describe_losses, validation_losses, write_samples
+from flatgpt.training.optim import OptimConfig, StepJudge
 from model import GPTConfig, LanguageModel
-from optim import OptimConfig, StepJudge
-from shards import UNKNOWN_VOCAB_SIZE
 
 UNFINISHED = 75  # exit status of a run that was asked to stop: EX_TEMPFAIL, start it again
 SAVING_FAILS = "failed saves"  # a reason to stop without another save
@@ -111,7 +106,7 @@ class TrainConfig:
 
 def main(argv: list[str]) -> None:
     """One run; an exit status of UNFINISHED when it was asked to stop."""
-    config, given = settings.parse(TrainConfig, argv, usage=__doc__)
+    config, given = parse_options(TrainConfig, argv, usage=__doc__)
     if config.init_from == "resume":
         config.run.resume = "must"
     check_options(config)
@@ -129,7 +124,7 @@ def main(argv: list[str]) -> None:
                                  "--activation_checkpointing=True, or --parallel=fsdp on several GPUs; what was saved "
                                  f"is intact ({str(error).splitlines()[0]})") from None
     if stopped_by:
-        process.end_torchrun()
+        launcher.end_torchrun()
         sys.exit(UNFINISHED)
 
 
@@ -147,7 +142,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     if data.tokenizer is None:
         report.say(f"no tokenizer is known for {config.data.dataset}: the run learns its ids alone, and sample.py will "
                    "have no text to show")
-    distributed.check_agreement(settings.flatten(config) | {
+    distributed.check_agreement(flatten(config) | {
         "the code": files.code_fingerprint(), "the data": data.fingerprint, "torch": torch.__version__,
         "device": here.device.type}, here)  # whatever it is called on each rank
 
@@ -171,7 +166,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     plan = plan_batches(config.data, given, block_size, here.world_size, lambda seqs: (
         trainer["options"]["batch_size"] if trainer["folder"] else preflight.fit_batch_size(
             model, seqs, here, config.compile)))
-    options = settings.flatten(config)
+    options = flatten(config)
     identity = {"data_fingerprint": data.fingerprint, "data_vocab_size": data.vocab_size,
                 "seqs_per_step": plan.seqs_per_step}
     if trainer["folder"]:
@@ -205,7 +200,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
         checkpoint.load_training_state(trainer, model, optimizer, scaler, judge, here)
     is_new = distributed.on_rank0(lambda: run.open(options, is_new=trainer["folder"] is None), here)
     source = trainer["folder"] or ("" if config.init_from == "scratch" else config.init_from)
-    tokenizer = prompts.tokenizer_to_save(weights.resolve(source) if source and here.rank == 0 else None,
+    tokenizer = inference.tokenizer_to_save(weights.resolve(source) if source and here.rank == 0 else None,
                                           model.config.vocab_size, data)
     now, tokens_per_step = Progress.of(trainer), plan.seqs_per_step * block_size
     report.start(model, now.step, trainer["elapsed_s"], options | {"tokens_per_step": tokens_per_step}, is_new)
@@ -215,7 +210,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
                        itertools.count(now.next_seq, plan.seqs_per_step))
     done_at = now.step if trainer["folder"] else None  # the step that was evaluated and saved before
     stopped_by = ""
-    with process.stop_requests() as asked:
+    with signals.stop_requests() as asked:
         while True:
             is_last = now.step == config.max_iters
 
@@ -361,7 +356,7 @@ def check_options(config: TrainConfig) -> None:
 
 def check_same_run(config: TrainConfig, trainer: Mapping[str, Any], now: Mapping[str, Any], report: Reporter) -> None:
     """Say which options changed since the checkpoint. Raises ValueError that lists those which must not."""
-    before = settings.flatten(TrainConfig()) | trainer["options"] | trainer  # an option newer than the run: its default
+    before = flatten(TrainConfig()) | trainer["options"] | trainer  # an option newer than the run: its default
     changed = {key: "the tokens or the shares of the data sets changed" if key == "data_fingerprint" else
                f"{key} was {before[key]}, is {value}" for key, value in now.items()
                if key in before and before[key] not in (value, "auto")  # which leaves the choice to us
@@ -438,8 +433,8 @@ def adapt(model: LanguageModel, config: TrainConfig, given: Mapping[str, str], d
               and getattr(config.model, key) != getattr(model.config, key)]
     if model.config.vocab_size < data.vocab_size:
         faults.append(f"its vocabulary is {model.config.vocab_size}, and {config.data.dataset} has {data.vocab_size}")
-    elif data.tokenizer and not prompts.has_the_ids(
-            prompts.known_tokenizer(weights.resolve(config.init_from), model.config.vocab_size), data):
+    elif data.tokenizer and not inference.has_the_ids(
+            inference.known_tokenizer(weights.resolve(config.init_from), model.config.vocab_size), data):
         faults.append(f"its tokenizer gives other ids than that of {config.data.dataset}: prepare the data with "
                       f"--tokenizer={weights.full_name(config.init_from)}")
     if faults:
@@ -455,7 +450,7 @@ def why_stop(asked: list[str], config: TrainConfig, run: RunFolder, here: Job) -
         return asked[0]
     if run.gave_up:
         return SAVING_FAILS
-    if here.rank == 0 and config.max_minutes and process.seconds_since_launch() >= 60 * config.max_minutes:
+    if here.rank == 0 and config.max_minutes and launcher.seconds_since_launch() >= 60 * config.max_minutes:
         return f"max_minutes={config.max_minutes:g}"
     return ""
 
@@ -491,4 +486,4 @@ def versions() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    record(settings.run)(main)  # what settings.run does not answer for, torchrun reports
+    record(run_script)(main)  # what run_script does not answer for, torchrun reports

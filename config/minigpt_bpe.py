@@ -5,7 +5,7 @@
     python sample.py --out_dir=out/minigpt_bpe --prompt="ROMEO:"
 
 Losses of different vocabularies do not compare, because their tokens hold different amounts of text; bits per byte do:
-`python evaluate.py --out_dir=out/minigpt_bpe` prints them.
+`python eval.py --out_dir=out/minigpt_bpe` prints them.
 """
 
 out_dir = "out/minigpt_bpe"

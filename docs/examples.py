@@ -19,14 +19,14 @@ import numpy as np
 import torch
 
 import model as gpt
-from baselines import build as build_model
-from baselines import count_pairs, fit_bigram
-from data import TrainOrder
+from flatgpt.data.loader import TrainOrder
+from flatgpt.data.shards import open_dataset
+from flatgpt.data.tokenizer import Tokenizer, make_tokenizer, train_bpe
+from flatgpt.models.baselines import build as build_model
+from flatgpt.models.baselines import count_pairs, fit_bigram
+from flatgpt.models.sampling import Sampler
+from flatgpt.training.optim import OptimConfig, build_optimizer, learning_rate
 from model import GPT, GPTConfig, attend
-from optim import OptimConfig, build_optimizer, learning_rate
-from sampling import Sampler
-from shards import open_dataset
-from tokenizer import Tokenizer, make_tokenizer, train_bpe
 
 TEXT = """\
 the sea is wide and the sea is deep.

@@ -41,8 +41,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD):
     signal.signal(number, signal.SIG_DFL)
 
-import settings  # noqa: E402
-from shards import shard_header  # noqa: E402
+from flatgpt.data.shards import shard_header  # noqa: E402
+from flatgpt.options import run_script  # noqa: E402
 
 
 @dataclass
@@ -61,7 +61,7 @@ def cli(monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, args)])
         capsys.readouterr()
         try:
-            settings.run(importlib.import_module(script).main)
+            run_script(importlib.import_module(script).main)
             code = 0
         except SystemExit as stop:
             code = stop.code or 0
@@ -178,7 +178,7 @@ def _gpt2_ranks_offline():
 
 @pytest.fixture(scope="session")
 def gpt2_tokenizer():
-    from tokenizer import GPT2Tokenizer
+    from flatgpt.data.tokenizer import GPT2Tokenizer
 
     try:
         return GPT2Tokenizer()

@@ -27,10 +27,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distributed import Job
+from flatgpt.models.sampling import Sampler
+from flatgpt.training.distributed import Job
+from flatgpt.training.optim import OptimConfig, build_optimizer
 from model import GPT, Decoder, GPTConfig
-from optim import OptimConfig, build_optimizer
-from sampling import Sampler
 
 CUDA = torch.device("cuda", 0)
 SHAPE = {"block_size": 64, "vocab_size": 300, "n_layer": 2, "n_head": 4, "n_embd": 128}

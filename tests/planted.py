@@ -26,18 +26,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import process
+from flatgpt import launcher, signals
 
 if __name__ == "__main__":
-    process.begin()
-    process.end_with_torchrun()
+    signals.begin()
+    launcher.end_with_torchrun()
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-import settings
 import train
-from checkpoint import RunFolder
-from metrics import Reporter
+from flatgpt.options import run_script
+from flatgpt.training.checkpoint import RunFolder
+from flatgpt.training.metrics import Reporter
 from model import GPT
 
 FULL_BYTES = 40_000  # between the size of the tests' metrics.jsonl and that of their optimizer.safetensors
@@ -54,7 +54,7 @@ def within(number: int, wanted: str | None) -> bool:
 def plant(env: Mapping[str, str], put: Callable[[Any, str, Any], None] = setattr) -> None:
     """Plant what `env` names; `put` is setattr, or a test's monkeypatch.setattr, which undoes it."""
     is_last = int(env.get("RANK", "0")) == int(env.get("WORLD_SIZE", "1")) - 1
-    forward, count, write, stop_requests = GPT.forward, Reporter.count, RunFolder._write, process.stop_requests
+    forward, count, write, stop_requests = GPT.forward, Reporter.count, RunFolder._write, signals.stop_requests
     steps_done = 0
     asked: list[str] = []  # the loop's own list of signals
 
@@ -99,7 +99,7 @@ def plant(env: Mapping[str, str], put: Callable[[Any, str, Any], None] = setattr
     put(GPT, "forward", planted_forward)
     put(Reporter, "count", planted_count)
     put(RunFolder, "_write", planted_write)
-    put(process, "stop_requests", planted_stop_requests)
+    put(signals, "stop_requests", planted_stop_requests)
     if is_last and "LAST_FOLDER" in env:
         os.chdir(env["LAST_FOLDER"])
     if is_last and "LAST_OPTION" in env:
@@ -108,4 +108,4 @@ def plant(env: Mapping[str, str], put: Callable[[Any, str, Any], None] = setattr
 
 if __name__ == "__main__":
     plant(os.environ)
-    record(settings.run)(train.main)
+    record(run_script)(train.main)

@@ -22,7 +22,7 @@ def config(tiny_data):
 
 
 def test_training_is_measured_against_the_plain_loop(cli, config):
-    result = cli("bench", "train", f"--config={config}", f"--options={OPTIONS}", "--steps=6", "--rounds=1",
+    result = cli("benchmarks.bench", "train", f"--config={config}", f"--options={OPTIONS}", "--steps=6", "--rounds=1",
                  "--baseline=True", "--json=True")
     assert result.code == 0, result.err
     assert "train.py / the plain loop: median" in result.out
@@ -37,7 +37,7 @@ def test_training_is_measured_against_the_plain_loop(cli, config):
 
 def test_without_the_data_set_random_tokens_are_trained_on(cli, config):
     config.write_text('dataset = "nowhere"\n')
-    result = cli("bench", "train", f"--config={config}", f"--options={OPTIONS}", "--steps=2", "--rounds=1",
+    result = cli("benchmarks.bench", "train", f"--config={config}", f"--options={OPTIONS}", "--steps=2", "--rounds=1",
                  "--json=True")
     assert result.code == 0, result.err
     assert "no data set nowhere here: random tokens take its place" in result.out
@@ -45,23 +45,26 @@ def test_without_the_data_set_random_tokens_are_trained_on(cli, config):
 
 
 def test_a_profile_is_a_trace(cli, config, tmp_path):
-    result = cli("bench", "train", f"--config={config}", f"--options={OPTIONS}", f"--profile={tmp_path / 'trace.json'}")
+    result = cli("benchmarks.bench", "train", f"--config={config}", f"--options={OPTIONS}",
+                 f"--profile={tmp_path / 'trace.json'}")
     assert result.code == 0, result.err
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert "aten::" in result.out
 
 
 def test_the_start_is_measured(cli, config):
-    result = cli("bench", "startup", f"--config={config}", f"--options={OPTIONS}", "--rounds=1", "--json=True")
+    result = cli("benchmarks.bench", "startup", f"--config={config}", f"--options={OPTIONS}", "--rounds=1",
+                 "--json=True")
     assert result.code == 0, result.err
     assert all(way[0]["seconds"] > 0.1 for way in numbers_of(result.out).values())
 
 
 def test_the_rows_of_the_gpu_table_come_from_any_device(cli, config, monkeypatch):
-    monkeypatch.setattr("bench.SAMPLED", GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=160, vocab_size=300))
+    monkeypatch.setattr("benchmarks.bench.SAMPLED",
+                        GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=160, vocab_size=300))
     options = " ".join(option for option in OPTIONS.split() if not option.startswith(("--batch", "--gradient")))
-    result = cli("bench", "gpu", f"--config={config}", f"--options={options} --total_batch_size=128 --batch_size=4",
-                 "--steps=3", "--rounds=1", "--json=True")
+    result = cli("benchmarks.bench", "gpu", f"--config={config}",
+                 f"--options={options} --total_batch_size=128 --batch_size=4", "--steps=3", "--rounds=1", "--json=True")
     assert result.code == 0, result.err
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.out.splitlines() if "| " in line]
     table = {row[0]: dict(zip(rows[0][1:], row[1:])) for row in rows[2:]}

@@ -14,8 +14,8 @@ from matplotlib.image import imread
 from safetensors import safe_open
 from test_report import coloured_pixels, drawn_in
 
-import files
-from curves import render
+from flatgpt import files
+from flatgpt.training.plots import render
 from model import GPT
 
 LLAMA = ("--pos=rope", "--norm=rmsnorm", "--mlp=swiglu")

@@ -26,15 +26,13 @@ import torch
 from conftest import ROOT, TEXT, TINY_RUN, files_of, on_ranks, records_of, run_process
 from filelock import FileLock
 
-import checkpoint
-import files
-import metrics
 import prepare_data
-import process
-import settings
 import train
-from checkpoint import read_trainer, verify
-from distributed import Job
+from flatgpt import files, signals
+from flatgpt.options import run_script
+from flatgpt.training import checkpoint, metrics
+from flatgpt.training.checkpoint import read_trainer, verify
+from flatgpt.training.distributed import Job
 
 OPTIONS = (*TINY_RUN, "--max_iters=100", "--lr_decay_iters=100", "--eval_interval=50", "--save_interval=20",
            "--dropout=0.1", "--keep_last=0")
@@ -193,7 +191,7 @@ def be_train(cwd: Path, options: tuple[str, ...], faults: dict[str, str]) -> int
     sys.argv = ["train.py", *options]
     planted.plant({**os.environ, **faults})
     try:
-        settings.run(train.main)
+        run_script(train.main)
     except SystemExit as stop:
         return stop.code or 0
     return 0
@@ -423,7 +421,7 @@ def copy_until(step: int, run: Path) -> None:
 # Asked to stop, or told to go on elsewhere
 
 
-@pytest.mark.parametrize("number", process.STOP_SIGNALS)
+@pytest.mark.parametrize("number", signals.STOP_SIGNALS)
 def test_a_signal_finishes_the_step_saves_and_exits_with_75(cli, data, undisturbed, monkeypatch, number):
     with monkeypatch.context() as patch:
         patch.setattr(metrics.Reporter, "count", raising_at(15, number, metrics.Reporter.count))

@@ -11,7 +11,7 @@ from conftest import files_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-import files
+from flatgpt import files
 
 VALUES = st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), st.integers() | st.text("aü🎉\n\0"))
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import ROOT, TINY_RUN, records_of, torchrun
 
-from data import pin
-from device import pick_attention, pick_dtype
+from flatgpt.data.loader import pin
+from flatgpt.models.sampling import Sampler
+from flatgpt.training.device import pick_attention, pick_dtype
 from model import GPT, Block, GPTConfig
-from sampling import Sampler
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-import machine
-import process
+from flatgpt import launcher, machine
 
 GB = 10**9
 NO_LIMIT_V1 = 9223372036854771712  # what version 1 writes where there is none
@@ -88,9 +87,9 @@ def test_an_old_kernel_that_does_not_say_what_is_free_has_half(root):
 
 
 def test_ranks_of_a_machine_share_its_cores(root, monkeypatch):
-    from pipeline import TokensConfig
+    from flatgpt.data.pipeline import TokensConfig
+    from flatgpt.data.sources import SourceConfig
     from prepare_data import PrepareConfig, num_workers
-    from sources import SourceConfig
 
     root({"proc/self/cgroup": "0::/"} | v2("", "max", 0, 0, "600000 100000"))
     config = PrepareConfig(SourceConfig(hf="owner/name"), TokensConfig())
@@ -106,11 +105,11 @@ def test_ranks_of_a_machine_share_its_cores(root, monkeypatch):
 def test_torch_takes_no_more_threads_than_the_quota(root, monkeypatch, cpu, omp, ranks, threads):
     import torch
 
-    import distributed
-    from device import DeviceConfig
+    from flatgpt.training import distributed
+    from flatgpt.training.device import DeviceConfig
 
     root({"proc/self/cgroup": "0::/"} | v2("", "max", 0, 0, cpu))
-    monkeypatch.setattr("process.ranks", lambda: process.Ranks(local_world_size=ranks))
+    monkeypatch.setattr("flatgpt.launcher.ranks", lambda: launcher.Ranks(local_world_size=ranks))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if omp:
         monkeypatch.setenv("OMP_NUM_THREADS", omp)

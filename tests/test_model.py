@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flatgpt.models.sampling import Sampler
 from model import (
     GPT,
     ActivatedLinear,
@@ -24,7 +25,6 @@ from model import (
     rotation,
     sinusoids,
 )
-from sampling import Sampler
 
 SHAPE = {"block_size": 16, "vocab_size": 37, "n_layer": 2, "n_head": 2, "n_embd": 8}
 

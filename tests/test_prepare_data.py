@@ -26,14 +26,11 @@ from conftest import ROOT, TEXT, files_of, torchrun, write_shard
 from test_shards import CHARS, llmc_folder, nanogpt_folder
 from test_sources import json_lines, parquet, zstd
 
-import pipeline
 import prepare_data
-import shards
-import sources
-import unfinished
-from files import read_json
-from shards import open_shard
-from tokenizer import EOT, load_tokenizer, train_bpe
+from flatgpt.data import pipeline, shards, sources, staging
+from flatgpt.data.shards import open_shard
+from flatgpt.data.tokenizer import EOT, load_tokenizer, train_bpe
+from flatgpt.files import read_json
 
 
 @pytest.fixture
@@ -458,7 +455,7 @@ def test_what_was_read_left_out_dropped_and_replaced_is_counted_and_named_by_fil
 
 @pytest.mark.parametrize("named", [50, 4])
 def test_what_is_said_of_files_survives_a_kill_and_is_the_same_for_any_number_of_ranks(cli, monkeypatch, named):
-    for room in (pipeline, unfinished, sources):
+    for room in (pipeline, staging, sources):
         monkeypatch.setattr(room, "NAMED", named)
     options = (f"--input={untidy()}", "--tokenizer=byte", "--skip_bad=True", "--shard_tokens=60")
     assert cli("prepare_data", *options, "--name=whole").code == 0
@@ -646,9 +643,11 @@ def _no_process_is_left():
 IN_SMALL_BATCHES = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-import pipeline, prepare_data, settings
+from flatgpt.data import pipeline
+import prepare_data
+from flatgpt import options
 pipeline.BATCH_BYTES = 20_000
-settings.run(prepare_data.main)
+options.run_script(prepare_data.main)
 """
 
 
@@ -772,7 +771,7 @@ def test_a_resumed_run_reads_the_commit_that_it_began_with(cli, hub_commits):
 def test_work_that_was_killed_at_its_beginning_does_not_say_which_commit_another_revision_is(cli, hub_commits,
                                                                                           monkeypatch):
     with monkeypatch.context() as patch, interrupted(0):
-        patch.setattr(unfinished.Unfinished, "tidy", lambda site: None)  # a kill leaves no time for it
+        patch.setattr(staging.Unfinished, "tidy", lambda site: None)  # a kill leaves no time for it
         assert cli("prepare_data", *HUB).code == 130
     assert cli("prepare_data", *HUB, "--revision=v2").code == 0
     arguments = read_json(Path("data/corpus/dataset.json"))["arguments"]

@@ -1,4 +1,4 @@
-"""report.py and curves.py: the page has the numbers of metrics.jsonl, and shows in a browser."""
+"""report.py and plots.py: the page has the numbers of metrics.jsonl, and shows in a browser."""
 
 import html
 import json
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from test_faults import start_ranks
 
-from curves import COLOURS, MAX_POINTS, PICTURES, Run, count_parameters, picture_of, read_run, short
+from flatgpt.training.plots import COLOURS, MAX_POINTS, PICTURES, Run, count_parameters, picture_of, read_run, short
 from model import GPT, LanguageModel
 from report import duration, labels
 

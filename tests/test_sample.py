@@ -15,10 +15,10 @@ from conftest import ROOT, TEXT, TINY_RUN, run_process
 from test_train import headerless
 from test_weights import make_hub_cache, save_nanogpt
 
+from flatgpt.data.shards import open_dataset
+from flatgpt.data.tokenizer import ByteTokenizer, load_tokenizer
+from flatgpt.models.sampling import Sampler
 from model import GPT
-from sampling import Sampler
-from shards import open_dataset
-from tokenizer import ByteTokenizer, load_tokenizer
 
 LINE = "\n---------------\n"
 
@@ -133,7 +133,7 @@ def test_bad_input_is_one_line(refused, trained, monkeypatch, options, message):
 
 def test_a_run_folder_without_a_model_is_told_from_one_that_is_not_there(refused, tmp_path):
     """And neither is looked for on the hub."""
-    for script in ("sample", "evaluate"):
+    for script in ("sample", "eval"):
         assert "there is no run folder out/nowhere" in refused(script, "--out_dir=out/nowhere")
     (tmp_path / "out" / "begun" / "checkpoints").mkdir(parents=True)
     assert "out/begun holds a run that has saved no checkpoint yet" in refused("sample", "--out_dir=out/begun")
@@ -146,7 +146,7 @@ def test_a_checkpoint_that_a_run_deletes_meanwhile_is_called_that(refused, train
         shutil.rmtree(folder)
         return GPT.from_pretrained(source)
 
-    monkeypatch.setattr("checkpoint.load_model", load_late)
+    monkeypatch.setattr("flatgpt.training.checkpoint.load_model", load_late)
     line = refused("sample", "--out_dir=out/tiny")
     assert f"{folder} was deleted meanwhile by the run that goes on there" in line
 
@@ -233,8 +233,8 @@ def test_a_run_is_sampled_and_measured_in_the_numbers_that_it_recorded(cli, tiny
     """Whatever a trial would say here and now: there is none."""
     options = [option for option in TINY_RUN if not option.startswith("--dtype")]
     assert cli("train", *options, "--dtype=bfloat16", "--attention=sdpa").code == 0
-    monkeypatch.setattr("device.time_in_turn", None)
-    for script, more in (("sample", ("--num_samples=1", "--max_new_tokens=3")), ("evaluate", ())):
+    monkeypatch.setattr("flatgpt.training.device.time_in_turn", None)
+    for script, more in (("sample", ("--num_samples=1", "--max_new_tokens=3")), ("eval", ())):
         for model in ("--out_dir=out/tiny", "--init_from=out/tiny/checkpoints/latest"):
             assert "on cpu, torch.bfloat16" in cli(script, model, *more).out
             assert "on cpu, torch.float32" in cli(script, model, *more, "--dtype=float32").out

@@ -15,14 +15,14 @@ import torch
 from conftest import ROOT, TEXT, TINY_RUN, files_of, on_ranks, records_of, write_shard
 from test_weights import Planted, save_hf, save_nanogpt
 
-import checkpoint
 import train
-from checkpoint import RunConfig, RunFolder, read_trainer
-from data import TrainOrder
-from distributed import Job
+from flatgpt.data.loader import TrainOrder
+from flatgpt.data.shards import open_dataset
+from flatgpt.data.tokenizer import ByteTokenizer, load_tokenizer
+from flatgpt.training import checkpoint
+from flatgpt.training.checkpoint import RunConfig, RunFolder, read_trainer
+from flatgpt.training.distributed import Job
 from model import GPT
-from shards import open_dataset
-from tokenizer import ByteTokenizer, load_tokenizer
 
 LATEST = Path("out/tiny/checkpoints/latest")
 
@@ -174,7 +174,7 @@ def test_init_from_resume_takes_the_shape_from_the_checkpoint_and_keeps_the_star
 
 def test_a_start_that_training_does_not_improve_leaves_a_best_checkpoint_all_the_same(cli, tiny_data, monkeypatch):
     losses = iter([1.0, 3.0, 2.0, 2.0])
-    monkeypatch.setattr("metrics.validation_loss", lambda *args, **kwargs: next(losses))
+    monkeypatch.setattr("flatgpt.training.metrics.validation_loss", lambda *args, **kwargs: next(losses))
     assert cli("train", *TINY_RUN).code == 0
     assert os.readlink("out/tiny/checkpoints/best") == "step_00000006"
     assert read_trainer(LATEST)["best_val_loss"] == 2.0
@@ -201,12 +201,12 @@ def test_a_model_of_gpt2s_size_without_a_tokenizer_needs_none_to_be_trained(cli,
     def missing():
         raise OSError("GPT-2's tokenizer could not be downloaded")
 
-    monkeypatch.setattr("prompts.GPT2Tokenizer", missing)
+    monkeypatch.setattr("flatgpt.models.inference.GPT2Tokenizer", missing)
     save_hf(tmp_path / "bare", vocab_size=50257, bos_token_id=None, eos_token_id=None)
     base = [option for option in TINY_RUN if not option.startswith("--n_")]
     result = cli("train", *base, "--init_from=bare", "--max_iters=1")
     assert result.code == 0, result.err
-    result = cli("evaluate", "--init_from=bare", "--dataset=tiny", "--device=cpu")
+    result = cli("eval", "--init_from=bare", "--dataset=tiny", "--device=cpu")
     assert result.code == 0, result.err
     assert "bits per byte" in result.out  # by the data's own tokenizer
 
@@ -296,7 +296,7 @@ BY_TRIAL = tuple(option for option in TINY_RUN if not option.startswith("--dtype
 def faster(monkeypatch, winner: str) -> None:
     """A processor with instructions for bfloat16 on which every trial is won by that number type."""
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True})
-    monkeypatch.setattr("device.time_in_turn", lambda steps: {
+    monkeypatch.setattr("flatgpt.training.device.time_in_turn", lambda steps: {
         choice: 1 + (str(choice) != f"{winner} with attention=sdpa") for choice in steps})
 
 
@@ -324,7 +324,7 @@ def test_the_number_type_of_a_trial_is_kept_from_the_first_step_on(cli, tiny_dat
 def test_a_checkpoint_that_recorded_auto_goes_on_by_the_old_rule(cli, tiny_data, monkeypatch):
     """As versions did that made no trial: bfloat16 where there are instructions, short windows by the formula."""
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True})
-    monkeypatch.setattr("device.time_in_turn", None)
+    monkeypatch.setattr("flatgpt.training.device.time_in_turn", None)
     assert cli("train", *BY_TRIAL, "--dtype=bfloat16", "--attention=math").code == 0
     trainer = Path(LATEST, "training", "trainer.json")
     recorded = json.loads(trainer.read_text())
@@ -368,7 +368,7 @@ def test_eval_only_evaluates_what_init_from_names_whatever_lies_in_out_dir(cli, 
 
 def test_a_nan_evaluation_is_not_the_best_and_not_the_end(cli, tiny_data, monkeypatch):
     losses = iter([float("nan"), 2.0, float("nan"), 1.0, 1.0])
-    monkeypatch.setattr("metrics.validation_loss", lambda *args, **kwargs: next(losses))
+    monkeypatch.setattr("flatgpt.training.metrics.validation_loss", lambda *args, **kwargs: next(losses))
     assert cli("train", *TINY_RUN, "--max_iters=3", "--eval_interval=1").code == 0
     assert [r["val/loss"] for r in records_of("out/tiny") if "val/loss" in r] == [None, 2.0, None, 1.0]
     assert read_trainer(LATEST)["best_val_loss"] == 1.0

@@ -1,0 +1,11 @@
+"""flatGPT's library, beneath the scripts at the top.
+
+    data/       text -> tokens -> batches
+    models/     batches -> loss; weights in and out; text
+    training/   what a run needs around the model
+    options.py  config files and --key=value arguments -> validated dataclasses; files.py, small files on disk;
+    signals.py, streams and what asks a process to stop; launcher.py, what started it; machine.py, memory and cores;
+    pickles.py, other people's pickles without running them
+
+Imports point down: training -> models -> data -> the files here. model.py stands at the top, beside models/.
+"""

@@ -1,0 +1,450 @@
+"""Records in, shards out: reading, tokenizing in worker processes, writing, all in the order of the source.
+
+Owns the processes, and what is decided about a single document: its split, its tokens, whether it counts. The main
+process reads records and hands them out in batches of about a megabyte; the workers decode, hash, split and tokenize;
+the results come back in the order of reading, and the main process writes them down. Only so many bytes are on their
+way at a time, which bounds the memory whatever the size of the corpus.
+
+Invariants: what becomes of a document is a function of its text, the SplitRule and, with `dedupe`, of what came before;
+the number of workers changes nothing. progress.json is true at any moment: a killed run goes on from there, and writes
+what it would have written. Workers end with the process that started them, however that ends.
+
+Example: of the documents "a b" and "", the first falls in val. Its worker gives [eot 64 275] and the outcomes
+[("val", 3)] and []; three tokens go to val_000000.tmp, and one empty document is counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import threading
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+
+from flatgpt import files, signals
+from flatgpt.data.shards import ShardWriter, narrow, shard_dtype
+from flatgpt.data.sources import NAMED, Part, Record, text_of
+from flatgpt.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
+
+SPLITS = ("train", "test", "val")
+BATCH_BYTES = 1 << 20  # text that a worker is handed at a time
+AHEAD_BYTES = 64 << 20  # text that is on its way at a time, or one document if that is longer
+RESERVE_BYTES = 64 << 20  # of disk that must be free for a shard of a source whose size is not known
+DIGEST_BYTES = 16
+FEW_DOCUMENTS, FEW_BYTES = 1000, 64 << 20  # a source below both is small: see plan_splits
+
+
+@dataclass
+class TokensConfig:
+    """What to make of it"""
+
+    tokenizer: Annotated[str, "path"] = "auto"  # gpt2, char, byte, bpe, a folder or hub id; auto = the source's
+    vocab_size: int = 2048  # vocabulary of a bpe, which is trained on (the first 500 MB of) the text
+    val_fraction: float | None = None  # share of the documents for validation; None = the source's own, or 0.1
+    test_fraction: float = 0.0  # share of the documents for a test split
+    dedupe: bool = False  # drop documents that came before, word for word; takes 130 MB of memory a million documents
+    skip_bad: bool = False  # count broken lines and files instead of stopping at them
+    shard_tokens: int = 100_000_000  # tokens a shard
+    workers: int = 0  # processes that tokenize; 0 = one for each core
+
+
+class Cursor(NamedTuple):
+    """A place between two records: `record` records of part number `part` lie before it, and all earlier parts."""
+
+    part: int = 0
+    record: int = 0
+
+
+@dataclass
+class SplitRule:
+    """Which split a document falls in: its draw, a number in [0, 1) made of its hash, says so, and nothing else does.
+
+    A source that is one document is cut by position instead, into train, test and val in this order."""
+
+    val_fraction: float
+    test_fraction: float
+    val_below: float  # val if the draw is below this
+    test_below: float  # else test if it is below this, else train
+    by_position: bool = False
+
+    def split(self, text: str, digest: bytes) -> list[tuple[str, str]]:
+        """(split, text) for a text that is not empty."""
+        if not self.by_position:
+            drawn = draw(digest)
+            return [("val" if drawn < self.val_below else "test" if drawn < self.test_below else "train", text)]
+        test_from = int(len(text) * (1 - self.val_fraction - self.test_fraction))
+        val_from = int(len(text) * (1 - self.val_fraction))
+        cut = (("train", text[:test_from]), ("test", text[test_from:val_from]), ("val", text[val_from:]))
+        return [(split, part) for split, part in cut if part]
+
+
+def digest_of(utf8: bytes) -> bytes:
+    """What two documents share only if they are the same: 16 bytes of their text's SHA-256."""
+    return hashlib.sha256(utf8).digest()[:DIGEST_BYTES]
+
+
+def draw(digest: bytes) -> float:
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def plan_splits(parts: list[Part], text_column: str, val_fraction: float, test_fraction: float) -> SplitRule:
+    """The rule for a source. It reads no more than the beginning, and the order of the documents does not matter.
+
+    In a small source too few documents might fall below `val_fraction` by chance, or none: there the documents with
+    the lowest draws are taken, as many as the fraction says, and at least one a split. Raises ValueError for a source
+    without text."""
+    rule = SplitRule(val_fraction, test_fraction, val_fraction, val_fraction + test_fraction)
+    draws, num_bytes, fault = set(), 0, ""
+    for part in parts:
+        for record in part.read():
+            try:
+                text = text_of(record, text_column)[0]
+            except ValueError as error:  # is reported in its turn
+                text, fault = "", fault or str(error)
+            if text:
+                draws.add(draw(digest_of(text.encode())))
+                num_bytes += len(text)
+            if len(draws) >= FEW_DOCUMENTS or (num_bytes >= FEW_BYTES and len(draws) > 1):
+                return rule
+    if not draws:
+        raise ValueError(fault or "the source is empty: there is no text to make tokens of")
+    if len(draws) == 1:
+        rule.by_position = True
+        return rule
+    ordered = sorted(draws) + [1.0]
+    num_val = max(1, round(val_fraction * len(draws)))
+    num_test = max(1, round(test_fraction * len(draws))) if test_fraction else 0
+    rule.val_below, rule.test_below = ordered[num_val], ordered[min(num_val + num_test, len(draws))]
+    return rule
+
+
+NOTED = ("replaced_bytes", "nul_characters", "unknown_tokens")  # of a document that is kept
+
+
+class Outcome(NamedTuple):
+    """What became of a record: how many tokens it gave to which split, in their order. Nothing, if it was empty, or
+    broken: `fault` then says where and how."""
+
+    spans: list[tuple[str, int]]
+    num_bytes: int = 0
+    digest: bytes = b""
+    noted: Mapping[str, int] = {}  # how often what is in NOTED was found in it
+    fault: str = ""
+
+
+@dataclass
+class Encoder:
+    """What makes tokens of records; each worker has its own."""
+
+    kind: str  # the tokenizer's
+    folder: Path  # with its tokenizer.json
+    text_column: str
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        # GPT-2's own encoder is several times faster than its tokenizer.json.
+        return make_tokenizer(self.kind, [], 0) if self.kind in ("gpt2", "byte") else load_tokenizer(self.folder)
+
+    @cached_property
+    def dtype(self) -> np.dtype:
+        return shard_dtype(self.tokenizer.vocab_size)
+
+    def encode(self, records: list[Record], rule: SplitRule) -> tuple[np.ndarray, list[Outcome]]:
+        """The tokens of all records one after the other, each document's behind an end-of-text token where there is
+        one, and what became of each."""
+        eot_id, unk_id = self.tokenizer.eot_id, self.tokenizer.unk_id
+        before = np.array([] if eot_id is None else [eot_id], dtype=np.uint32)
+        tokens: list[np.ndarray] = []
+        outcomes = []
+        for record in records:
+            try:
+                text, replaced = text_of(record, self.text_column)
+            except ValueError as error:
+                outcomes.append(Outcome([], fault=str(error)))
+                continue
+            if not text:
+                outcomes.append(Outcome([]))
+                continue
+            utf8 = text.encode()
+            digest = digest_of(utf8)
+            try:
+                encoded = [(split, self.tokenizer.encode(part)) for split, part in rule.split(text, digest)]
+            except ValueError as error:
+                outcomes.append(Outcome([], fault=f"{_place(record, text, error)}: {error}"))
+                continue
+            tokens += [part for _, ids in encoded for part in (before, ids)]
+            unknown = 0 if unk_id is None else sum(int(np.count_nonzero(ids == unk_id)) for _, ids in encoded)
+            counted = zip(NOTED, (replaced, text.count("\0"), unknown))
+            noted = {what: number for what, number in counted if number}
+            outcomes.append(Outcome([(split, len(before) + len(ids)) for split, ids in encoded], len(utf8), digest,
+                                    noted))
+        return narrow(np.concatenate([before[:0], *tokens]), self.dtype), outcomes
+
+
+def _place(record: Record, text: str, error: ValueError) -> str:
+    """Where a text cannot be encoded: the record, and the line of it where that says more."""
+    at = min((text.find(unknown) for unknown in getattr(error, "unknown", [])), default=-1)
+    return record.where if at < 0 or record.form == "json" else f"{record.where}, line {text.count(chr(10), 0, at) + 1}"
+
+
+# Workers
+
+
+def start_method(kind: str) -> str:
+    """How worker processes are started: "spawn", as on every system, or "fork" where that is safe. Forking takes no
+    time and shares the tokenizer's tables, but a lock that a library's thread holds would stay locked in the child for
+    ever: it is for Linux, before any of those libraries is there, and not behind a bpe's training or a download."""
+    alone = threading.active_count() == 1 and not {"pyarrow", "datasets", "torch"} & sys.modules.keys()
+    return "fork" if sys.platform == "linux" and alone and kind in ("gpt2", "char", "byte") else "spawn"
+
+
+class Workers:
+    """Processes that tokenize; for one, a thread is enough. They load their tokenizer at once, while the caller does
+    other things. Use it in a `with`."""
+
+    def __init__(self, count: int, encoder: Encoder):
+        start = {"initializer": _start, "initargs": (encoder,)}
+        count = min(count, 61) if os.name == "nt" else count  # Windows waits for no more than that
+        self.count, method = count, start_method(encoder.kind)
+        if method == "fork":
+            _ = encoder.tokenizer  # the children share it
+        self._pool: Executor = ThreadPoolExecutor(1, **start) if count == 1 else ProcessPoolExecutor(
+            count, multiprocessing.get_context(method), **start)
+        with _unheard_ctrl_c():
+            for _ in range(count):
+                self._pool.submit(_load)
+
+    def submit(self, records: list[Record], rule: SplitRule) -> Future:
+        return self._pool.submit(_encode, records, rule)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _unheard_ctrl_c() -> Iterator[None]:
+    """Processes that are started in here do not hear Ctrl-C, not even while they import: it is the main process that is
+    interrupted, and ends its workers."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+_encoder: Encoder  # a worker's own
+
+
+def _start(encoder: Encoder) -> None:
+    global _encoder
+    _encoder = encoder
+    if parent := multiprocessing.parent_process():
+        signals.prepare_streams()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(parent_sentinel: int) -> None:
+    """A worker whose main process was killed would wait for work for ever."""
+    multiprocessing.connection.wait([parent_sentinel])
+    os._exit(1)
+
+
+def _load() -> None:
+    _ = _encoder.tokenizer  # what goes wrong here is raised by the next `_encode` as well
+
+
+def _encode(records: list[Record], rule: SplitRule) -> tuple[np.ndarray, list[Outcome]]:
+    return _encoder.encode(records, rule)
+
+
+# From records to shards
+
+
+class Batch(NamedTuple):
+    """Records that were tokenized together: where the reader stood behind the last, how much of its part it had read
+    then, which file each is of, and what came of them."""
+
+    cursor: Cursor
+    end: int
+    files: list[str]
+    tokens: np.ndarray
+    outcomes: list[Outcome]
+
+
+def encode_in_order(parts: list[Part], start: Cursor, rule: SplitRule, pool: Workers) -> Iterator[Batch]:
+    """All records from `start` on, tokenized by the workers. Raises OSError when a worker dies."""
+    ahead: deque[tuple[Cursor, int, list[str], int, Future]] = deque()
+    bytes_ahead, max_bytes_ahead = 0, max(AHEAD_BYTES, 2 * pool.count * BATCH_BYTES)
+    try:
+        for cursor, names, records in _read_batches(parts, start):
+            num_bytes = sum(len(record.data) for record in records)
+            ahead.append((cursor, records[-1].end, names, num_bytes, pool.submit(records, rule)))
+            bytes_ahead += num_bytes
+            while len(ahead) > 8 * pool.count or bytes_ahead > max_bytes_ahead:
+                cursor, end, names, num_bytes, future = ahead.popleft()
+                bytes_ahead -= num_bytes
+                yield Batch(cursor, end, names, *future.result())
+        for cursor, end, names, _, future in ahead:
+            yield Batch(cursor, end, names, *future.result())
+    except BrokenExecutor:
+        raise OSError("a tokenizing process died, perhaps for want of memory: the same command with fewer --workers "
+                      "goes on from the last finished shard") from None
+
+
+def _read_batches(parts: list[Part], start: Cursor) -> Iterator[tuple[Cursor, list[str], list[Record]]]:
+    """Records in batches of about BATCH_BYTES, with the place behind each batch and the names of their parts."""
+    names, records, num_bytes = [], [], 0
+    for index in range(start.part, len(parts)):
+        for number, record in enumerate(parts[index].read(), 1):
+            if index == start.part and number <= start.record:
+                continue
+            cursor = Cursor(index, number)
+            names.append(parts[index].name)
+            records.append(record)
+            num_bytes += len(record.data)
+            if num_bytes >= BATCH_BYTES:
+                yield cursor, names, records
+                names, records, num_bytes = [], [], 0
+    if records:
+        yield cursor, names, records
+
+
+def refuse(fault: str, skip_bad: bool) -> None:
+    """Raises ValueError for a broken record, unless those are only to be counted."""
+    if not skip_bad:
+        raise ValueError(f"{fault} (--skip_bad=True counts what is broken, and goes on)")
+
+
+def begin_progress(folder: Path, arguments: dict[str, Any]) -> None:
+    """Make folder one that an Output of these arguments can go on in, unless it is that already."""
+    if not (folder / "progress.json").exists():
+        files.write_json(folder / "progress.json", {
+            "arguments": arguments, "done": False, "cursor": Cursor(), "counts": {}, "shards": [], "open_tokens": {}})
+
+
+class Output:
+    """What one rank writes: shards, counts, and progress.json, which says how far they go. A new Output goes on from
+    there (see `begin_progress`); what an earlier run wrote beyond it is written anew."""
+
+    def __init__(self, folder: Path, config: TokensConfig, vocab_size: int, expected_bytes: int,
+                 arguments: dict[str, Any]):
+        self._folder, self._config, self._arguments, self._vocab_size = folder, config, arguments, vocab_size
+        with files.reading_values(folder / "progress.json"):
+            state = files.read_json(folder / "progress.json")
+            self.cursor, self.counts, self.done = Cursor(*map(int, state["cursor"])), Counter(state["counts"]), False
+            self.files: dict[str, dict[str, int]] = state.get("files", {})  # what was counted -> the first it is of
+            self.first_fault: str = state.get("first_fault", "")
+            self._writers = {split: ShardWriter(
+                folder, split, shard_dtype(vocab_size), config.shard_tokens, (expected_bytes or RESERVE_BYTES) * share,
+                [shard for shard in state["shards"] if shard["split"] == split], state["open_tokens"].get(split, 0))
+                for split, share in zip(SPLITS, (1, config.test_fraction, config.val_fraction))}
+        self.seen: set[bytes] = set()
+        self._digests = open(folder / "digests", "a+b")  # noqa: SIM115  closed by __exit__
+        self._digests.truncate(self.counts["digests"] * DIGEST_BYTES)
+        self.seen |= read_digests(folder / "digests")
+
+    @property
+    def shards(self) -> list[dict[str, Any]]:
+        return [shard for writer in self._writers.values() for shard in writer.shards]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(writer.num_tokens for writer in self._writers.values())
+
+    def take(self, batch: Batch) -> list[dict[str, Any]]:
+        """Write a batch, but for what is empty, broken, or there already; gives the shards that it filled.
+
+        Raises ValueError or OSError."""
+        kept: list[tuple[str, int, int]] = []  # split, begin and end in the batch's tokens: neighbours as one
+        begin = 0
+        for outcome, file in zip(batch.outcomes, batch.files):
+            dropped = self._count(outcome, file)
+            for split, count in outcome.spans:
+                end = begin + count
+                if not dropped and kept and kept[-1][0] == split and kept[-1][2] == begin:
+                    kept[-1] = (split, kept[-1][1], end)
+                elif not dropped:
+                    kept.append((split, begin, end))
+                begin = end
+        filled = [shard for split, begin, end in kept for shard in self._writers[split].add(batch.tokens[begin:end])]
+        self.cursor = batch.cursor
+        if filled:
+            self._save()
+        return filled
+
+    def _count(self, outcome: Outcome, file: str) -> bool:
+        """Count a record of a file; whether it is dropped. Raises ValueError for a broken one, or OSError."""
+        is_twin = self._config.dedupe and bool(outcome.spans) and outcome.digest in self.seen
+        if outcome.fault or not outcome.spans or is_twin:
+            if outcome.fault:
+                refuse(outcome.fault, self._config.skip_bad)
+                self.first_fault = self.first_fault or outcome.fault
+            self._note("bad_records" if outcome.fault else "duplicate_documents" if is_twin else "empty_documents",
+                       file, 1)
+            return True
+        if self._config.dedupe:
+            self.seen.add(outcome.digest)
+            with files.named_errors(self._folder / "digests"):
+                self._digests.write(outcome.digest)
+            self.counts["digests"] += 1
+        self.counts["documents"] += 1
+        self.counts["bytes"] += outcome.num_bytes
+        self.counts["documents_with_replaced_bytes"] += outcome.noted.get("replaced_bytes", 0) > 0
+        self.counts.update(f"{split}_documents" for split, _ in outcome.spans)
+        for what, number in outcome.noted.items():
+            self._note(what, file, number)
+        return False
+
+    def _note(self, what: str, file: str, number: int) -> None:
+        """Count what was dropped or changed, for the first files that it is of by their names as well."""
+        self.counts[what] += number
+        named = self.files.setdefault(what, {})
+        if file in named or len(named) < NAMED:
+            named[file] = named.get(file, 0) + number
+
+    def finish(self) -> None:
+        for writer in self._writers.values():
+            writer.finish()
+        self.done = True
+        self._save()
+
+    def _save(self) -> None:
+        for writer in self._writers.values():
+            writer.checkpoint()
+        with files.named_errors(self._folder / "digests"):
+            self._digests.flush()
+            os.fsync(self._digests.fileno())
+        files.write_json(self._folder / "progress.json", {
+            "arguments": self._arguments, "done": self.done, "cursor": self.cursor, "counts": self.counts,
+            "files": self.files, "first_fault": self.first_fault, "vocab_size": self._vocab_size, "shards": self.shards,
+            "open_tokens": {split: writer.open_tokens for split, writer in self._writers.items()}})
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for writer in self._writers.values():
+            writer.close()
+        with contextlib.suppress(OSError):
+            self._digests.close()
+
+
+def read_digests(path: Path) -> set[bytes]:
+    data = path.read_bytes()
+    return {data[i:i + DIGEST_BYTES] for i in range(0, len(data), DIGEST_BYTES)}

@@ -1,0 +1,313 @@
+"""Files on disk: small ones that are replaced whole, records a line each, checksums, syncing, the hub's cache, and the
+checkpoints of a run folder.
+
+Owns how small files are written so that a kill or a full disk leaves the old one or the new one, never half of either;
+which encoding a text has; what a file is by its first bytes, for those that are not what their name says; and how the
+newest and the best checkpoint of a run are found, by all who read them. The links `latest` and `best` are for people: a
+copy may have lost them, or have folders or text files in their places.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name on the Hugging Face hub
+MARKS = {codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",  # ahead of UTF-16's, which begin alike
+         codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+HTML = "an HTML page, as a failed download leaves one: download it again"
+SIGNS = {  # how a file begins -> what it is, and what mends it
+    LFS_POINTER: "a Git LFS pointer, not the file itself: `git lfs pull` in its folder fetches that",
+    b"<!doctype html": HTML, b"<html": HTML,
+    b"\x1f\x8b\x08": "compressed: `gzip -d` unpacks it", b"\x28\xb5\x2f\xfd": "compressed: `zstd -d` unpacks it",
+    b"BZh91AY&SY": "compressed: `bzip2 -d` unpacks it", b"\xfd7zXZ\0": "compressed: `xz -d` unpacks it",
+    b"PK\x03\x04": "a ZIP archive: `unzip` unpacks it", b"%PDF-": "a PDF: `pdftotext` makes text of it"}
+LINKS = ("latest", "best")  # in a run's checkpoints/
+NUMBER = int | float
+TRAINER = {  # trainer.json's keys, and of what kind their values are
+    **dict.fromkeys(("step", "next_seq", "bad_steps", "skipped", "rollbacks", "tokens"), int), "best_step": int | None,
+    "best_val_loss": NUMBER | None, "elapsed_s": NUMBER, "options": dict, "judge": dict, "scaler": dict | None}
+RECORD = {  # the same for the records of metrics.jsonl; what is not named here are losses, or another version's
+    **dict.fromkeys(("tokens", "elapsed_s", "lr", "grad_norm", "tokens_per_sec", "mfu", "memory_gb", "skipped",
+                     "rollbacks", "next_seq"), NUMBER | None), "batch_hash": str, "fault": str, "samples": list}
+EVENTS = {"fault": "skipped step", "rollbacks": "rollback", "resumed": "restart"}  # key of a record -> what it is of
+
+
+def read_json(path: Path) -> dict:
+    """Raises FileNotFoundError, or ValueError naming the file that is not a JSON object."""
+    content = path.read_bytes()
+    try:
+        value = json.loads(content)  # in any encoding of Unicode
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is {sign_of(content) or f'not readable JSON: {error}'}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} should hold a JSON object")
+    return value
+
+
+@contextlib.contextmanager
+def reading_values(path: Path) -> Iterator[None]:
+    """Raises ValueError that names the file when something in here trips over a value that is missing in it, or is of
+    another kind than it should be."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        what = f"has no {error}" if isinstance(error, KeyError) else (
+            f"holds what is not expected there: {(str(error) or type(error).__name__).splitlines()[0]}")
+        raise ValueError(f"{path} {what}") from None
+
+
+def decode(data: bytes) -> tuple[str, int]:
+    """Text in the encoding that its byte order mark says, UTF-8 where it has none; and how many of its bytes are no
+    text and were replaced by U+FFFD."""
+    try:
+        return data.decode("utf-8-sig"), 0
+    except UnicodeDecodeError:
+        mark = mark_of(data)
+        encoding, data = MARKS.get(mark, "utf-8"), data.removeprefix(mark or codecs.BOM_UTF8)
+        return data.decode(encoding, "replace"), len(data) - len(data.decode(encoding, "ignore").encode(encoding))
+
+
+def mark_of(data: bytes) -> bytes:
+    """The byte order mark of UTF-16 or UTF-32 that data begin with, or b""."""
+    return next((mark for mark in MARKS if data.startswith(mark)), b"")
+
+
+def read_text(path: Path) -> str:
+    """A text that is read whole. Raises OSError, or ValueError for a file that is none."""
+    refuse_pointer(path)
+    text, replaced = decode(path.read_bytes())
+    if replaced:
+        raise ValueError(f"{path} is no UTF-8 text: {replaced:,} of its bytes are none")
+    return text
+
+
+def sign_of(head: bytes) -> str:
+    """What a file is that begins so, with the command that mends it; "" where that does not show."""
+    head = head[:512].removeprefix(codecs.BOM_UTF8).lstrip()
+    return next((what for sign, what in SIGNS.items() if head.startswith(sign) or head.lower().startswith(sign)), "")
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raises ValueError for a Git LFS pointer in the place of a file."""
+    with open(path, "rb") as file:
+        if (head := file.read(len(LFS_POINTER))) == LFS_POINTER:
+            raise ValueError(f"{path} is {sign_of(head)}")
+
+
+def broken(path: Path, reason: object, own: bytes = b"") -> str:
+    """One line on a file that cannot be read: what it is instead, where its first bytes tell, else that it is broken.
+    `own` is how a file of its kind begins."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        head = file.read(512)
+        if (what := sign_of(head)) and not (own and head.startswith(own)):
+            return f"{path} is {what}"
+    return f"{path} is broken{reason}"
+
+
+def read_records(path: Path) -> list[dict]:
+    """The records of a metrics.jsonl; none when there is no such file. Lines that are none are left out, since a kill,
+    or a run that is just writing, leaves one torn; and so are values of another kind than a run writes."""
+    records = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                record = json.loads(line)
+                if isinstance(record, dict) and isinstance(record.get("step"), int):
+                    records.append({key: value for key, value in record.items()
+                                    if isinstance(value, RECORD.get(key, NUMBER | None if "/" in key else object))})
+    return records
+
+
+def write_records(path: Path, records: list[dict]) -> None:
+    """See `write_text`."""
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def write_json(path: Path, value: dict) -> None:
+    """See `write_text`."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """See `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write or replace a file: under a hidden name, synced, renamed. Raises OSError that names it."""
+    hidden = path.with_name(f".{path.name}.tmp")
+    try:
+        with named_errors(path), open(hidden, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(hidden, path)
+    except BaseException:
+        hidden.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """What fails in here fails with the file's name: a full disk by itself says neither which file nor where."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename:
+            raise
+        raise OSError(f"could not write {path}: {error.strerror}") from None
+
+
+def fetch_snapshot(repo_id: str, patterns: list[str]) -> Path:
+    """Folder of a hub repository's files that fit one of the patterns; what is in the cache is not fetched again.
+    Raises OSError."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(f"could not get {repo_id} from the hub, and the cache does not hold it: {reason} "
+                      "(without network: copy its folder here, and name that in its place)") from None
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def code_fingerprint() -> str:
+    """A hash of flatGPT's own source files."""
+    digest = hashlib.sha256()
+    package = Path(__file__).resolve().parent
+    for path in sorted([*package.parent.glob("*.py"), *package.rglob("*.py")]):
+        digest.update(path.relative_to(package.parent).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def mark(path: Path, edge_bytes: int = 65536) -> str:
+    """A hash of a file's size and its two ends, for files too large to be read whole at every start."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(edge_bytes)
+        file.seek(max(0, size - edge_bytes))
+        return hashlib.sha256(head + file.read()).hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Force a file, or a folder's list of names, to the disk, so that a rename cannot outrun it in a power cut."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders, and syncs their names by itself
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# The checkpoints of a run folder
+
+
+def step_folders(run: Path) -> dict[int, Path]:
+    """Step -> checkpoint folder, oldest first, whole or not. Where a copy has a folder in a link's place, that one
+    stands for its step if the step's own folder is missing or lacks files."""
+    found = {}
+    for path in sorted((run / "checkpoints").glob("step_*")):
+        if re.fullmatch("step_[0-9]+", path.name) and path.is_dir():
+            found[step_of(path)] = path
+    for path in (run / "checkpoints" / name for name in LINKS):
+        step = step_of(path) if path.is_dir() and not path.is_symlink() else None
+        if step is not None and (step not in found or (is_whole(path) and not is_whole(found[step]))):
+            found[step] = path
+    return dict(sorted(found.items()))
+
+
+def step_of(folder: Path) -> int | None:
+    """The step of a checkpoint, which its name says, or else its trainer.json; None where neither does."""
+    if found := re.fullmatch("step_([0-9]+)", folder.name):
+        return int(found[1])
+    with contextlib.suppress(OSError, ValueError):
+        return read_trainer(folder)["step"]
+    return None
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a checkpoint has all its files; half a copy has not. What is in them is for `checkpoint.verify`."""
+    try:
+        names = read_sums(folder)
+        return bool(names) and all((folder / name).is_file() for name in names)
+    except OSError:
+        return False
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint that is whole. Where none is, the newest of them, for its reader to say what it lacks; or
+    what `latest` or `best` lead to."""
+    folders = [*step_folders(run).values()]
+    others = [path for name in LINKS if (path := run / "checkpoints" / name).is_dir()]
+    return next(filter(is_whole, reversed(folders)), (folders[-1:] or others or [None])[0])
+
+
+def best_checkpoint(run: Path, before: int | None = None) -> Path | None:
+    """The checkpoint with the best validation loss, of those before a step where one is given; None where none is
+    known to be the best.
+
+    The newest whose trainer.json can be read says which it is. Where it does not, because it is older than that record,
+    the link says so; and where that checkpoint is not here, it is taken from the losses: each checkpoint carries the
+    best of the run so far, and an improvement always saves, so that the first with the lowest is the best."""
+    folders = {step: folder for step, folder in step_folders(run).items() if before is None or step < before}
+    trainers = _readable_trainers(reversed(folders.values()))
+    newest, trainer = next(trainers, (run, {"best_step": None}))
+    best, link = trainer.get("best_step"), run / "checkpoints" / "best"
+    if "best_step" not in trainer:
+        best = step_of(Path(os.readlink(link))) if link.is_symlink() else None
+    elif best is None:
+        return None
+    if best in folders:
+        return folders[best]
+    losses = {folder: trainer["best_val_loss"] for folder, trainer in [(newest, trainer), *trainers]
+              if trainer.get("best_val_loss") is not None}
+    return min(reversed(losses), key=losses.get, default=None)
+
+
+def _readable_trainers(folders: Iterable[Path]) -> Iterator[tuple[Path, dict]]:
+    for folder in folders:
+        with contextlib.suppress(OSError, ValueError):
+            yield folder, read_trainer(folder)
+
+
+def follow_link(path: Path) -> Path:
+    """The path itself; but where it names a run's `best` or `latest`, and no folder is there, that checkpoint."""
+    if path.name not in LINKS or path.parent.name != "checkpoints" or path.is_dir():
+        return path
+    find = best_checkpoint if path.name == "best" else newest_checkpoint
+    return find(path.parent.parent) or path
+
+
+def read_trainer(folder: str | Path) -> dict:
+    """trainer.json of a checkpoint. Raises FileNotFoundError, or ValueError for one that a run cannot go on from."""
+    path = Path(folder) / "training" / "trainer.json"
+    trainer = read_json(path)
+    for key, kinds in TRAINER.items():
+        if not isinstance(trainer.get(key), kinds) and (key in trainer or key == "step"):
+            raise ValueError(f"{path} holds what is not expected there: {key} is {trainer.get(key)!r:.50}")
+    return trainer
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """A checkpoint's files and their checksums, as SHA256SUMS has them. Raises FileNotFoundError."""
+    lines = (folder / "SHA256SUMS").read_text(encoding="utf-8", errors="replace").splitlines()
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}

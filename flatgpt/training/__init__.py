@@ -1,0 +1,9 @@
+"""What a run needs around the model.
+
+    device.py       which device, number type and attention kernel
+    distributed.py  process groups, DDP and FSDP, compiling, reductions; hosts.py, how several hosts find each other
+    optim.py        AdamW, Muon, learning rates, bad steps
+    preflight.py    what a run will take, said before its first step
+    checkpoint.py   the run folder: lock, save, verify, find, load
+    metrics.py      what is reported; trackers.py, wandb and TensorBoard; plots.py, curves of several runs
+"""

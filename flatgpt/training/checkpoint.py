@@ -1,0 +1,490 @@
+"""The run folder: lock, save, verify, find, load.
+
+    out/run/
+        .lock                   held by rank 0 while a run writes here; the system frees it when the process dies
+        train_config.json       the options of the run
+        launch.json             what began it, and may go on with it against resume=never
+        metrics.jsonl           metrics.py's
+        checkpoints/
+            latest -> step_00000500     links for people and other programs, on disks that have links; a script
+            best   -> step_00000250     here goes by the step folders and their trainer.json (files.best_checkpoint)
+            step_00000250/      a Hugging Face model folder:
+                config.json  generation_config.json  model.safetensors  tokenizer.json  tokenizer_config.json
+                SHA256SUMS      of every other file here (`sha256sum -c SHA256SUMS` reads it)
+                training/       what only a resume needs: optimizer.safetensors, trainer.json
+
+Invariants: a folder named step_* is complete, because it is written under a hidden name, synced to disk and then
+renamed; only then are the links moved, each by one rename; only then are old checkpoints deleted, but never the best.
+So a kill at any moment leaves every published checkpoint whole and the links on one of them.
+
+A save costs the loop a copy of the state into host memory; a thread writes the copy. One save is under way at a time.
+A checkpoint holds whole tensors, so it does not depend on the number of ranks or on how they share the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from flatgpt import files, launcher
+from flatgpt.data.tokenizer import Tokenizer
+from flatgpt.files import read_trainer, step_of
+from flatgpt.models import weights
+from flatgpt.training import distributed, optim
+from flatgpt.training.distributed import Job
+from flatgpt.training.optim import StepJudge
+from model import GPTConfig, LanguageModel
+
+MAX_FAILED_SAVES = 3  # in a row; then a run stops
+LEFTOVERS = (".step_", ".old_", ".latest", ".best")  # of a save or a deletion that was killed
+ALIGNMENT = 64  # bytes; of each tensor in the host's copy
+State = dict[str, torch.Tensor]
+
+
+@dataclass
+class RunConfig:
+    """Run folder and checkpoints"""
+
+    out_dir: Annotated[str, "path"] = "out"  # run folder
+    resume: Literal["auto", "must", "never"] = "auto"  # auto: go on from the newest checkpoint in out_dir, if any
+    overwrite: bool = False  # with resume=never: delete the run that is in out_dir
+    save_interval: int = 0  # steps between checkpoints; 0 = at each evaluation
+    always_save_checkpoint: bool = True  # False: of the evaluations, only those with the best val loss save
+    keep_last: int = 3  # checkpoints kept besides the best; 0 = all
+    keep_every: int = 0  # keep those of every so many steps as well; 0 = no more than keep_last says
+
+
+def load_model(source: str, **overrides: Any) -> LanguageModel:
+    """LanguageModel.from_pretrained, after the checksums of a folder that has them were verified."""
+    path = weights.resolve(source)
+    if (path / "SHA256SUMS").is_file():
+        verify(path)
+    return LanguageModel.from_pretrained(str(path), **overrides)
+
+
+@contextlib.contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """What fails in here because a run under way has deleted the checkpoint, an older one by now, says so."""
+    try:
+        yield
+    except (OSError, ValueError):
+        if folder.exists():
+            raise
+        raise FileNotFoundError(f"{folder} was deleted meanwhile by the run that goes on there: the same command again "
+                                "finds a newer checkpoint") from None
+
+
+def verify(folder: Path) -> None:
+    """Raises ValueError unless every file of SHA256SUMS is there with the content it had when it was saved."""
+    sums = files.read_sums(folder) if (folder / "SHA256SUMS").is_file() else {}
+    if not sums:
+        raise ValueError(f"checkpoint {folder} has no SHA256SUMS: it is incomplete or not ours")
+    for name, digest in sums.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"checkpoint {folder} is damaged: {name} is missing")
+        if files.sha256_file(path) != digest:
+            files.refuse_pointer(path)
+            raise ValueError(f"checkpoint {folder} is damaged: {name} is not what was saved (its checksum differs)")
+
+
+@dataclass
+class Progress:
+    """The numbers that a run goes on from; trainer.json holds them."""
+
+    step: int = 0  # updates, skipped ones included
+    next_seq: int = 0  # number of the first sequence of the next step
+    best_val_loss: float | None = None
+    bad_steps: int = 0  # skipped updates in a row
+    skipped: int = 0  # skipped updates of the whole run
+    rollbacks: int = 0
+
+    @classmethod
+    def of(cls, trainer: Mapping[str, Any]) -> Progress:
+        return cls(**{f.name: trainer[f.name] for f in fields(cls)})
+
+
+class RunFolder:
+    """The folder `config.out_dir`; `say` gets what there is to tell a person. Rank 0 alone reads and writes in it."""
+
+    def __init__(self, config: RunConfig, here: Job, say: Callable[[str], None] = print):
+        self.config, self.path = config, Path(config.out_dir)
+        self.checkpoints = self.path / "checkpoints"
+        self._here, self._say = here, say
+        self._lock = FileLock(self.path / ".lock")
+        self._host: tuple[State, State] = {}, {}  # the copies of weights and optimiser, used again by each save
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="save", initializer=_step_back)
+        self._writing: Future[Path] | None = None
+        self._saving = 0, False  # the step of that, and whether it is the best
+        self._failures: list[str] = []  # of the latest saves in a row
+        self._launch = [launcher.launch()]  # of every rank, when they have met
+        self._warnings: dict[str, str | None] = {}  # of what a save can do without; None once it was said
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._writer.shutdown()  # waits: a save that is under way is not given up
+        self._lock.release(force=True)
+
+    def start(self, lock: bool) -> dict[str, Any]:
+        """The trainer's state to start from, the same on every rank, with `folder`, the checkpoint that it and the
+        weights come from, or None. Raises as `find` does, and ValueError when rank 0's is not the newest checkpoint."""
+        # Without a shared disk the run lies on rank 0's, and torchrun may have given that rank to another node.
+        newest = distributed.gather(max(files.step_folders(self.path), default=-1), self._here)
+        self._launch = distributed.gather(launcher.launch(), self._here)
+        if self.config.resume != "never" and max(newest) > newest[0]:
+            there = f"that of step {newest[0]}" if newest[0] >= 0 else "none"
+            holder = self._here.name(newest.index(max(newest)))
+            raise ValueError(f"{holder} finds step {max(newest)}'s checkpoint in {self.path}, {self._here.name(0)}, "
+                             f"who is to read it, {there}: copy the folder to rank 0's node, or share it")
+
+        def look() -> dict[str, Any]:
+            folder = self.find(lock)
+            return self.state_in(folder) if folder else fresh_state() | {"options": self._begun()}
+
+        return distributed.on_rank0(look, self._here)
+
+    def state_in(self, folder: Path) -> dict[str, Any]:
+        """What a checkpoint's trainer.json says, and `folder`."""
+        return fresh_state() | read_trainer(folder) | {"folder": str(folder)}
+
+    def find(self, lock: bool) -> Path | None:
+        """The checkpoint that `resume` means, None for a new run; makes nothing. With `lock`, a folder that holds a
+        run is locked before anything is read in it. Raises ValueError or OSError."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"out_dir={self.path} is a file")
+        if lock and self.checkpoints.is_dir():
+            self._take_lock()
+        if self.config.resume == "never" and not self._is_of_this_launch():
+            if self.steps() and not self.config.overwrite:
+                raise ValueError(f"{self.path} holds a run, and resume=never: choose another --out_dir, or delete that "
+                                 "run with --overwrite=True")
+            return None
+        folder = self.newest_valid()
+        if folder is None and self.config.resume == "must":
+            theirs = self.path / "ckpt.pt"
+            if theirs.is_file():
+                weights.read_nanogpt(theirs)  # raises ValueError for what is none
+            raise ValueError(f"nothing to resume: {self.path} holds no checkpoint"
+                             + (f" of ours (start from nanoGPT's with --init_from={theirs} and another --out_dir)"
+                                if theirs.is_file() else ""))
+        return folder
+
+    def open(self, options: dict[str, Any], is_new: bool) -> bool:
+        """Make the folder this run's: lock it, delete what a killed save left (`overwrite`: the whole old run), and
+        write train_config.json. Returns whether the run is new still, and no restart of one that had saved nothing.
+        Raises OSError when another run writes here, or has done so since `find`."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        is_restart = self._is_of_this_launch()
+        overwrite = is_new and self.config.overwrite and not is_restart
+        if is_new and self.steps() and not overwrite:
+            raise OSError(f"another run has begun in {self.path} meanwhile: choose another --out_dir")
+        for leftover in [*self.checkpoints.iterdir()]:
+            if overwrite or leftover.name.startswith(LEFTOVERS):
+                _remove(leftover)
+        self._make_room_for_links()
+        files.write_json(self.path / "launch.json", {"ranks": self._launch})
+        files.write_json(self.path / "train_config.json", options)
+        return is_new and not is_restart
+
+    def _make_room_for_links(self) -> None:
+        """What a copy that followed the links has put in their places: a checkpoint whose step's folder is missing
+        becomes that, one that is there twice goes, and what is no checkpoint moves aside."""
+        for path in (self.checkpoints / name for name in files.LINKS):
+            if path.is_symlink() or not path.is_dir():
+                continue
+            with contextlib.suppress(OSError):  # then the link cannot be made, which will be said
+                if path in self.steps():
+                    self._publish(path, self.checkpoints / _name(step_of(path)))
+                elif step_of(path) is not None:
+                    _remove(path)
+                else:
+                    os.rename(path, path.with_name(f"{path.name}.old"))
+
+    def _is_of_this_launch(self) -> bool:
+        """Whether the run that lies here was begun, or gone on with, by the torchrun or the Slurm job that has started
+        us again: then it is to go on, also where `resume=never` spoke of what lay here before."""
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # there is none, or it is not ours
+            before = files.read_json(self.path / "launch.json")
+            return any(launcher.is_restart(now, then) for now in self._launch for then in before["ranks"])
+        return False
+
+    def _begun(self) -> dict[str, Any]:
+        """The options of a run that was stopped here before its first checkpoint and is now started again, else {}."""
+        if not self.steps() and (self.config.resume != "never" or self._is_of_this_launch()):
+            with contextlib.suppress(OSError, ValueError):  # there is none, or it cannot be read
+                return files.read_json(self.path / "train_config.json")
+        return {}
+
+    def _take_lock(self) -> None:
+        lock = self.path / ".lock"
+        with contextlib.suppress(OSError):  # there is none yet, or it is another user's
+            lock.chmod(lock.stat().st_mode | 0o200)  # of a copy of what was read-only
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise OSError(f"{self.path} is in use by another run: wait for it, or choose another --out_dir") from None
+
+    def steps(self) -> list[Path]:
+        """Checkpoint folders, oldest first."""
+        return [*files.step_folders(self.path).values()]
+
+    def newest_valid(self, is_wanted: Callable[[Path], bool] = lambda folder: True) -> Path | None:
+        """The newest wanted checkpoint whose checksums hold, None when there is no checkpoint at all.
+
+        Raises ValueError when there are checkpoints and all are damaged, rather than let a run start over them."""
+        damage = []
+        for folder in reversed(self.steps()):
+            try:
+                verify(folder)
+            except (ValueError, OSError) as error:
+                damage.append(str(error))
+                continue
+            if not is_wanted(folder):
+                continue
+            for line in damage:
+                self._say(f"warning: {line}; going back to {folder.name}")
+            return folder
+        if damage:
+            raise ValueError(f"{damage[0]}; no other checkpoint is left in {self.checkpoints}: restore one, or start "
+                             "anew with --resume=never --overwrite=True")
+        return None
+
+    def save(self, model: LanguageModel, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer | None,
+             trainer: dict[str, Any], is_best: bool) -> None:
+        """Begin to save the checkpoint of trainer["step"], once the one before is written; `settle` says how it went.
+
+        Every rank has to take part, since each may hold a part of the state; rank 0 writes."""
+        distributed.on_rank0(self.settle, self._here)
+        for live, host in zip((model.state_dict(), optim.optimizer_state(optimizer, model)), self._host):
+            _copy_to_host(live, host, self._here)
+        if self._here.rank == 0:
+            self._saving = trainer["step"], is_best
+            self._writing = self._writer.submit(self._write, model.config, tokenizer, trainer, is_best)
+
+    def settle(self, wait: bool = True) -> None:
+        """When the save under way is over, say how it went; with `wait`, wait for that. A failure is a warning here:
+        what was saved before is untouched by it."""
+        if self._writing is None or not (wait or self._writing.done()):
+            return
+        writing, self._writing = self._writing, None
+        step, is_best = self._saving
+        try:
+            folder = writing.result()
+        except OSError as error:
+            self._failures.append(str(error))
+            self._say(f"warning: step {step} could not be saved: {error}; going on, what was saved before is intact")
+        else:
+            self._failures.clear()
+            self._say(f"step {step}: saved {folder}{' (best so far)' if is_best else ''}")
+        for about, warning in self._warnings.items():
+            if warning:
+                self._say(f"warning: {warning}")
+                self._warnings[about] = None
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save has begun that nobody has been told the end of."""
+        return self._writing is not None
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether so many saves in a row have failed that the run should stop."""
+        return len(self._failures) >= MAX_FAILED_SAVES
+
+    def finish(self) -> None:
+        """Wait for the last save. Raises OSError when it failed."""
+        self.settle()
+        if self._failures:
+            count = f" {len(self._failures)} times in a row" if len(self._failures) > 1 else ""
+            raise OSError(f"saving failed{count}: {self._failures[-1]}; what was saved before is intact")
+
+    def _write(self, config: GPTConfig, tokenizer: Tokenizer | None, trainer: dict[str, Any], is_best: bool) -> Path:
+        """Publish a checkpoint of the copies. Raises OSError, with all that was there untouched, when the disk is
+        full."""
+        final = self.checkpoints / _name(trainer["step"])
+        best = final if is_best else files.best_checkpoint(self.path, before=trainer["step"])
+        hidden = self.checkpoints / f".{final.name}"
+        model, optimizer = self._host
+        _remove(hidden)
+        try:
+            (hidden / "training").mkdir(parents=True)
+            weights.save_pretrained(config, model, hidden, token_ids=tokenizer and tokenizer.token_ids)
+            if tokenizer:
+                tokenizer.save(hidden, model_max_length=config.block_size)
+            weights.save_tensors(optimizer, hidden / "training" / "optimizer.safetensors")
+            files.write_json(hidden / "training" / "trainer.json",
+                             trainer | {"best_step": step_of(best) if best else None})
+            _write_sums(hidden)
+            _sync(hidden)
+        except BaseException:
+            _remove(hidden)
+            raise
+        self._publish(hidden, final)
+        files.sync(self.checkpoints)
+        self._link("latest", final)
+        if best:
+            self._link("best", best)
+        self._prune(final, best)
+        return final
+
+    def _publish(self, folder: Path, final: Path) -> None:
+        if os.path.lexists(final):  # a damaged one that a resume went back over
+            self._retire(final)
+        os.rename(folder, final)
+
+    def _link(self, name: str, folder: Path) -> None:
+        """Point a link at a checkpoint, where the disk has links."""
+        fresh = self.checkpoints / f".{name}"
+        try:
+            fresh.unlink(missing_ok=True)
+            fresh.symlink_to(folder.name)
+            os.replace(fresh, self.checkpoints / name)
+        except (OSError, NotImplementedError) as error:
+            self._warnings.setdefault("links", (
+                f"the links best and latest could not be made in {self.checkpoints} ({_reason(error)}); going on "
+                "without: every script here finds the best and the newest checkpoint by itself"))
+
+    def retire_after(self, folder: Path) -> None:
+        """Delete the checkpoints newer than this one, which the run has gone back to: a start takes the newest."""
+        for newer in self.steps()[self.steps().index(folder) + 1:]:
+            self._retire(newer)
+        self._link("latest", folder)
+
+    def _prune(self, final: Path, best: Path | None) -> None:
+        """Delete all but the last `keep_last`, every `keep_every`-th step, the one just saved, and the best."""
+        for folder in self.steps()[:-self.config.keep_last] if self.config.keep_last else []:
+            is_nth = self.config.keep_every and step_of(folder) % self.config.keep_every == 0
+            if is_nth or folder in (final, best):
+                continue
+            try:
+                self._retire(folder)
+            except OSError as error:
+                self._warnings.setdefault("pruning", f"{folder} could not be deleted: {_reason(error)}; going on")
+
+    def _retire(self, folder: Path) -> None:
+        """Delete a published checkpoint: hidden first, so that a kill leaves no half of it under its name."""
+        hidden = folder.with_name(f".old_{folder.name}")
+        _remove(hidden)
+        os.rename(folder, hidden)
+        _remove(hidden)
+
+
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def _reason(error: Exception) -> str:
+    """Without the names of files, which go with OSErrors."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+def fresh_state() -> dict[str, Any]:
+    """The trainer's state of a run that begins."""
+    return asdict(Progress()) | {"folder": None, "options": {}, "scaler": None, "judge": {}, "elapsed_s": 0.0}
+
+
+def load_weights(trainer: Mapping[str, Any], model: LanguageModel, here: Job) -> None:
+    """Overwrite a model, however it lies over the ranks, with a checkpoint's weights: rank 0 reads."""
+    state = [LanguageModel.from_pretrained(trainer["folder"]).state_dict()] if here.rank == 0 else [None]
+    distributed.on_rank0(lambda: None, here)  # reading may take longer than a rank waits for tensors
+    distributed.fill(model, state[0], here)
+
+
+def load_training_state(trainer: Mapping[str, Any], model: LanguageModel, optimizer: torch.optim.Optimizer,
+                        scaler: torch.amp.GradScaler, judge: StepJudge, here: Job) -> None:
+    """Bring all but the weights to where a checkpoint has it: rank 0 reads, the others get it from there."""
+    state = read_optimizer(trainer["folder"]) if here.rank == 0 else None
+    if distributed.on_rank0(lambda: bool(state), here):
+        optim.load_optimizer_state(optimizer, model, state, partial(distributed.from_rank0, here=here))
+    else:  # no update was made before that checkpoint
+        optimizer.state.clear()
+    if trainer["scaler"]:
+        scaler.load_state_dict(trainer["scaler"])
+    vars(judge).update(trainer["judge"])
+
+
+def read_optimizer(folder: str | Path) -> State:
+    """The optimiser's tensors of a checkpoint, on the host. Raises ValueError for a broken file."""
+    path = Path(folder) / "training" / "optimizer.safetensors"
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is broken: {error}") from None
+
+
+def _copy_to_host(live: Mapping[str, torch.Tensor], host: State, here: Job) -> None:
+    """Make `host` whole copies of tensors that may be spread over the ranks; on rank 0 only."""
+    if here.rank == 0 and {name: (t.shape, t.dtype) for name, t in live.items()} != {
+            name: (t.shape, t.dtype) for name, t in host.items()}:  # the first save, or an optimiser with other state
+        host.clear()  # frees the old memory before there is new
+        host.update(_host_buffers(live))
+    for name, tensor in live.items():
+        tensor = distributed.whole(tensor.detach())
+        if here.rank == 0:
+            host[name].copy_(tensor, non_blocking=True)
+    if here.device.type == "cuda":
+        torch.cuda.synchronize(here.device)
+
+
+def _host_buffers(live: Mapping[str, torch.Tensor]) -> State:
+    """Host memory for copies of tensors, all in one piece: a GPU writes directly to pinned memory, and torch hands that
+    out in powers of two, a piece each. It is not pinned where there is not enough of that."""
+    starts = [0, *itertools.accumulate(-(-t.numel() * t.itemsize // ALIGNMENT) * ALIGNMENT for t in live.values())]
+    pinned = any(t.is_cuda for t in live.values())
+    try:
+        buffer = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=pinned)
+    except RuntimeError:
+        buffer = torch.empty(starts[-1], dtype=torch.uint8)
+    return {name: buffer[start:start + t.numel() * t.itemsize].view(t.dtype).view(t.shape)
+            for start, (name, t) in zip(starts, live.items())}
+
+
+def _step_back() -> None:
+    """Give this thread only the processor time that training leaves over, where a thread can be told from its process.
+    """
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "SHA256SUMS")
+
+
+def _write_sums(folder: Path) -> None:
+    lines = [f"{files.sha256_file(path)}  {path.relative_to(folder).as_posix()}\n" for path in _files(folder)]
+    with files.named_errors(folder / "SHA256SUMS"):
+        (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
+
+
+def _sync(folder: Path) -> None:
+    """Force files and folders to the disk, so that the rename that follows cannot outrun them in a power cut."""
+    for path in [*folder.rglob("*"), folder]:
+        files.sync(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        with contextlib.suppress(OSError):  # it is another user's
+            for folder, _, _ in os.walk(path):
+                os.chmod(folder, 0o700)  # of a copy of what was read-only
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

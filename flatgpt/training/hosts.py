@@ -1,0 +1,127 @@
+"""The hosts of a job: how its processes find each other before torch connects them, and what is said, with the hosts'
+names, when they do not, or when a connection is lost.
+
+Owns every word about hosts, addresses and interfaces. docs/hosts.md has what was made to happen between two of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import ipaddress
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from flatgpt import launcher
+from flatgpt.training.device import one_line
+
+if TYPE_CHECKING:
+    from flatgpt.training.distributed import Job
+
+NAME_INTERFACE = ("start torchrun on every host with GLOO_SOCKET_IFNAME=NAME NCCL_SOCKET_IFNAME=NAME, NAME being its "
+                  "network interface to the others (`ip -brief address` lists them)")
+
+
+def meet(here: Job, where: str, timeout: datetime.timedelta) -> dist.Store:
+    """The store of rank 0, at `where`, in which the processes find each other; `here` learns each rank's host.
+
+    Raises OSError where they would wait in vain: the store is out of reach, a rank does not come, or gloo would listen
+    on a host's loopback, whose ranks torch would keep waiting for five times the timeout."""
+    me, (address, _, port) = socket.gethostname(), where.rpartition(":")
+    hint = (f"every host has to reach rank 0 there; where {address} does not lead to its host, start torchrun on that "
+            "with --local-addr=ADDRESS") if launcher.UNDER_TORCHRUN else (
+            f"the environment has {launcher.rank_variables()}: {launcher.HOW_TO_START}")
+    deadline_s = time.monotonic() + timeout.total_seconds()
+    while here.rank > 0:
+        try:
+            socket.create_connection((address, int(port)), timeout.total_seconds()).close()
+            break
+        except OSError as error:
+            if time.monotonic() > deadline_s:
+                raise OSError(f"rank {here.rank} on {me} cannot reach rank 0 at {where} ({error}): {hint}") from None
+            time.sleep(0.2)
+    told, heard = ([f"{what}_{rank}" for rank in range(here.world_size)] for what in ("host_of", "heard_by"))
+    try:
+        store, _, _ = next(dist.rendezvous("env://", here.rank, here.world_size, timeout=timeout))
+        store.set(told[here.rank], f"{me} ({_gloo_address()})")
+        store.wait(told, timeout)
+        here.hosts = tuple(store.get(key).decode() for key in told)
+        store.set(heard[here.rank], "")
+        if here.rank == 0:
+            store.wait(heard, timeout)  # it may end with this process
+    except dist.DistError as error:
+        raise OSError(f"rank {here.rank} on {me} did not meet the others at {where} ({one_line(error)}), whose screens "
+                      f"may say why: {hint}") from None
+    if len(set(here.hosts)) > 1 and (deaf := sorted(set(filter(_is_loopback, here.hosts)))):
+        raise OSError(f"the processes cannot reach each other: {', '.join(deaf)} listens on loopback alone, since its "
+                      f"own name leads there (/etc/hosts), or to no address it has: {NAME_INTERFACE}, or correct the "
+                      "name")
+    return store
+
+
+def _gloo_address() -> str:
+    """Where gloo listens on this host: at the interface it is told, else where the host's name leads."""
+    if interface := os.environ.get("GLOO_SOCKET_IFNAME"):
+        return interface
+    with contextlib.suppress(OSError):  # a name that leads nowhere
+        for family, *_, address in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM):
+            with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.bind(address)  # fails for an address of another host
+                return address[0]
+    return "127.0.0.1"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.rpartition("(")[2].rstrip(")").partition("%")[0]).is_loopback
+    except ValueError:  # an interface's name
+        return False
+
+
+@contextlib.contextmanager
+def deadline(seconds: float, here: Job) -> Iterator[None]:
+    """What lasts longer in here ends the process: a rank that waits for connections in gloo hears of no failure."""
+
+    def end() -> None:
+        sys.stderr.write(f"error: {_cannot_connect(here, f'nothing heard for {seconds:.0f} s')}\n")
+        sys.stderr.flush()
+        os._exit(2)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextlib.contextmanager
+def lost_connections(here: Job) -> Iterator[None]:
+    """What torch says of a connection that broke, in one line that names hosts. Raises OSError."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = re.sub(r"\[\S+:\d+\] ", "", one_line(error))  # without the line of torch's source
+        if here.talk is None and "connectFullMesh" in reason:
+            raise OSError(_cannot_connect(here, reason)) from None
+        is_gloos = "/gloo/" in str(error) and "enforce fail" not in str(error)
+        if not is_gloos and "ncclRemoteError" not in str(error):
+            raise
+        others = sorted(set(here.hosts) - {here.hosts[here.rank]}) or ["the other processes"]
+        raise OSError(f"{here.name(here.rank)} lost the connection to {', '.join(others)}: {reason}. What was saved is "
+                      "intact: torchrun --max-restarts=3 starts all again by itself, else give the same command again "
+                      "on every host") from None
+
+
+def _cannot_connect(here: Job, reason: str) -> str:
+    return (f"{here.name(here.rank)} cannot connect to the others, which listen at "
+            f"{', '.join(sorted(set(here.hosts)))}: {reason}. Every host has to reach those: {NAME_INTERFACE}")

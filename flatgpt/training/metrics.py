@@ -1,0 +1,333 @@
+"""What a run reports: console lines or a progress bar, metrics.jsonl, validation loss, samples, throughput, MFU.
+
+Owns every number that leaves a run; trackers.py hands them on to wandb and TensorBoard. Only rank 0 reports; the other
+ranks hold a Reporter that says nothing, so that train.py needs no `if` for it. metrics.jsonl has one JSON object a
+line, with `step` = updates made; a resume cuts what was written after its checkpoint and adds a line that says
+`resumed`, so that but for those the file reads as if the run had never been interrupted. A rollback leaves, of the
+lines past its step, what they tell of events (skipped steps above all): those have happened, while the losses of these
+steps are yet to come.
+
+Throughput counts training only: the time spent within `excluded()` (evaluation, samples, saving) is left out of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from flatgpt.data.loader import EvalOrder, pin, prefetch
+from flatgpt.data.tokenizer import Tokenizer
+from flatgpt.files import EVENTS, read_records, write_records
+from flatgpt.models.sampling import Sampler
+from flatgpt.training import trackers
+from flatgpt.training.distributed import Job, eager, reshard, sum_over_ranks
+from model import LanguageModel
+
+# Dense bfloat16 (float16 on V100 and T4) matrix peaks in flops/s, from the vendor's data sheets, by what the device's
+# name holds as a whole word. A device that is not listed has no MFU: "unknown" is better than a guess.
+PEAK_FLOPS = {"B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+              "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "L4": 121e12, "V100": 125e12, "T4": 65e12,
+              "RTX 4090(?! )": 165e12, "RTX 3090(?! )": 71e12}
+NUM_SAMPLES = 2  # texts that a run writes at a time
+
+
+@dataclass
+class LogConfig:
+    """Logging"""
+
+    log_interval: int = 1  # steps between reports of the training loss
+    wandb_log: bool = False  # report to Weights & Biases as well
+    wandb_project: str = "owt"  # project there
+    wandb_run_name: str = "gpt2"  # name of the run there
+    tensorboard: bool = False  # write event files for TensorBoard to out_dir/tensorboard as well
+    sample_interval: int = 0  # steps between samples of what the model writes by itself; 0 = never
+    sample_tokens: int = 100  # tokens in each
+
+
+def flops_per_token(model: LanguageModel) -> int:
+    """Forward and backward: 6 N for the matrices, 12 L H Q T for attention (PaLM, arXiv:2204.02311, appendix B); the
+    models of baselines.py have none. (A bigram multiplies nothing: its MFU is of a product with its whole table.)"""
+    c = model.config
+    attention = 12 * c.n_layer * c.n_embd * c.block_size if model.h else 0
+    looked_up = model.wte.weight.numel() if model.lm_head is not None else 0  # a table that is not the head as well
+    return 6 * (model.num_params() - looked_up) + attention
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Of one device; None when it is not in the table."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}(?!\w)", name)), None)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory this process has held: of the GPU where there is one, else of the machine. In 1e9 bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+@torch.no_grad()
+def validation_loss(model: LanguageModel, order: EvalOrder, batch_size: int, here: Job) -> float:
+    """Mean loss over all targets of the order's windows, in nats; every rank takes a share and gets the same answer."""
+    training = model.training
+    model.eval()
+    loss_sum, count = torch.zeros((), device=here.device), 0
+    first, end = (len(order) * r // here.world_size for r in (here.rank, here.rank + 1))
+    # As many batches on each rank, if need be of padding: FSDP's ranks run a model together.
+    num_batches = math.ceil(math.ceil(len(order) / here.world_size) / batch_size)
+
+    def load(start: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        x, y = order.batch(start, batch_size)
+        y[max(0, end - start):] = -1  # the next rank's; whole batches all the same, so compiled blocks meet one shape
+        return pin(x, here.device), pin(y, here.device), int((y >= 0).sum())
+
+    for x, y, num_targets in prefetch(load, range(first, first + num_batches * batch_size, batch_size)):
+        x, y = x.to(here.device, non_blocking=True), y.to(here.device, non_blocking=True)
+        with here.autocast():
+            loss_sum += model(x, y, num_targets=1)[1]
+        count += num_targets
+    reshard(model)
+    model.train(training)
+    loss_sum, count = sum_over_ranks(torch.stack([loss_sum, torch.full_like(loss_sum, count)]), here)
+    return (loss_sum / count).item()
+
+
+def write_samples(model: LanguageModel, tokenizer: Tokenizer, num_tokens: int, here: Job) -> list[str]:
+    """What the model writes when nothing is given; the draws are the same each time, so that what changes is its doing.
+
+    Every rank takes part and gets the same texts. Training does not notice: the generator is a separate one."""
+    start = torch.tensor([tokenizer.encode_prompt("").tolist()] * NUM_SAMPLES, device=here.device)
+    sampler = Sampler(temperature=0.8, top_k=200, generator=torch.Generator().manual_seed(0))
+
+    def choose(logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        return sampler(logits.cpu(), seen.cpu()).to(here.device)  # CUDA's cumulative sum is not deterministic
+
+    # No cache: on CUDA that is read by a recorded graph, which FSDP's parts of weights are no good for.
+    with here.autocast(), eager(model):
+        tokens = torch.stack([*model.stream(start, num_tokens, choose, use_cache=False)], dim=1)
+    reshard(model)
+    return [tokenizer.decode(row) for row in tokens.tolist()]
+
+
+def validation_losses(model: LanguageModel, orders: Mapping[str, EvalOrder], shares: list[float], batch_size: int,
+                      here: Job) -> dict[str, float]:
+    """The loss as metrics.jsonl has it: {"val/loss": loss}, in a mixture the mean weighted by the data sets' shares,
+    with {"val/loss/NAME": loss} for each beside it."""
+    losses = {name: validation_loss(model, order, batch_size, here) for name, order in orders.items()}
+    mean = sum(share * loss for share, loss in zip(shares, losses.values()))
+    each = {f"val/loss/{name}": loss for name, loss in losses.items()} if len(losses) > 1 else {}
+    return {"val/loss": mean, **each}
+
+
+def describe_losses(losses: Mapping[str, float]) -> str:
+    """val loss 3.2000, or val loss 3.2000 (a 3.1000, b 3.4000) for a mixture."""
+    prefix = "val/loss/"
+    each = [f"{key.removeprefix(prefix)} {loss:.4f}" for key, loss in losses.items() if key.startswith(prefix)]
+    return f"val loss {losses['val/loss']:.4f}" + (f" ({', '.join(each)})" if each else "")
+
+
+class Reporter:
+    """Rank 0's mouth: `say` writes a line for people, `record` one of metrics.jsonl. Silent on the other ranks."""
+
+    def __init__(self, folder: Path, config: LogConfig, max_iters: int, here: Job):
+        """Nothing is written to `folder` before `start`."""
+        self._path, self._config, self._max_iters, self._here = folder / "metrics.jsonl", config, max_iters, here
+        self._speaks = here.rank == 0
+        self._is_missing_lines = False
+        self._bar: tqdm | None = None
+        self._trackers = trackers.Trackers(self.say)
+
+    def start(self, model: LanguageModel, step: int, elapsed_s: float, options: dict[str, Any], is_new: bool) -> None:
+        """Begin to report at `step`, after `elapsed_s` of earlier work: cut what a killed run wrote past it, open the
+        progress bar (on a terminal), and what else was asked for: that is told the `options`, and whether it `is_new`.
+        """
+        self._flops_per_token, self._peak_flops = flops_per_token(model), peak_flops(self._here.device)
+        self._step = step
+        self._began = time.perf_counter() - elapsed_s
+        if self._speaks:
+            cut_metrics(self._path, step)
+            if sys.stderr.isatty() and sys.stdout.isatty():
+                # A terminal of unknown size counts as 80 x 24; tqdm by itself would show nothing there.
+                columns, lines = shutil.get_terminal_size()
+                self._bar = tqdm(total=self._max_iters, initial=step, unit="step", ncols=columns, nrows=lines)
+            self._start_trackers(step, is_new, options | {
+                "parameters": model.num_params(non_embedding=False), "world_size": self._here.world_size})
+        if step:
+            self.record({"step": step, "resumed": True, "elapsed_s": elapsed_s})
+        self._restart_clock()
+
+    def _start_trackers(self, step: int, is_new: bool, facts: dict[str, Any]) -> None:
+        config, folder = self._config, self._path.parent
+        if config.wandb_log:
+            self._trackers.add("wandb", lambda: trackers.Wandb(
+                folder, config.wandb_project, config.wandb_run_name, is_new, facts, self.say))
+        if config.tensorboard:
+            self._trackers.add("TensorBoard", lambda: trackers.TensorBoard(folder, step, facts))
+
+    def say(self, line: str) -> None:
+        if self._speaks:
+            tqdm.write(line)
+            sys.stdout.flush()
+
+    @contextlib.contextmanager
+    def excluded(self) -> Iterator[None]:
+        """Time in here does not count as training."""
+        if self._here.device.type == "cuda":
+            torch.cuda.synchronize(self._here.device)  # the steps that are still under way do count
+        began = time.perf_counter()
+        yield
+        self._excluded_s += time.perf_counter() - began
+
+    def elapsed_s(self) -> float:
+        return time.perf_counter() - self._began
+
+    def _restart_clock(self) -> None:
+        self._since, self._excluded_s, self._tokens_since = time.perf_counter(), 0.0, 0
+
+    def count(self, tokens: int) -> None:
+        """A step over `tokens` was made (not waited for)."""
+        self._tokens_since += tokens
+        if self._bar is not None:
+            self._bar.update(1)
+
+    def train(self, step: int, tokens: int, loss: float, grad_norm: float, lr: float, batch_hash: int, skipped: int,
+              fault: str) -> None:
+        """Report the latest step, and the speed since the report before; the caller has waited for the device.
+
+        `batch_hash` is of the windows that the step read; `fault` says why its update was skipped, if it was, and
+        `skipped` how many were in the whole run."""
+        if not self._speaks:
+            return
+        seconds = max(time.perf_counter() - self._since - self._excluded_s, 1e-9)
+        ms_per_step = 1000 * seconds / (step - self._step)
+        tokens_per_sec = self._tokens_since / seconds
+        self._step = step
+        self._restart_clock()
+        mfu = None
+        if self._peak_flops:
+            mfu = self._flops_per_token * tokens_per_sec / (self._peak_flops * self._here.world_size)
+        self.record({"step": step, "tokens": tokens, "train/loss": loss, "lr": lr, "grad_norm": grad_norm,
+                     "tokens_per_sec": tokens_per_sec, "mfu": mfu, "memory_gb": peak_memory_gb(self._here.device),
+                     "elapsed_s": self.elapsed_s(), "batch_hash": f"{batch_hash:016x}", "skipped": skipped}
+                    | ({"fault": fault} if fault else {}))
+        if fault:
+            self.say(f"warning: step {step}: {fault}; its update was skipped ({skipped} so far)")
+        elif self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_sec:,.0f} tok/s")
+        else:
+            self.say(f"step {step}/{self._max_iters}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.2f}, "
+                     f"{ms_per_step:.1f} ms, {tokens_per_sec:,.0f} tok/s, "
+                     f"mfu {'unknown' if mfu is None else format(mfu, '.1%')}")
+
+    def validation(self, step: int, tokens: int, losses: dict[str, float], sampled: dict[str, float] | None) -> None:
+        """Report the losses of an evaluation (`validation_losses`); when they are of the whole split, with those of the
+        windows that earlier evaluations read beside them."""
+        line = f"step {step}: "
+        if sampled is not None:
+            line += f"{describe_losses(sampled)} on a sample, "
+        self.say(line + describe_losses(losses) + (" on the whole validation split" if sampled is not None else ""))
+        if sampled is not None:
+            losses = losses | {"val/sampled_loss": sampled["val/loss"]}
+        self.record({"step": step, "tokens": tokens, **losses, "elapsed_s": self.elapsed_s()})
+
+    def samples(self, step: int, texts: list[str]) -> None:
+        """Report what the model writes after `step` updates."""
+        for number, text in enumerate(texts, 1):
+            self.say(f"step {step}: sample {number} of {len(texts)}\n{printable(text)}\n---------------")
+        self.record({"step": step, "samples": texts, "elapsed_s": self.elapsed_s()})
+
+    def went_back(self, step: int, rollbacks: int, skipped: int, next_seq: int) -> None:
+        """The run goes on from `step`, an earlier one than before: of what was reported since only the
+        events stay, and this is one more."""
+        self.say(f"warning: too many bad steps in a row; going back to the checkpoint of step {step}, and on with the "
+                 "data that follows")
+        self._step = step
+        if self._speaks:
+            cut_to_events(self._path, step)
+            self._trackers.go_back(step)
+        self.record({"step": step, "rollbacks": rollbacks, "skipped": skipped, "next_seq": next_seq,
+                     "elapsed_s": self.elapsed_s()})
+        if self._bar is not None:
+            self._bar.n = step
+        self._restart_clock()
+
+    def record(self, values: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl, and pass it on to wandb and TensorBoard where they are wanted."""
+        if not self._speaks:
+            return
+        # JSON has no NaN and no infinity: null.
+        values = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+                  for key, value in values.items()}
+        size = self._path.stat().st_size if self._path.is_file() else 0
+        try:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:  # a full disk: the run is worth more than its log
+            with contextlib.suppress(OSError):
+                os.truncate(self._path, size)
+            if not self._is_missing_lines:
+                self.say(f"warning: {self._path} cannot be written ({error.strerror}); going on without")
+            self._is_missing_lines = True
+        self._trackers.log(values)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._trackers:
+            self._trackers.close(summarize(read_records(self._path)))
+
+
+def printable(text: str) -> str:
+    """With control characters, which a terminal would obey, written out as \\x1b; newlines and tabs stay."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drop the lines that a run has written since it was at `step` (all, for a new run at step 0), and a line torn by a
+    kill. Events past `step` that a rollback has left stay: they lie before it."""
+    if not path.is_file():
+        return
+    records = read_records(path)
+    until = max((number for number, record in enumerate(records, 1) if record["step"] <= step), default=0)
+    write_records(path, records[:until] if step else [])
+
+
+def cut_to_events(path: Path, step: int) -> None:
+    """Of the lines past `step` leave those that tell of an event, with its time and place and nothing else."""
+    parts = EVENTS.keys() | {"step", "tokens", "elapsed_s"}
+    records = [record if record["step"] <= step else {key: value for key, value in record.items() if key in parts}
+               for record in read_records(path) if record["step"] <= step or record.keys() & EVENTS.keys()]
+    write_records(path, records)
+
+
+def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a run came to. Its losses are compared on the windows that all its evaluations read; the final one is of
+    the last evaluation, the whole split when the run has come to its end. Unknown values are left out."""
+    evaluations = [record for record in records if record.get("val/loss") is not None]
+    speeds = [record["tokens_per_sec"] for record in records if record.get("tokens_per_sec") is not None]
+    newest = records[-1] if records else {}
+    summary: dict[str, Any] = {key: newest[key] for key in ("step", "elapsed_s") if key in newest}
+    if evaluations:
+        summary["best_val_loss"] = min(record.get("val/sampled_loss") or record["val/loss"] for record in evaluations)
+        summary["final_val_loss"] = evaluations[-1]["val/loss"]
+    if speeds:
+        # A step that the run went back from is not one of them, unless it has been made again.
+        summary["tokens"] = max(record.get("tokens") or 0 for record in records if record["step"] <= summary["step"])
+        summary["tokens_per_sec"] = statistics.median(speeds)
+    return summary

@@ -1,0 +1,245 @@
+"""What a run will take, said before its first step: tokens, memory, disk, the links between the ranks; and what will
+fail.
+
+The estimates count what grows with the model and the batch, and are meant to be right within a few tens of percent:
+enough to see on the first screen that a run cannot end well.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+import model as gpt
+from flatgpt import launcher
+from flatgpt.data.loader import BatchPlan
+from flatgpt.machine import free_memory_bytes, resident_bytes
+from flatgpt.training import distributed
+from flatgpt.training.checkpoint import RunFolder
+from flatgpt.training.device import memory_bytes
+from flatgpt.training.distributed import Job
+from flatgpt.training.optim import OptimConfig, schedule_warnings
+from model import LanguageModel
+
+HEAP = 1.5  # on a CPU, what a micro-batch takes of the heap, its holes included, to what of it is in use
+FIRST_STEP_BYTES = 60_000_000  # that torch's libraries take when they are first used
+
+
+def report(model: LanguageModel, plan: BatchPlan, epochs: str, run: RunFolder, steps_between_saves: int, max_iters: int,
+           optim: OptimConfig, here: Job) -> Iterator[str]:
+    """Lines for people, those that begin with "warning:" about what will fail; every rank has to take part."""
+    num_params, block_size = model.num_params(non_embedding=False), model.config.block_size
+    how = f", {here.parallel}" if here.world_size > 1 else ""
+    yield f"{num_params:,} parameters, {here.dtype} on {here.world_size} x {here.device.type}{how}"
+    yield (f"{plan.seqs_per_step * block_size:,} tokens a step = {plan.accumulation_steps} micro-batches x "
+           f"{plan.micro_batch} sequences x {block_size} tokens x {here.world_size} ranks; an epoch {epochs}")
+
+    parts, room = memory_parts(model, plan, here), memory_room(here)
+    yield (f"memory a process: about {size(sum(parts.values()))} of {room / 1e9:,.1f} GB ("
+           + ", ".join(f"{part} {size(num_bytes)}" for part, num_bytes in parts.items()) + ")")
+    if sum(parts.values()) > room:
+        yield ("warning: that will not fit: lower --batch_size, or try --activation_checkpointing=True or "
+               "--parallel=fsdp")
+
+    checkpoint, free = 12 * num_params, free_bytes(run.path)  # float32 weights, AdamW's two means (Muon has one)
+    copy = copy_bytes(num_params, here.device)
+    kept = checkpoints_kept(run, steps_between_saves, max_iters)
+    yield (f"saving: {size(checkpoint)} a checkpoint, copied to host memory first ({size(copy)} there); at most {kept} "
+           f"kept on the disk, {size(free)} free for {run.path}")
+    yield from (f"warning: {line}" for line in schedule_warnings(optim, max_iters))
+    if run.config.keep_every % steps_between_saves:
+        yield (f"warning: keep_every={run.config.keep_every} finds a checkpoint only where it meets the saves, one in "
+               f"{steps_between_saves} steps: set a multiple of that")
+    if copy > free_memory_bytes():
+        yield "warning: the host's memory will not hold the copy that is saved: use a machine with more"
+    if checkpoint * (kept - len(run.steps())) > free:
+        yield "warning: the disk will be full before the end: lower --keep_last, or choose another --out_dir"
+
+    if here.world_size > 1:
+        speed = distributed.bandwidth(here, min(4 * num_params, 100_000_000))
+        yield f"all-reduce: {size(speed)}/s from each of {here.world_size} ranks"
+    if launcher.may_restart() and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
+        yield ("warning: torchrun's restarts can hang on stale addresses: start it with "
+               "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment")
+
+
+def fit_batch_size(model: LanguageModel, seqs_per_rank: int, here: Job, compile: str = "False") -> int:
+    """The largest micro-batch that every rank's device takes: a divisor of `seqs_per_rank`. Raises ValueError.
+
+    On a GPU it is tried, by a stand-in for the model, compiled if `compile` says so (see distributed.compile_parts);
+    elsewhere, where a trial that fails is the end of the process, it is reckoned."""
+    sizes = [n for n in range(1, seqs_per_rank + 1) if seqs_per_rank % n == 0]
+    plans = [BatchPlan(seqs_per_rank * here.world_size, n, seqs_per_rank // n, here.world_size) for n in sizes]
+    if here.device.type == "cuda":
+        fits = _gpu_trial(model, here, compile)
+        largest = _largest_fitting(plans, fits, here)
+        del fits  # and the stand-in with it: the trial is no part of the run
+        torch.compiler.reset()  # or what is trained would be compiled for all sizes, which is slower
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(here.device)
+    else:
+        largest = _largest_fitting(plans, partial(_fits_host, model, here), here)
+    if not largest:
+        raise ValueError(f"not even one sequence of {model.config.block_size} tokens fits the memory of {here.device}: "
+                         "lower --block_size, or try --activation_checkpointing=True or --parallel=fsdp")
+    return largest
+
+
+def _largest_fitting(plans: list[BatchPlan], fits: Callable[[BatchPlan], bool], here: Job) -> int:
+    """The micro-batch of the last plan up to which all fit on all ranks, 0 for none. The ranks hear of each other's
+    verdict after each, so that none goes on to a size alone."""
+    largest = 0
+    for plan in plans:
+        if not all(distributed.gather(fits(plan), here)):
+            break
+        largest = plan.micro_batch
+    return largest
+
+
+def _fits_host(model: LanguageModel, here: Job, plan: BatchPlan) -> bool:
+    return sum(memory_parts(model, plan, here).values()) < 0.9 * memory_room(here)
+
+
+def _gpu_trial(model: LanguageModel, here: Job, compile: str) -> Callable[[BatchPlan], bool]:
+    """A function that tells whether this rank's GPU takes a plan's micro-batch: a stand-in makes two passes over one,
+    beside a tensor as large as all else that training holds. No rank waits for another in there."""
+    is_compiled = distributed.wants_compiler(compile, here) and distributed.try_compiler(model, here, 1) is None
+    trial = distributed.stand_in(model, replace(here, parallel="ddp"))  # whole on each rank
+    block, num_blocks = sum(p.numel() for p in trial.h.parameters()), len(model.h)
+    trial.h = nn.ModuleList([*trial.h] * num_blocks)  # what counts is what each of them keeps of a batch
+    if is_compiled:
+        distributed.compile_in_place(trial, dynamic=True)  # once for all sizes
+    held = sum(distributed.local(p).nbytes for p in model.parameters()) + 8 * sum(p.numel() for p in trial.parameters())
+    # Autocast's 16-bit weights of the blocks that are not there; FSDP frees them block by block.
+    casts = 0 if here.parallel == "fsdp" or here.dtype == torch.float32 else 2 * block * max(0, num_blocks - 1)
+    return lambda plan: _fits_gpu(trial, here, plan.micro_batch, state_bytes(model, plan, here) + casts - held)
+
+
+def _fits_gpu(trial: LanguageModel, here: Job, micro_batch: int, num_bytes: int) -> bool:
+    """Whether two passes fit beside `num_bytes`."""
+    torch.cuda.empty_cache()  # else what a smaller size has left would count
+    torch.cuda.reset_peak_memory_stats(here.device)
+    try:
+        others = torch.empty(max(0, num_bytes), dtype=torch.uint8, device=here.device)
+        tokens = torch.zeros(micro_batch, trial.config.block_size, dtype=torch.long, device=here.device)
+        for _ in range(2):  # the second time beside gradients
+            with here.autocast():
+                _, loss = trial(tokens, tokens)
+            loss.backward()
+        del others
+        return torch.cuda.max_memory_reserved(here.device) < 0.95 * memory_bytes(here.device)
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        trial.zero_grad(set_to_none=True)
+
+
+def memory_room(here: Job) -> float:
+    """What a rank may come to hold of a GPU; elsewhere its share of what is free on the host, with what it has."""
+    if here.device.type == "cuda":
+        return memory_bytes(here.device)
+    processes = launcher.ranks().local_world_size
+    return min(memory_bytes(here.device), free_memory_bytes() + processes * resident_bytes()) / processes
+
+
+def memory_parts(model: LanguageModel, plan: BatchPlan, here: Job) -> dict[str, float]:
+    """What takes how many bytes of the device on one rank; on a CPU, whose memory is the host's, all that lies there.
+    """
+    parts = {"weights, gradients and the optimiser's means": state_bytes(model, plan, here),
+             "a micro-batch": activation_bytes(model, plan.micro_batch, here)}
+    if here.device.type != "cuda":
+        parts["a micro-batch"] *= HEAP
+        copy = copy_bytes(model.num_params(non_embedding=False), here.device)  # rank 0's
+        parts["a checkpoint's copy"] = copy / launcher.ranks().local_world_size
+        parts["the program itself"] = own_bytes(model, here)
+    return parts
+
+
+def copy_bytes(num_params: int, device: torch.device) -> int:
+    """Of host memory that rank 0's copy for a checkpoint takes, float32: weights, two means, and the weights once more
+    as Hugging Face has them. What a GPU copies to is pinned, which torch hands out in powers of two."""
+    copies = [4 * num_params, 8 * num_params]
+    if device.type == "cuda":
+        copies = [1 << (num_bytes - 1).bit_length() for num_bytes in copies]
+    return sum(copies) + 4 * num_params
+
+
+def own_bytes(model: LanguageModel, here: Job) -> int:
+    """Of the program without its model: torch, above all. A part of it comes with the first step."""
+    weights = sum(distributed.local(p).nbytes for p in model.parameters()) if here.device.type == "cpu" else 0
+    return max(0, resident_bytes() - weights) + FIRST_STEP_BYTES
+
+
+def state_bytes(model: LanguageModel, plan: BatchPlan, here: Job) -> int:
+    """Of weights, gradients and AdamW's two means, in float32, on one rank. Muon, which keeps one mean of its matrices,
+    takes up to a quarter less."""
+    count = sum(p.numel() for p in model.parameters())
+    if here.world_size == 1 or here.parallel == "ddp":
+        return 16 * count
+    blocks = [sum(p.numel() for p in block.parameters()) for block in model.h]
+    # Weights and gradients at a time: of a block, and of all that is in none.
+    gathered = 8 * (max(blocks, default=0) + count - sum(blocks))
+    unsynced = 4 * count if plan.accumulation_steps > 1 else 0  # whole gradients, until the last micro-batch
+    return 16 * count // here.world_size + gathered + unsynced
+
+
+def activation_bytes(model: LanguageModel, micro_batch: int, here: Job) -> int:
+    """Of what a micro-batch keeps for its backward pass, and of the largest chunk of logits."""
+    c = model.config
+    rows = micro_batch * c.block_size
+    if not model.h:
+        return _activation_bytes_without_blocks(model, rows, here)
+    # A block keeps the inputs of both norms (float32), and in the type of the products 7 C values a position (both
+    # norms' outputs, q, k and v, attention's output twice) and the MLP's hidden layer before its activation.
+    hidden = c.hidden * (2 if c.mlp == "swiglu" else 1)
+    block = rows * (2 * 4 * c.n_embd + (7 * c.n_embd + hidden) * (4 if here.dtype == torch.float32 else 2))
+    blocks = c.n_layer * block
+    if model.activation_checkpointing:
+        blocks = c.n_layer * rows * c.n_embd * 4 + block
+    last_norm = rows * c.n_embd * 2 * 4
+    return blocks + last_norm + _head_bytes(model, rows, here)
+
+
+def _activation_bytes_without_blocks(model: LanguageModel, rows: int, here: Job) -> int:
+    """The same of a model of baselines.py, in float32: that 16-bit products take less is not counted."""
+    c = model.config
+    if c.model == "bigram":  # its logits, those of the vocabulary alone, and their softmax
+        return 4 * rows * 3 * c.padded_vocab_size
+    if c.model == "mlp":  # the window, the hidden layer before and after its activation, what the head reads
+        kept = (c.window + 1) * c.n_embd + (3 if c.mlp == "swiglu" else 2) * c.hidden
+    else:  # so many C a layer are kept on a CPU, cuDNN keeps fewer; the vectors, the norm's input and output
+        kept = ({"rnn": 2, "gru": 8, "lstm": 16}[c.model] * c.n_layer + 3) * c.n_embd
+    return 4 * rows * kept + _head_bytes(model, rows, here)
+
+
+def _head_bytes(model: LanguageModel, rows: int, here: Job) -> int:
+    """Of the head's gradient, and of the logits that exist at a time."""
+    chunk = gpt.LOGITS_CHUNK_BYTES_CUDA if here.device.type == "cuda" else gpt.LOGITS_CHUNK_BYTES
+    softmax = 3 * chunk if here.device.type == "cuda" else 4 * gpt.SOFTMAX_ELEMENTS
+    return 4 * model.head.numel() + min(chunk + softmax, 8 * rows * model.config.padded_vocab_size)
+
+
+def checkpoints_kept(run: RunFolder, steps_between_saves: int, max_iters: int) -> int:
+    """The most that lie in the run folder at a time, with the best one and the one that is being written."""
+    saves, nth = max_iters // max(1, steps_between_saves) + 1, 0
+    if run.config.keep_every:
+        nth = max_iters // run.config.keep_every
+    return min(saves, run.config.keep_last + nth + 2) if run.config.keep_last else saves
+
+
+def free_bytes(folder: Path) -> int:
+    """On the disk that a folder lies on, or will."""
+    folder = folder.absolute()
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+
+
+def size(num_bytes: float) -> str:
+    """1.5 GB, 23 MB."""
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.0f} MB"

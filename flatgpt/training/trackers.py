@@ -1,0 +1,161 @@
+"""Where a run reports besides its own files: Weights & Biases and TensorBoard.
+
+Owns both services' ways of starting, resuming and going back. A tracker gets each record of metrics.jsonl: its numbers
+become curves over `step`, its samples texts.
+
+Invariants: a service is imported only when it is asked for; whatever fails in one, at any time, ends its reports with
+one line, and never the run; nothing here waits for a person.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from flatgpt.files import write_text
+from flatgpt.training.device import one_line
+
+
+class Tracker(Protocol):
+    def log(self, record: dict[str, Any]) -> None: ...
+
+    def go_back(self, step: int) -> None:
+        """The records that follow begin behind `step`, an earlier one than that of the last."""
+
+    def close(self, summary: dict[str, Any]) -> None:
+        """The run has ended; `summary` is what it came to."""
+
+
+class Trackers:
+    """All that a run was asked to report to. `say` gets what there is to tell a person."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self._say = say
+        self._open: dict[str, Tracker] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._open)
+
+    def add(self, name: str, start: Callable[[], Tracker]) -> None:
+        self._guard(name, lambda: self._open.update({name: start()}))
+
+    def log(self, record: dict[str, Any]) -> None:
+        for name, tracker in [*self._open.items()]:
+            self._guard(name, lambda tracker=tracker: tracker.log(record))
+
+    def go_back(self, step: int) -> None:
+        for name, tracker in [*self._open.items()]:
+            self._guard(name, lambda tracker=tracker: tracker.go_back(step))
+
+    def close(self, summary: dict[str, Any]) -> None:
+        for name, tracker in [*self._open.items()]:
+            self._guard(name, lambda tracker=tracker: tracker.close(summary))
+        self._open.clear()
+
+    def _guard(self, name: str, do: Callable[[], None]) -> None:
+        try:
+            do()
+        except (Exception, SystemExit) as error:  # no network, no disk, a server's error: a run is worth more
+            self._open.pop(name, None)
+            self._say(f"warning: {name} failed ({one_line(error)}); going on without it")
+
+
+class Wandb:
+    """A run at Weights & Biases: online where there is a key and a network, else offline, for `wandb sync` to upload.
+
+    Its id lies in the run folder, so that a run that goes on does so there too. wandb numbers records by itself and
+    drops those that come with a number it has seen; so our step is a value like the others, and is named as the axis
+    of all curves. What was logged past a checkpoint that a run goes on from stays, as wandb's history only grows."""
+
+    def __init__(self, folder: Path, project: str, name: str, is_new: bool, options: dict[str, Any],
+                 say: Callable[[str], None]):
+        # Its own patience at the end has no limit, and is the job's time.
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "120")
+        os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")
+        import wandb
+
+        self._wandb = wandb
+        id_file = folder / "wandb_id"
+        if is_new or not id_file.is_file():
+            write_text(id_file, secrets.token_hex(4) + "\n")
+        how = {"project": project, "name": name, "id": id_file.read_text(encoding="utf-8").strip(), "dir": folder,
+               "resume": "allow"}
+        mode = wandb.setup().settings.mode  # of the environment, or of wandb's own files
+        if mode == "online" and not wandb.login(prompt=False, verify=False):
+            mode = "offline"
+            say(f"wandb knows no key: the run is kept in {folder}/wandb, for `wandb sync` to upload")
+        try:
+            self._run = wandb.init(mode=mode, **how)
+        except wandb.errors.Error as error:
+            if mode != "online":
+                raise
+            say(f"warning: wandb cannot be reached ({one_line(error)}): the run is kept in {folder}/wandb, for "
+                "`wandb sync` to upload")
+            wandb.teardown()  # its service would not let go of the id
+            self._run = wandb.init(mode="offline", **how)
+        self._run.config.update(options, allow_val_change=True)
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, record: dict[str, Any]) -> None:
+        values = numbers(record)
+        with self._or_leave():
+            if texts := record.get("samples"):
+                values["samples"] = self._wandb.Html("<hr>".join(f"<pre>{html.escape(text)}</pre>" for text in texts))
+            self._run.log(values)
+
+    def go_back(self, step: int) -> None:
+        pass  # the curves go back with their axis
+
+    def close(self, summary: dict[str, Any]) -> None:
+        with self._or_leave():
+            self._run.summary.update(summary)
+            self._run.finish()
+
+    @contextlib.contextmanager
+    def _or_leave(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            with contextlib.suppress(Exception, SystemExit):
+                self._wandb.teardown()  # else it would try, and complain, once more when the process ends
+            raise
+
+
+class TensorBoard:
+    """Event files in out_dir/tensorboard, on the disk with each record. Those past a step that a run goes on from are
+    purged: the files say from where on, and TensorBoard leaves them out."""
+
+    def __init__(self, folder: Path, step: int, options: dict[str, Any]):
+        self._folder, self._writer = folder, None
+        self.go_back(step)
+        table = "".join(f"| {key} | {value} |\n" for key, value in options.items())
+        self._writer.add_text("options", f"| option | value |\n| --- | --- |\n{table}", step)
+
+    def go_back(self, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        if self._writer:
+            self._writer.close()
+        self._writer = SummaryWriter(self._folder / "tensorboard", purge_step=step + 1 if step else 0)
+
+    def log(self, record: dict[str, Any]) -> None:
+        for key, value in numbers(record).items():
+            if key != "step":
+                self._writer.add_scalar(key, value, record["step"])
+        for number, text in enumerate(record.get("samples", ()), 1):
+            lines = "\n".join(f"    {line}" for line in text.splitlines())  # as code: it is shown as Markdown
+            self._writer.add_text(f"samples/{number}", lines, record["step"])
+        self._writer.flush()
+
+    def close(self, summary: dict[str, Any]) -> None:
+        self._writer.close()
+
+
+def numbers(record: dict[str, Any]) -> dict[str, int | float]:
+    return {key: value for key, value in record.items() if isinstance(value, int | float) and value is not True}

@@ -1,0 +1,541 @@
+"""data.py: the order of batches against naive enumeration, mixtures against their quotas, reading ahead."""
+
+import hashlib
+import itertools
+import re
+import shutil
+import threading
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+from conftest import write_shard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flatgpt.data import loader
+from flatgpt.data.loader import (
+    DataConfig,
+    EvalOrder,
+    MixedOrder,
+    TrainOrder,
+    open_mixture,
+    permute,
+    pin,
+    plan_batches,
+    prefetch,
+    quotas,
+)
+from flatgpt.data.shards import Split
+
+quick = hypothesis.settings(max_examples=60, deadline=None)
+LENGTHS = st.lists(st.integers(0, 60), min_size=1, max_size=5)
+SEEDS = st.integers(0, 2**32)
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    """Windows are found in blocks: small ones are quicker here, and their borders are met."""
+    monkeypatch.setattr(loader, "BLOCK_SEQS", 32)
+
+
+def split_of(lengths: list[int]) -> Split:
+    """Shards of these lengths in memory. The tokens count through them all, so that each says where it stands."""
+    paths = [Path(f"data/counting/train_{i:06d}.bin") for i in range(len(lengths))]
+    return Split(paths, 10**9, np.split(np.arange(sum(lengths)), np.cumsum(lengths)[:-1]))
+
+
+def cut_into(count: int, cuts: list[int]) -> list[tuple[int, int]]:
+    """[0, count) as (first, size) pieces, cut at the places given (modulo count)."""
+    edges = sorted({0, count, *(cut % count for cut in cuts)})
+    return [(a, b - a) for a, b in itertools.pairwise(edges)]
+
+
+# The permutation
+
+
+@given(n=st.integers(1, 3000), seed=SEEDS, epoch=st.integers(0, 1000))
+@quick
+def test_permute_is_a_bijection(n, seed, epoch):
+    assert np.array_equal(np.sort(permute(np.arange(n), n, seed, epoch)), np.arange(n))
+
+
+def test_permute_shuffles_anew_for_every_seed_and_epoch():
+    places = np.arange(1000)
+    orders = [places, *(permute(places, 1000, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0), (1, 1)))]
+    correlation = np.corrcoef(orders) - np.eye(5)
+    assert np.abs(correlation).max() < 0.15  # of independent orders: 0.03 in the mean
+
+
+def test_permute_takes_any_number_of_windows():
+    windows = permute(np.arange(10**12 - 1000, 10**12), 10**12, 1337, 0)
+    assert len(set(windows.tolist())) == 1000
+    assert 0 <= windows.min() < 10**11 < 9 * 10**11 < windows.max() < 10**12
+
+
+def test_the_order_is_that_of_earlier_versions():
+    """A run that an earlier version began goes on with the same batches: change these numbers only knowingly."""
+    assert permute(np.arange(10), 10, 1337, 0).tolist() == [4, 8, 5, 6, 9, 7, 3, 2, 1, 0]
+    assert TrainOrder(split_of([50, 30]), 8, 1337).windows(0, 12) == [
+        (0, 36), (0, 12), (1, 4), (1, 12), (0, 4), (1, 20), (0, 28), (0, 20),  # epoch 0 begins at token 4
+        (0, 24), (1, 8), (0, 0), (0, 16)]
+
+
+def test_derived_seeds_are_sha256_of_the_key():
+    digest = hashlib.sha256(b"(1337, 'offset', 7)").digest()
+    assert loader.derive_seed(1337, "offset", 7) == int.from_bytes(digest[:8], "little") // 2
+
+
+# Training
+
+
+@quick
+@given(lengths=LENGTHS, block_size=st.integers(1, 8), seed=SEEDS)
+def test_every_epoch_reads_every_window_once(lengths, block_size, seed):
+    hypothesis.assume(max(lengths) > block_size)
+    order, first_seq = TrainOrder(split_of(lengths), block_size, seed), 0
+    for epoch in range(3):
+        offsets, counts = order.cut(epoch)
+        windows = [(shard, start) for shard, (length, offset) in enumerate(zip(lengths, offsets.tolist()))
+                   for start in range(offset, length - block_size, block_size)]
+        assert counts.sum() == len(windows)
+        assert sorted(order.windows(first_seq, len(windows))) == windows
+        assert {shard for shard, _ in windows} == {i for i, length in enumerate(lengths) if length > block_size}
+        assert (offsets >= 0).all()
+        assert (offsets < block_size).all()
+        first_seq += len(windows)
+
+
+def test_epochs_differ_in_offset_and_order():
+    order = TrainOrder(split_of([8 * 50]), 8, 1337)
+    epochs = [order.windows(49 * epoch, 49) for epoch in range(6)]
+    assert len({epoch[0][1] % 8 for epoch in epochs}) > 1
+    assert len({tuple(start // 8 for _, start in epoch) for epoch in epochs}) == 6
+    assert TrainOrder(split_of([8 * 50]), 8, 1338).windows(0, 49) != epochs[0]
+
+
+@quick
+@given(lengths=LENGTHS, block_size=st.integers(1, 8), first=st.integers(0, 100), count=st.integers(1, 60),
+       cuts=st.lists(st.integers(0, 1000), max_size=5))
+def test_batches_are_the_same_however_they_are_asked_for(lengths, block_size, first, count, cuts):
+    hypothesis.assume(max(lengths) > block_size)
+    split = split_of(lengths)
+    rows = TrainOrder(split, block_size, 1).rows(first, count)
+    order = TrainOrder(split, block_size, 1)
+    parts = [order.rows(first + start, size) for start, size in reversed(cut_into(count, cuts))]
+    assert np.array_equal(np.concatenate(parts[::-1]), rows)
+    windows = order.windows(first, count)
+    assert len(windows) == len(rows) == count
+    for (shard, start), row in zip(windows, rows):
+        assert row.tolist() == split.shards[shard][start:start + block_size + 1].tolist()
+
+
+@quick
+@given(world_size=st.sampled_from([1, 2, 3, 4, 8]), batch_size=st.integers(1, 30), step=st.integers(0, 50),
+       seqs=st.sampled_from([24, 48]), seed=st.integers(0, 9))
+def test_a_step_trains_on_the_same_windows_on_any_number_of_ranks(world_size, batch_size, step, seqs, seed):
+    order = TrainOrder(split_of([300, 150]), 8, seed)
+    plan = plan_batches(DataConfig(batch_size=batch_size, total_batch_size=seqs * 8), {}, 8, world_size)
+    read = []
+    for rank in range(world_size):
+        first = plan.first_seq(step * seqs, rank)
+        for start in range(0, plan.seqs_per_rank, plan.micro_batch):
+            read += order.windows(first + start, plan.micro_batch)
+    assert read == order.windows(step * seqs, seqs)
+
+
+def test_a_train_split_without_a_window_is_refused():
+    TrainOrder(split_of([3, 9]), 8, 0)
+    with pytest.raises(ValueError, match=r"8 tokens in its longest shard.* block_size \+ 1 = 9"):
+        TrainOrder(split_of([3, 8]), 8, 0)
+
+
+# The batch plan
+
+
+@given(per_rank=st.integers(1, 500), world_size=st.integers(1, 9), batch_size=st.integers(1, 64))
+def test_the_micro_batch_is_the_largest_divisor_up_to_batch_size(per_rank, world_size, batch_size):
+    config = DataConfig(batch_size=batch_size, total_batch_size=per_rank * world_size * 16)
+    plan = plan_batches(config, {"batch_size": "", "total_batch_size": ""}, 16, world_size)
+    assert plan.seqs_per_step == plan.world_size * plan.accumulation_steps * plan.micro_batch == per_rank * world_size
+    assert plan.world_size == world_size
+    assert plan.micro_batch == max(n for n in range(1, batch_size + 1) if per_rank % n == 0)
+
+
+def test_the_global_batch_is_nanogpts_product_or_total_batch_size():
+    config = DataConfig(gradient_accumulation_steps=5 * 8, batch_size=12)
+    assert plan_batches(config, {}, 1024, 8).seqs_per_step == 480
+    config.total_batch_size = 480 * 1024
+    assert plan_batches(config, {"gradient_accumulation_steps": "40"}, 1024, 8).accumulation_steps == 5
+    config.total_batch_size = 512 * 1024
+    assert plan_batches(config, {}, 1024, 8).seqs_per_step == 512
+    with pytest.raises(ValueError, match=r"524288 tokens, but .* 491520; leave gradient_accumulation_steps out"):
+        plan_batches(config, {"gradient_accumulation_steps": "40"}, 1024, 8)
+
+
+@pytest.mark.parametrize(("seqs", "world_size", "nearest"), [(10, 4, [8, 12]), (3, 4, [4]), (17, 8, [16, 24])])
+def test_a_batch_that_does_not_divide_names_the_nearest_that_do(seqs, world_size, nearest):
+    with pytest.raises(ValueError, match=f"{seqs} sequences .* {world_size} processes") as caught:
+        plan_batches(DataConfig(gradient_accumulation_steps=seqs, batch_size=1), {}, 32, world_size)
+    offered = [int(tokens) for tokens in re.findall(r"--total_batch_size=(\d+)", str(caught.value))]
+    assert offered == [32 * n for n in nearest]
+    for tokens in offered:
+        assert plan_batches(DataConfig(total_batch_size=tokens), {}, 32, world_size).seqs_per_step == tokens // 32
+
+
+@pytest.mark.parametrize("options", [{"gradient_accumulation_steps": -1}, {"total_batch_size": -32},
+                                     {"total_batch_size": 33}])
+def test_a_batch_that_is_none_is_refused(options):
+    key, value = next(iter(options.items()))
+    with pytest.raises(ValueError, match=f"{key}={value} .*positive"):
+        plan_batches(DataConfig(**options), {}, 32, 1)
+
+
+def test_batch_size_0_asks_what_fits():
+    config, asked = DataConfig(batch_size=0, total_batch_size=48 * 32), []
+    plan = plan_batches(config, {}, 32, 2, lambda seqs_per_rank: asked.append(seqs_per_rank) or 6)
+    assert asked == [24]
+    assert (config.batch_size, plan.micro_batch, plan.accumulation_steps) == (6, 6, 4)
+    config = DataConfig(batch_size=0, total_batch_size=48 * 32, gradient_accumulation_steps=5)  # a config file's 5
+    assert plan_batches(config, {"gradient_accumulation_steps": "5"}, 32, 1).seqs_per_step == 48
+    with pytest.raises(ValueError, match="add --total_batch_size=N"):
+        plan_batches(DataConfig(batch_size=0), {}, 32, 1)
+    with pytest.raises(ValueError, match="batch_size=-1 must be 0 or more"):
+        plan_batches(DataConfig(batch_size=-1), {}, 32, 1)
+
+
+def test_windows_of_no_tokens_are_refused():
+    with pytest.raises(ValueError, match="block_size=0 must be positive"):
+        plan_batches(DataConfig(total_batch_size=4), {}, 0, 1)
+
+
+# Evaluation
+
+
+@quick
+@given(lengths=LENGTHS, block_size=st.integers(1, 8))
+def test_the_whole_split_has_every_token_but_a_shards_first_as_target_once(lengths, block_size):
+    hypothesis.assume(max(lengths) > 1)
+    split = split_of(lengths)
+    order = EvalOrder(split, block_size)
+    x, y = order.batch(0, len(order))
+    real = y >= 0
+    assert order.is_whole
+    assert x.shape == y.shape == (len(order), block_size)
+    assert y[real].tolist() == [token for shard in split.shards for token in shard[1:]]
+    assert np.array_equal(x[real], y[real] - 1)
+    assert (y[~real] == -1).all()
+    assert (x >= 0).all()
+    assert real.any(axis=1).all()
+
+
+@quick
+@given(lengths=LENGTHS, num_seqs=st.integers(1, 80), cuts=st.lists(st.integers(0, 1000), max_size=4))
+def test_sampled_windows_are_evenly_spaced_however_they_are_asked_for(lengths, num_seqs, cuts):
+    hypothesis.assume(max(lengths) > 1)
+    split = split_of(lengths)
+    whole, order = EvalOrder(split, 4), EvalOrder(split, 4, num_seqs)
+    rows = whole.batch(0, len(whole))[0].tolist()
+    parts = [order.batch(first, size) for first, size in cut_into(len(order), cuts)]
+    chosen = [rows.index(row) for x, _ in parts for row in x.tolist()]
+    assert len(chosen) == len(order) == min(num_seqs, len(whole))
+    assert order.is_whole == (num_seqs >= len(whole))
+    gaps = np.diff([*chosen, len(rows)])
+    assert chosen[0] == 0
+    assert gaps.min() > 0
+    assert gaps.max() - gaps.min() <= 1
+
+
+@quick
+@given(lengths=LENGTHS, block_size=st.integers(1, 8), data=st.data())
+def test_strided_windows_have_the_same_targets_with_more_before_them(lengths, block_size, data):
+    hypothesis.assume(max(lengths) > 1)
+    stride = data.draw(st.integers(1, block_size))
+    split = split_of(lengths)
+    order = EvalOrder(split, block_size, stride=stride)
+    x, y = order.batch(0, len(order))
+    real = y >= 0
+    assert y[real].tolist() == [token for shard in split.shards for token in shard[1:]]
+    assert np.array_equal(x[real], y[real] - 1)
+    assert real.any(axis=1).all()
+    seen = np.broadcast_to(np.arange(1, block_size + 1), y.shape)[real]  # tokens of context that a target has
+    behind = np.concatenate([np.arange(1, length) for length in lengths if length])  # all that there are
+    assert (seen >= np.minimum(behind, block_size - stride + 1)).all()
+
+
+def test_beyond_the_last_window_is_padding():
+    x, y = EvalOrder(split_of([9]), 4).batch(1, 3)
+    assert x.tolist() == [[4, 5, 6, 7], [0] * 4, [0] * 4]
+    assert y.tolist() == [[5, 6, 7, 8], [-1] * 4, [-1] * 4]
+
+
+def test_a_split_without_a_target_is_refused():
+    with pytest.raises(ValueError, match="of the two tokens"):
+        EvalOrder(split_of([1, 0, 1]), 4)
+
+
+# Mixtures
+
+
+WEIGHTS = st.lists(st.integers(1, 1000), min_size=2, max_size=4)
+
+
+def shares_of(weights: list[int]) -> list[float]:
+    return [weight / sum(weights) for weight in weights]
+
+
+def mix(shares: list[float], period: int = loader.PERIOD, block_size: int = 8) -> MixedOrder:
+    """Data sets of different lengths whose tokens say which one they are from, mixed in a period of so many places."""
+    orders = []
+    for i in range(len(shares)):
+        split = split_of([60 + 20 * i, 40])
+        split.shards = [tokens + 1000 * i for tokens in split.shards]
+        orders.append(TrainOrder(split, block_size, seed=i))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "PERIOD", period)
+        return MixedOrder(orders, shares)
+
+
+@given(weights=WEIGHTS)
+def test_quotas_are_whole_numbers_next_to_the_shares_and_fill_the_period(weights):
+    shares = shares_of(weights)
+    assert sum(quotas(shares)) == loader.PERIOD
+    assert all(abs(quota - share * loader.PERIOD) < 1 for quota, share in zip(quotas(shares), shares))
+
+
+def test_what_is_left_over_goes_to_the_largest_remainders():
+    assert quotas([0.7, 0.3]) == [7000, 3000]
+    assert quotas([1 / 3] * 3) == [3334, 3333, 3333]
+    assert quotas([0.11114, 0.55557, 0.33329]) == [1111, 5556, 3333]
+    assert quotas([1.0]) == [1]
+
+
+@quick
+@given(weights=WEIGHTS, period=st.integers(2, 300), first=st.integers(0, 1000))
+def test_every_stretch_has_each_data_sets_share_and_every_period_its_quota(weights, period, first):
+    order = mix(shares_of(weights), period)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "PERIOD", period)
+        quota = np.array(quotas(shares_of(weights)))
+    source, _ = order.sources(0, 3 * period)
+    given_so_far = np.eye(len(weights))[source].cumsum(axis=0)
+    assert (np.abs(given_so_far - np.outer(np.arange(1, 3 * period + 1), quota / period)) < 1).all()
+    stretch, _ = order.sources(first, period)
+    assert np.bincount(stretch, minlength=len(weights)).tolist() == quota.tolist()
+
+
+@quick
+@given(weights=WEIGHTS, period=st.integers(2, 60), cuts=st.lists(st.integers(0, 1000), max_size=5))
+def test_each_data_set_counts_its_own_sequences(weights, period, cuts):
+    order = mix(shares_of(weights), period)
+    pieces = [order.sources(first, size) for first, size in cut_into(4 * period, cuts)]
+    source, own = (np.concatenate(column) for column in zip(*pieces))
+    for i in range(len(weights)):
+        assert own[source == i].tolist() == list(range((source == i).sum()))
+
+
+def test_the_pattern_worked_by_hand():
+    """Of four places three are a's: it is behind by 3/4, 1/2, 1/4, 1 before them, and b by 1/4, 1/2, 3/4, 0."""
+    source, own = mix([0.75, 0.25], period=4).sources(0, 8)
+    assert source.tolist() == [0, 0, 1, 0] * 2
+    assert own.tolist() == [0, 1, 0, 2, 3, 4, 1, 5]
+
+
+def test_a_mixed_batch_is_made_of_the_data_sets_own_rows():
+    order = mix([0.5, 0.3, 0.2], period=10)
+    x, y = order.batch(3, 40)
+    source, own = order.sources(3, 40)
+    assert set(source) == {0, 1, 2}
+    for i, q, inputs, targets in zip(source, own, x, y):
+        row = order.orders[i].rows(int(q), 1)[0]
+        assert inputs.tolist() == row[:-1].tolist()
+        assert targets.tolist() == row[1:].tolist()
+        assert set(row // 1000) == {i}
+
+
+@quick
+@given(weights=WEIGHTS, world_size=st.sampled_from([1, 2, 3, 4, 8]), batch_size=st.integers(1, 30),
+       step=st.integers(0, 20))
+def test_a_step_of_a_mixture_is_the_same_on_any_number_of_ranks(weights, world_size, batch_size, step):
+    order = mix(shares_of(weights), period=50)
+    plan = plan_batches(DataConfig(batch_size=batch_size, total_batch_size=24 * 8), {}, 8, world_size)
+    parts = [order.batch(plan.first_seq(24 * step, rank), plan.seqs_per_rank) for rank in range(world_size)]
+    for whole, read in zip(order.batch(24 * step, 24), zip(*parts)):
+        assert np.array_equal(np.concatenate(read), whole)
+
+
+def test_a_mixture_of_one_is_the_plain_order():
+    order = TrainOrder(split_of([300, 150]), 8, 1337)
+    x, y = MixedOrder([order], [1.0]).batch(17, 200)
+    assert np.array_equal(x, order.rows(17, 200)[:, :-1])
+    assert np.array_equal(y, order.rows(17, 200)[:, 1:])
+
+
+def test_the_order_of_a_mixture_is_that_of_earlier_versions():
+    """As for one data set: change these numbers only knowingly."""
+    order = mix([0.7, 0.3])
+    assert order.sources(0, 10)[0].tolist() == [0, 1, 0, 0, 0, 1, 0, 0, 1, 0]
+    assert order.sources(10_000, 10)[0].tolist() == [0, 1, 0, 0, 0, 1, 0, 0, 1, 0]
+    assert order.sources(9_997, 6)[1].tolist() == [6998, 2999, 6999, 7000, 3000, 7001]
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch) -> Path:
+    """data/a and data/b, of unknown tokens below 50."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        folder = Path("data", name)
+        folder.mkdir(parents=True)
+        for split in ("train", "val"):
+            write_shard(folder / f"{split}_000000.bin", np.arange(40) + (name == "b"))
+    return Path("data")
+
+
+def test_weights_are_shares_whatever_their_sum(folders):
+    mixtures = [open_mixture(spec, vocab_size=50) for spec in ("a:0.7,b:0.3", "a:7,b:3", "a:0.3,b:0.7", "b:0.3,a:0.7",
+                                                               "a,b", "data/a:1,data/b:1")]
+    assert [mixture.shares for mixture in mixtures] == [
+        pytest.approx(shares) for shares in ([0.7, 0.3], [0.7, 0.3], [0.3, 0.7], [0.3, 0.7], [0.5, 0.5], [0.5, 0.5])]
+    assert list(mixtures[0].splits("train")) == ["a", "b"]
+    assert list(mixtures[3].splits("val")) == ["b", "a"]
+    prints = [mixture.fingerprint for mixture in mixtures]
+    assert prints[0] == prints[1]
+    assert prints[4] == prints[5]
+    assert len(set(prints)) == 4
+
+
+def test_one_data_set_is_a_mixture_of_itself(folders):
+    mixture = open_mixture("a", vocab_size=50)
+    assert mixture.shares == [1.0]
+    assert mixture.fingerprint == mixture.datasets["a"].fingerprint
+
+
+@pytest.mark.parametrize(("spec", "words"), [
+    ("a:0.7,a:0.3", "'a:0.3' should be name:weight, with a name that comes once"),
+    ("a:0.7,b:none", "'b:none' should be name:weight"), ("a:0.7,b:0", "'b:0' should .* above 0"),
+    ("a:-1,b:2", "'a:-1' should .* above 0"), ("a:nan,b:1", "'a:nan' should"), ("a:inf,b:1", "'a:inf' should"),
+    ("a:1,b:1e-9", "a share below 1 in 10,000 cannot be drawn; leave that data set out")])
+def test_a_mixture_that_is_none_is_refused(folders, spec, words):
+    with pytest.raises(ValueError, match=words):
+        open_mixture(spec, vocab_size=50)
+
+
+@pytest.mark.parametrize("name", ["x:y", "x,y", "a:2", "x:0.5"])
+def test_a_data_set_whose_name_looks_like_a_mixture_is_that_data_set(folders, name):
+    for place in ("", "data/"):
+        shutil.copytree("data/a", f"{place}{name}")
+        mixture = open_mixture(name, vocab_size=50)
+        assert (list(mixture.datasets), mixture.shares) == ([name], [1.0])
+        if "," not in name:
+            assert open_mixture(f"{name}, b:3", vocab_size=50).shares == [0.25, 0.75]
+            assert list(open_mixture(f"{name}:1,b:3", vocab_size=50).datasets) == [name, "b"]
+        shutil.rmtree(f"{place}{name}")
+
+
+def test_a_data_set_of_a_mixture_that_is_missing_names_the_command_that_makes_it(folders):
+    with pytest.raises(FileNotFoundError, match=r"'novel'.*python prepare_data\.py novel"):
+        open_mixture("a:0.7,novel:0.3", vocab_size=50)
+
+
+def test_a_data_set_without_the_split_is_named(folders):
+    (folders / "b" / "val_000000.bin").unlink()
+    mixture = open_mixture("a:0.7,b:0.3", vocab_size=50)
+    assert list(mixture.splits("train")) == ["a", "b"]
+    with pytest.raises(ValueError, match="data/b has no val split"):
+        mixture.splits("val")
+
+
+def test_data_sets_of_different_tokenizers_are_not_mixed(cli):
+    texts = {"a": "one two three " * 9, "b": "eno owt eerht " * 9, "c": "four five six " * 9}  # a and b: same letters
+    for name, text in texts.items():
+        Path(f"{name}.txt").write_text(text)
+        assert cli("prepare_data", f"--input={name}.txt", "--tokenizer=char").code == 0
+    assert cli("prepare_data", "--input=a.txt", "--name=d", "--tokenizer=byte").code == 0
+    assert open_mixture("a,b").tokenizer.vocab_size == len(set(texts["a"]))
+    for other in ("c", "d"):
+        with pytest.raises(ValueError, match=f"data/a and data/{other} were made with different tokenizers"):
+            open_mixture(f"a:1,b:1,{other}:1")
+
+
+def test_a_vocabulary_of_the_same_size_is_not_the_same_tokenizer(cli):
+    for name, text in (("a", "one two three " * 9), ("b", "ONE TWO THREE " * 9)):
+        Path(f"{name}.txt").write_text(text)
+        assert cli("prepare_data", f"--input={name}.txt", "--tokenizer=char").code == 0
+    assert open_mixture("a").vocab_size == open_mixture("b").vocab_size
+    with pytest.raises(ValueError, match="different tokenizers"):
+        open_mixture("a:1,b:1")
+
+
+# Loading
+
+
+def reading_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+@pytest.mark.parametrize("count", [0, 1, 2, 7])
+def test_values_come_in_order_from_another_thread(depth, count):
+    values = list(prefetch(lambda a: (a * a, threading.current_thread().name), range(count), depth))
+    assert [value for value, _ in values] == [a * a for a in range(count)]
+    assert all(name.startswith("prefetch") for _, name in values)
+    assert reading_threads() == []
+
+
+def test_so_many_values_are_made_ahead_and_no_more():
+    made, third = [], threading.Event()
+
+    def make(a: int) -> int:
+        made.append(a)
+        if len(made) == 3:
+            third.set()
+        return a
+
+    values = prefetch(make, itertools.count(), depth=2)
+    assert made == []
+    assert next(values) == 0
+    assert third.wait(10)  # two more, without being asked
+    assert made == [0, 1, 2]
+    assert reading_threads() != []
+    values.close()
+    assert reading_threads() == []
+    assert made == [0, 1, 2]
+
+
+def test_closing_waits_for_the_value_under_way_and_drops_the_others():
+    made, go_on = [], threading.Event()
+
+    def make(a: int) -> int:
+        made.append(a)
+        assert a == 0 or go_on.wait(10)
+        return a
+
+    values = prefetch(make, itertools.count(), depth=3)
+    assert next(values) == 0
+    threading.Timer(0.1, go_on.set).start()
+    values.close()
+    assert made == [0, 1]
+    assert reading_threads() == []
+
+
+def test_an_error_is_raised_where_its_value_would_have_come():
+    def make(a: int) -> int:
+        if a == 3:
+            raise ValueError("the third is broken")
+        return a
+
+    values = prefetch(make, range(9))
+    assert [next(values) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="the third is broken"):
+        next(values)
+    assert reading_threads() == []
+
+
+def test_a_batch_becomes_a_tensor_of_its_own_layout():
+    rows = np.arange(12).reshape(3, 4)
+    tensor = pin(rows[:, 1:], torch.device("cpu"))
+    assert tensor.tolist() == rows[:, 1:].tolist()
+    assert tensor.is_contiguous()
+    assert tensor.dtype == torch.int64

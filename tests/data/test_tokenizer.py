@@ -1,0 +1,353 @@
+"""tokenizer.py against tiktoken, transformers, and the text itself."""
+
+import json
+from pathlib import Path
+
+import hypothesis
+import pytest
+import requests
+import tiktoken
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import decoders, models, normalizers, processors
+
+from flatgpt.data.tokenizer import (
+    EOT,
+    GPT2_FILES,
+    KINDS,
+    WORD_CHARACTERS,
+    ByteTokenizer,
+    GPT2Tokenizer,
+    Tokenizer,
+    cut_words,
+    load_tokenizer,
+    make_tokenizer,
+    train_bpe,
+)
+
+quick = hypothesis.settings(max_examples=50, deadline=None,
+                            suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+TEXT = ("It was the best of times, it wasn't the worst. Stop ! Do n't , he 's .\n\n  \tspend £3.14 on a naïve café\r\n"
+        "日本語 and 中文, Ελλάδα, עברית, 🎉🎊 👩‍👩‍👧 \u0000 <|endoftext|> the end of the text \n") * 3
+EDGES = ("", " ", "\n", "  lead", "trail \n\n", "a\r\nb", "don't", "the  the", "1234567", "🎉", "naïve 日本語")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def tokenizer(request) -> Tokenizer:
+    if request.param == "gpt2":
+        return request.getfixturevalue("gpt2_tokenizer")
+    return make_tokenizer(request.param, [TEXT], 400)
+
+
+@pytest.fixture(scope="module")
+def saved(tokenizer, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp(tokenizer.kind)
+    tokenizer.save(folder, model_max_length=64)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def theirs(saved):
+    (saved / "config.json").write_text('{"model_type": "gpt2"}')  # as in a checkpoint, whatever the tokenizer
+    return transformers.AutoTokenizer.from_pretrained(saved)
+
+
+def texts(tokenizer: Tokenizer) -> st.SearchStrategy[str]:
+    """Texts that the tokenizer knows."""
+    return st.text(sorted(set(TEXT))) if tokenizer.kind == "char" else st.text() | st.sampled_from(EDGES)
+
+
+@quick
+@given(st.data())
+def test_decoded_text_is_the_encoded_text(tokenizer, data):
+    text = data.draw(texts(tokenizer))
+    ids = tokenizer.encode(text)
+    assert ids.dtype == "uint32"
+    assert (ids < tokenizer.vocab_size).all()
+    assert tokenizer.decode(ids) == text
+
+
+@quick
+@given(st.data())
+def test_the_bytes_that_tokens_stand_for_add_up_to_the_texts(tokenizer, data):
+    text, lengths = data.draw(texts(tokenizer)), tokenizer.byte_lengths()
+    assert sum(lengths[i] for i in tokenizer.encode(text).tolist()) == len(text.encode())
+    assert len(lengths) == tokenizer.vocab_size
+    assert lengths.get(tokenizer.eot_id, 0) == 0
+    assert tokenizer.opening() == []
+
+
+def test_bytes_of_a_tokenizer_like_llamas():
+    """Blanks spelled "▁", bytes spelled out, special tokens, and one of its own ahead of every text."""
+    hf = HFTokenizer(models.BPE(vocab={"a": 0, "▁": 1, "▁a": 2, "<0xC3>": 3, "<0xA9>": 4}, merges=[("▁", "a")],
+                                byte_fallback=True))
+    hf.normalizer = normalizers.Replace(" ", "▁")
+    hf.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    hf.add_special_tokens(["<s>"])
+    hf.add_tokens(["né"])
+    hf.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 5)])
+    tokenizer = Tokenizer(hf)
+    assert tokenizer.byte_lengths() == {0: 1, 1: 1, 2: 2, 3: 1, 4: 1, 5: 0, 6: 3}
+    assert tokenizer.encode("a aé").tolist() == [0, 2, 3, 4]
+    assert tokenizer.opening() == [5]
+
+
+def test_text_that_spells_end_of_text_is_text(tokenizer):
+    text = f"the{EOT}end{EOT}"
+    ids = tokenizer.encode(text).tolist()
+    assert tokenizer.eot_id not in ids
+    assert tokenizer.decode(ids) == text
+    if tokenizer.kind == "char":
+        assert tokenizer.eot_id is None
+        assert tokenizer.encode_prompt(text).tolist() == ids
+    else:
+        prompt = tokenizer.encode_prompt(text).tolist()
+        end = [tokenizer.eot_id]
+        assert prompt == [*tokenizer.encode("the"), *end, *tokenizer.encode("end"), *end]
+        assert tokenizer.decode(prompt) == text
+
+
+# Saved
+
+
+@quick
+@given(st.data())
+def test_transformers_gives_the_same_ids_and_text(tokenizer, theirs, data):
+    drawn = data.draw(texts(tokenizer))
+    for text in (drawn, drawn + TEXT):
+        text = text.replace(EOT, "")  # transformers takes it for the end of text
+        ids = theirs(text)["input_ids"]
+        assert ids == tokenizer.encode(text).tolist()
+        assert theirs.decode(ids) == text
+
+
+def test_transformers_knows_the_end_of_text_and_the_sizes(tokenizer, theirs):
+    assert theirs.eos_token_id == theirs.bos_token_id == tokenizer.eot_id
+    assert len(theirs) == tokenizer.vocab_size
+    assert theirs.model_max_length == 64
+    if tokenizer.eot_id is not None:
+        assert theirs(EOT)["input_ids"] == [tokenizer.eot_id]
+
+
+def test_a_saved_tokenizer_loads_as_it_was(tokenizer, saved):
+    loaded = load_tokenizer(saved)
+    assert (loaded.eot_id, loaded.vocab_size) == (tokenizer.eot_id, tokenizer.vocab_size)
+    assert loaded.encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist()  # TEXT spells the end of text
+    assert loaded.encode_prompt(TEXT).tolist() == tokenizer.encode_prompt(TEXT).tolist()
+    assert loaded.decode(loaded.encode_prompt(TEXT)) == TEXT
+    if tokenizer.kind in ("char", "byte"):
+        assert type(loaded) is type(tokenizer)
+
+
+def test_gpt2s_own_file_which_leaves_the_models_type_out_loads(gpt2_tokenizer, tmp_path):
+    gpt2_tokenizer.save(tmp_path)
+    file = json.loads((tmp_path / "tokenizer.json").read_text())
+    del file["model"]["type"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    assert load_tokenizer(tmp_path).encode(TEXT).tolist() == gpt2_tokenizer.encode(TEXT).tolist()
+
+
+def test_a_bpe_without_merges_is_not_taken_for_bytes(tmp_path):
+    bpe = train_bpe([TEXT], 257)
+    bpe.save(tmp_path)
+    assert load_tokenizer(tmp_path).encode("ab").tolist() == bpe.encode("ab").tolist() != [97, 98]
+    assert load_tokenizer(tmp_path).eot_id == bpe.eot_id == 0
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model": {"type": "Nonsense"}}', '{"model": null}',
+                                     '{"model": {"type": "BPE"}}', '{"model": {"type": "WordLevel"}}'])
+def test_a_broken_file_is_named(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
+# Streamed
+
+
+def test_streamed_pieces_cut_no_character_and_join_to_the_text(tokenizer):
+    ids = iter(tokenizer.encode(TEXT).tolist())
+    pieces = list(tokenizer.decode_stream(ids))
+    assert "".join(pieces) == TEXT
+    assert len(pieces) > len(TEXT) / 10  # as it is written, not all at the end
+
+
+@quick
+@given(st.data())
+def test_streams_of_tokens_that_span_characters_join_to_the_text(tokenizer, data):
+    text = data.draw(texts(tokenizer) if tokenizer.kind == "char" else st.text("頚騚日\ufffdé🎉a "))
+    assert "".join(tokenizer.decode_stream(tokenizer.encode(text).tolist())) == text
+
+
+def test_whole_characters_are_streamed_at_once(tokenizer):
+    ids = tokenizer.encode("the end of the text").tolist()
+    stream = tokenizer.decode_stream(iter(ids))
+    assert [next(stream) for _ in ids] == [tokenizer.decode([i]) for i in ids]
+
+
+def test_bytes_that_are_no_text_do_not_stop_the_stream():
+    ids = iter(b"ab" + b"\x80" * 99 + b"cd")
+    stream = make_tokenizer("byte", [], 0).decode_stream(ids)
+    assert [next(stream) for _ in range(3)][:2] == ["a", "b"]
+    rest = list(ids)
+    assert len(rest) > 90  # what follows is not waited for
+    assert "".join(make_tokenizer("byte", [], 0).decode_stream(rest)).endswith("\ufffdcd")
+
+
+def test_a_character_that_was_not_finished_is_not_lost():
+    assert "".join(make_tokenizer("byte", [], 0).decode_stream(b"a\xf0\x9f")) == "a\ufffd"
+
+
+# Kinds
+
+
+@quick
+@given(st.text() | st.sampled_from([TEXT, *EDGES]))
+def test_gpt2_ids_are_tiktokens(gpt2_tokenizer, text):
+    wanted = tiktoken.get_encoding("gpt2").encode_ordinary(text)
+    assert gpt2_tokenizer.encode(text).tolist() == wanted
+    assert gpt2_tokenizer.hf.encode(text).ids == wanted  # the merges that tokenizer.json will hold
+    assert (gpt2_tokenizer.vocab_size, gpt2_tokenizer.eot_id) == (50257, 50256)
+
+
+@given(st.text())
+def test_byte_ids_are_the_utf8_bytes(text):
+    assert make_tokenizer("byte", [], 0).encode(text).tolist() == list(text.encode())
+
+
+@given(st.lists(st.text(), min_size=1))
+def test_char_ids_count_the_sorted_characters(documents):
+    text = "".join(documents)
+    characters = sorted(set(text))
+    tokenizer = make_tokenizer("char", documents, 0)
+    assert tokenizer.vocab_size == len(characters)
+    assert tokenizer.encode(text).tolist() == [characters.index(c) for c in text]
+
+
+def test_a_character_outside_the_vocabulary_is_named():
+    with pytest.raises(ValueError, match="no token for 'c' 'é': its 2 characters"):
+        make_tokenizer("char", ["ab"], 0).encode("abécab")
+
+
+def test_bpe_ids_are_end_of_text_then_bytes_then_merges_as_learned():
+    tokenizer = train_bpe(["xyxyxyxy"] * 9, 259)
+    assert (tokenizer.eot_id, tokenizer.vocab_size) == (0, 259)
+    assert tokenizer.encode("xyxy").tolist() == [258]
+    assert tokenizer.encode("xy").tolist() == [257]
+    single_bytes = make_tokenizer("byte", [], 0).hf.get_vocab().keys() - {EOT}
+    assert {tokenizer.hf.token_to_id(token) for token in single_bytes} == set(range(1, 257))
+
+
+@pytest.mark.parametrize("vocab_size", [257, 300, 100000])
+def test_a_bpe_vocabulary_is_no_larger_than_asked_for(vocab_size):
+    learned = train_bpe([TEXT], vocab_size).vocab_size
+    assert learned == vocab_size if vocab_size <= 300 else 300 < learned < vocab_size
+
+
+def test_a_bpe_vocabulary_without_room_for_the_bytes_is_refused():
+    with pytest.raises(ValueError, match=r"vocab_size=256 .* 257"):
+        train_bpe([TEXT], 256)
+
+
+def test_bpe_training_is_deterministic(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        train_bpe([TEXT, *EDGES], 400).save(tmp_path / name)
+    assert (tmp_path / "a/tokenizer.json").read_bytes() == (tmp_path / "b/tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("word", ["ab", "aé", "12", "-=", "_", "一二三丁", " \t", "\n", "ǅ", "x²"])
+def test_a_word_without_end_is_cut_for_the_training_and_characters_stay_whole(word):
+    for text in (word * 9000, f"to be, {word * 9000} or not\n", "a " * 999 + word * 5000):
+        pieces = list(cut_words(text))
+        assert "".join(pieces) == text
+        words = [end - begin for piece in pieces
+                 for _, (begin, end) in train_bpe([], 257).hf.pre_tokenizer.pre_tokenize_str(piece)]
+        assert len(pieces) > 2
+        assert max(words) <= 2 * WORD_CHARACTERS
+
+
+@pytest.mark.parametrize("text", ["", "a" * 1999, "to be or not to be, " * 2000, "一二，三丁。" * 3000, "ab12" * 5000,
+                                  "int x = 0;\n    " * 1000, f"{'=' * 1500}\n" * 9])
+def test_a_text_of_words_is_left_whole_for_the_training(text):
+    assert list(cut_words(text)) == [text]
+
+
+def test_gpt2_comes_through_a_million_blanks(gpt2_tokenizer):
+    for blank in (" ", "\n", "\u3000"):
+        text = f"to be{blank * 1_000_100}or not"
+        assert gpt2_tokenizer.decode(gpt2_tokenizer.encode(text)) == text
+    few = f"to be{' ' * 3000}or not"
+    assert gpt2_tokenizer.encode(few).tolist() == gpt2_tokenizer._encoding.encode_ordinary(few)
+
+
+def test_gpt2s_missing_files_are_named_when_there_is_no_network(tmp_path, monkeypatch):
+    def offline(*args, **kwargs):
+        raise requests.ConnectionError("no network")
+
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.delitem(tiktoken.registry.ENCODINGS, "gpt2", raising=False)
+    monkeypatch.setattr(requests, "get", offline)
+    with pytest.raises(OSError, match="TIKTOKEN_CACHE_DIR") as caught:
+        GPT2Tokenizer()
+    for url, name in GPT2_FILES.items():
+        assert f"{url} as {name}" in str(caught.value)
+
+
+def test_vocab_and_merges_of_an_older_gpt2_give_the_ids_that_transformers_gives(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    learned = train_bpe([TEXT * 20], 300)
+    description = json.loads(learned.hf.to_str())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(description["vocab"]))
+    (tmp_path / "merges.txt").write_text(
+        "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in description["merges"]))
+    ours, theirs = load_tokenizer(tmp_path), transformers.GPT2Tokenizer.from_pretrained(tmp_path)
+    assert ours.eot_id == theirs.eos_token_id == 0
+    for text in (TEXT.replace(EOT, ""), " the  end", EOT[:5], "é\n\n"):
+        assert ours.encode(text).tolist() == theirs(text).input_ids
+        assert ours.decode(ours.encode(text)) == text
+    (tmp_path / "merges.txt").unlink()
+    with pytest.raises(ValueError, match=r"merges\.txt are no tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_transformers_4_is_told_which_inputs_there_are(tmp_path):
+    """Its default for this class has token_type_ids, which a GPT-2 embeds with the token table."""
+    ByteTokenizer().save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["model_input_names"] == ["input_ids", "attention_mask"]
+
+
+def test_a_tokenizer_comes_from_a_folder_a_run_or_the_hubs_cache(tmp_path, monkeypatch):
+    learned = train_bpe([TEXT * 20], 300)
+    run = tmp_path / "run" / "checkpoints" / "latest"
+    hub = tmp_path / "cache" / "models--owner--name"
+    for folder in (tmp_path / "folder", run, hub / "snapshots" / "abc"):
+        folder.mkdir(parents=True)
+        learned.save(folder)
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for source in (f"{tmp_path}/folder", f"{tmp_path}/run", "owner/name"):
+        assert make_tokenizer(source, [], 0).hf.get_vocab() == learned.hf.get_vocab()
+    with pytest.raises(OSError, match="could not get owner/other from the hub"):
+        make_tokenizer("owner/other", [], 0)
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match="'word' is none of gpt2, char, byte, bpe"):
+        make_tokenizer("word", [TEXT], 300)
+
+
+def test_an_empty_prompt_starts_from_the_end_of_text_a_newline_or_token_0():
+    for kind, text, start in (("byte", "", 256), ("bpe", "ab", 0), ("char", "b\na", 0), ("char", "\tb\na", 1),
+                              ("char", "ab", 0)):
+        assert make_tokenizer(kind, [text], 300).start_id == start

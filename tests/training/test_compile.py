@@ -1,0 +1,246 @@
+"""torch.compile of the model's parts: how often the compiler is called, and that a trial which fails leaves no trace.
+
+A backend that counts, or fails, stands in for the compiler itself, which takes half a minute."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+from conftest import ROOT, TINY_RUN, on_ranks, torchrun
+
+from flatgpt.data.loader import EvalOrder
+from flatgpt.data.shards import Split
+from flatgpt.models.baselines import build_empty
+from flatgpt.training import distributed, preflight
+from flatgpt.training.device import DeviceConfig
+from flatgpt.training.distributed import Job, ParallelConfig
+from flatgpt.training.metrics import validation_loss
+from flatgpt.training.optim import OptimConfig, build_optimizer
+from model import GPT, GPTConfig
+
+LAYOUTS = ("ddp", "fsdp")
+MICRO_SEQS, BLOCK_SIZE = 4, 16
+
+
+def compile_with(put: Callable, backend: Callable) -> None:
+    """Have the model's parts compiled by `backend(graph, inputs)`; `put` is a monkeypatch.setattr."""
+    compile_in_place = nn.Module.compile
+    put(nn.Module, "compile", lambda part, **options: compile_in_place(part, backend=backend))
+    torch.compiler.reset()
+
+
+def counting(put: Callable) -> list[torch.fx.GraphModule]:
+    """The graphs that the compiler is given from now on."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compile_with(put, backend)
+    return graphs
+
+
+class FailsInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        raise RuntimeError("no compiler for this")
+
+
+def failing(put: Callable, where: str) -> None:
+    """A compiler that fails in the forward pass, or makes what fails in the backward pass."""
+    def backend(graph, inputs):
+        if where == "forward":
+            raise RuntimeError("no compiler for this")
+        return lambda *args: [FailsInBackward.apply(y) if y.requires_grad else y for y in graph.forward(*args)]
+
+    compile_with(put, backend)
+
+
+def make(layout: str, here: Job) -> GPT:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=BLOCK_SIZE, vocab_size=50, n_layer=3, n_head=2, n_embd=32))
+    return distributed.lay_out(build_empty(model.config), model.state_dict() if here.rank == 0 else None, here)
+
+
+def join(layout: str, dtype: str = "float32"):
+    return distributed.job(DeviceConfig(device="cpu", dtype=dtype), ParallelConfig(parallel=layout, timeout_s=60))
+
+
+def train_steps(model: nn.Module, here: Job, num_steps: int = 4) -> list[tuple[float, float]]:
+    """The losses and gradient norms of a few steps, over the ranks."""
+    wrapped, optimizer = distributed.wrap(model, here, MICRO_SEQS), build_optimizer(model, OptimConfig())
+    x = torch.randint(50, (MICRO_SEQS, BLOCK_SIZE), generator=torch.Generator().manual_seed(here.rank))
+    seen = []
+    for _ in range(num_steps):
+        distributed.set_gradient_sync(wrapped, True)
+        with here.autocast():
+            _, loss = wrapped(x, x, 2 * x.numel())
+        (loss * here.world_size).backward()
+        norm = distributed.whole(nn.utils.clip_grad_norm_(model.parameters(), float("inf")))
+        seen.append((distributed.sum_over_ranks(loss.detach(), here).item(), norm.item()))
+        optimizer.step()
+        distributed.zero_grad(model, here)
+    return seen
+
+
+def losses_after_trials(layout: str, cases: list[tuple[str, tuple[int, ...]]]) -> list[tuple[str | None, list]]:
+    """For each case, where the compiler fails (""; nowhere, and none is asked for) and on which ranks: why the blocks
+    are not compiled, and the steps after that."""
+    found = []
+    with join(layout) as here:
+        for where, ranks in cases:
+            with pytest.MonkeyPatch.context() as patched:
+                model = make(layout, here)
+                if here.rank in ranks:
+                    failing(patched.setattr, where)
+                else:
+                    counting(patched.setattr)
+                failure = distributed.compile_parts(model, "True" if where else "False", here, MICRO_SEQS)
+                found.append((failure, train_steps(model, here)))
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_trial_of_the_compiler_that_fails_changes_no_step(layout):
+    cases = [("", ()), ("forward", (0, 1)), ("backward", (0, 1)), ("backward", (1,))]
+    for (failure, undisturbed), *others in on_ranks(2, losses_after_trials, layout, cases):
+        assert failure is None
+        assert len(others) == 3
+        for failure, steps in others:
+            assert "no compiler for this" in failure
+            assert steps == undisturbed
+
+
+def forward_alone(layout: str) -> None:
+    """What a pass that failed leaves behind in FSDP."""
+    with join(layout) as here:
+        model = make(layout, here)
+        model(torch.zeros(1, 4, dtype=torch.long))
+        distributed.wrap(model, here, MICRO_SEQS)
+
+
+def test_parameters_that_are_not_sharded_are_never_trained():
+    with pytest.raises(AssertionError, match="FSDP's parameters are not sharded"):
+        on_ranks(2, forward_alone, "fsdp")
+
+
+def count_graphs(layout: str, dtype: str) -> tuple[list[int], str | None]:
+    """The graphs compiled after the trial, after some steps, and after an evaluation and some more."""
+    with pytest.MonkeyPatch.context() as patched, join(layout, dtype) as here:
+        model, graphs, counts = make(layout, here), counting(patched.setattr), []
+        failure = distributed.compile_parts(model, "True", here, MICRO_SEQS)
+        counts.append(len(graphs))
+        train_steps(model, here)
+        counts.append(len(graphs))
+        tokens = torch.arange(200).numpy() % 50
+        order = EvalOrder(Split([Path("val.bin")], 50, [tokens]), BLOCK_SIZE)
+        for _ in range(2):
+            validation_loss(model, order, MICRO_SEQS, here)
+            train_steps(model, here, 1)
+            counts.append(len(graphs))
+        return counts, failure
+
+
+@pytest.mark.parametrize(("layout", "dtype"), [("ddp", "float32"), ("fsdp", "float32"), ("fsdp", "bfloat16")])
+def test_all_blocks_share_the_trials_compilation(layout, dtype):
+    """One graph is a block, one the loss of a chunk; each is compiled once more for evaluations, without gradients."""
+    assert on_ranks(2, count_graphs, layout, dtype) == [([2, 2, 4, 4], None)] * 2
+
+
+def test_a_run_compiles_no_shape_but_the_micro_batch(cli, tiny_data, monkeypatch):
+    """Evaluations and samples included: --batch_size=3 makes micro-batches of 2."""
+    graphs = counting(monkeypatch.setattr)
+    options = [option for option in TINY_RUN if not option.startswith(("--batch_size", "--gradient"))]
+    result = cli("train", *options, "--compile=True", "--batch_size=3", "--total_batch_size=64", "--sample_interval=2",
+                 "--sample_tokens=4")
+    assert result.code == 0, result.err
+    assert "2 micro-batches x 2 sequences" in result.out
+    assert len(graphs) == 4
+
+
+@pytest.mark.soak
+def test_a_run_whose_compiler_is_missing_ends_as_one_that_wants_none(tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "/bin/false")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    said = {compiled: torchrun(2, ROOT / "train.py", *TINY_RUN, "--parallel=fsdp", f"--compile={compiled}",
+                               f"--out_dir=out/{compiled}", cwd=tmp_path) for compiled in (True, False)}
+    assert "torch.compile failed, going on without it" in said[True]
+    assert "torch.compile failed" not in said[False]
+    weights = [(tmp_path / "out" / str(compiled) / "checkpoints/latest/model.safetensors").read_bytes()
+               for compiled in said]
+    assert weights[0] == weights[1]
+
+
+def test_deterministic_reaches_the_compiler_and_nccl_whatever_was_imported_before(monkeypatch):
+    import torch._inductor.config  # reads its environment variables now
+
+    names, asked = ("NCCL_ALGO", "CUBLAS_WORKSPACE_CONFIG"), []
+    monkeypatch.setattr(distributed, "pick_device", lambda *args: torch.device("cuda", 0))
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    monkeypatch.setattr(nn.Module, "compile", lambda part, **how: asked.append(how))
+    model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32))
+    precision, filled = torch.get_float32_matmul_precision(), torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        with distributed.job(DeviceConfig(dtype="bfloat16", deterministic=True)):
+            distributed.compile_in_place(model)
+        assert asked == [{"options": {"deterministic": True}}] * 3
+        torch.compile(model.h[0], **asked[0])  # raises for an option that this torch does not have
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+        assert [os.environ[name] for name in names] == ["Ring", ":4096:8"]
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+        torch.set_float32_matmul_precision(precision)
+        for name in names:
+            os.environ.pop(name, None)
+    asked.clear()
+    distributed.compile_in_place(model)
+    assert asked == [{}] * 3
+
+
+def fit_and_train(layout: str, cases: list[tuple[str, int]]) -> list[tuple[int, list]]:
+    """For each case, where rank 1's memory is full ("": no trial is made) in a pass over how many sequences (0: never):
+    the micro-batch that is found by what a GPU's trial does, and the steps after it."""
+    forward, found = GPT.forward, []
+
+    def overflow(model, idx, targets=None, num_targets=None):
+        loss = forward(model, idx, targets, num_targets)[1]
+        if here.rank == 1 and len(idx) == full_at and num_targets is None:
+            if where == "forward":
+                raise torch.OutOfMemoryError("forward")
+            loss.register_hook(out_of_memory)
+        return None, loss
+
+    def out_of_memory(gradient):
+        raise torch.OutOfMemoryError("backward")
+
+    with join(layout) as here:
+        for case in cases:
+            where, full_at = case
+            model, size = make(layout, here), MICRO_SEQS
+            if where:
+                with pytest.MonkeyPatch.context() as patched:
+                    for name in ("reset_peak_memory_stats", "max_memory_reserved"):
+                        patched.setattr(torch.cuda, name, lambda device: 0)
+                    fits = preflight._gpu_trial(model, here, "False")
+                    patched.setattr(preflight, "_fits_host", lambda model, here, plan, fits=fits: fits(plan))
+                    patched.setattr(GPT, "forward", overflow)
+                    size = preflight.fit_batch_size(model, 4, here)
+            found.append((size, train_steps(model, here)))
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_size_that_does_not_fit_one_rank_is_no_ranks_and_changes_no_step(layout):
+    cases = [("", 0), ("forward", 2), ("backward", 2), ("backward", 4), ("forward", 0)]
+    for (_, undisturbed), *others in on_ranks(2, fit_and_train, layout, cases):
+        assert others == [(size, undisturbed) for size in (1, 1, 2, 4)]

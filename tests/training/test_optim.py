@@ -1,0 +1,267 @@
+"""optim.py against torch's own AdamW, Muon as its author describes it, and learning-rate tables worked by hand."""
+
+import math
+import random
+import re
+import statistics
+
+import pytest
+import torch
+
+from flatgpt.training.optim import (
+    OptimConfig,
+    StepJudge,
+    build_optimizer,
+    learning_rate,
+    load_optimizer_state,
+    muon_params,
+    optimizer_state,
+    schedule_warnings,
+    set_learning_rate,
+)
+from model import GPT, GPTConfig
+
+OPTIMIZERS = pytest.mark.parametrize("name", ["adamw", "muon"])
+MATRICES = {f"h.0.{name}.weight" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+
+
+def make_model() -> GPT:
+    torch.manual_seed(0)
+    return GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8, bias=True))
+
+
+@pytest.mark.parametrize(("schedule", "table"), [
+    ("cosine", {9: 0.55, 6: 0.55 + 0.45 * math.cos(math.pi / 5), 14: 0.1, 1000: 0.1}),  # half-way: the mean of 1.0, 0.1
+    ("linear", {5: 0.91, 9: 0.55, 13: 0.19, 14: 0.1, 1000: 0.1}),  # 0.09 a step
+    ("wsd", {5: 1.0, 8: 1.0, 9: 0.85, 11: 0.55, 13: 0.25, 14: 0.1, 1000: 0.1}),  # from 14 - 3/7 x 14 = 8 on
+    ("constant", {9: 1.0, 14: 1.0, 1000: 1.0})])
+def test_learning_rate_follows_the_table(schedule, table):
+    config = OptimConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=4, lr_decay_iters=14, schedule=schedule,
+                         decay_fraction=3 / 7)
+    warmup = {0: 1.0 / 5, 1: 2.0 / 5, 3: 4.0 / 5, 4: 1.0}  # (step + 1) / (warmup_iters + 1), then the top
+    for step, lr in (warmup | table).items():
+        assert learning_rate(step, config) == pytest.approx(lr), step
+
+
+def test_without_decay_the_learning_rate_stays():
+    assert learning_rate(7, OptimConfig(learning_rate=0.3, decay_lr=False)) == 0.3
+
+
+def test_wsd_that_decays_from_the_warm_up_on_is_linear():
+    wsd, linear = (OptimConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=4, lr_decay_iters=14, schedule=schedule,
+                               decay_fraction=1.0) for schedule in ("wsd", "linear"))
+    assert all(learning_rate(step, wsd) == learning_rate(step, linear) for step in range(16))
+
+
+@OPTIMIZERS
+def test_only_matrices_and_tables_decay(name):
+    model = make_model()
+    groups = build_optimizer(model, OptimConfig(optimizer=name, weight_decay=0.1)).param_groups
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert len(decay) == sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    for name, p in model.named_parameters():
+        assert decay[id(p)] == (0.0 if name.endswith("bias") or "ln_" in name else 0.1), name
+
+
+def test_muon_gets_the_blocks_matrices():
+    model = make_model()
+    optimizer = build_optimizer(model, OptimConfig(optimizer="muon"))
+    steps(model, optimizer, 1)
+    theirs = {name for name, p in model.named_parameters() if optimizer.state[p].keys() == {"momentum_buffer"}}
+    assert theirs == MATRICES
+    for name, p in model.named_parameters():
+        assert name in theirs or optimizer.state[p].keys() == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_muon_leaves_tables_and_the_head_of_a_model_without_blocks():
+    model = torch.nn.ModuleDict({"wte": torch.nn.Embedding(5, 4), "fc": torch.nn.Linear(4, 6),
+                                 "lm_head": torch.nn.Linear(6, 5, bias=False), "h": torch.nn.ModuleList()})
+    assert muon_params(model) == [model["fc"].weight]
+    del model["fc"]
+    optimizer = build_optimizer(model, OptimConfig(optimizer="muon"))  # with nothing left for it
+    steps(model, optimizer, 1)
+    assert all("exp_avg" in optimizer.state[p] for p in model.parameters())
+
+
+def test_both_learning_rates_follow_one_curve():
+    config = OptimConfig(optimizer="muon", learning_rate=1e-3, muon_lr=0.05, min_lr=1e-4, warmup_iters=4,
+                         lr_decay_iters=14)
+    model = make_model()
+    optimizer = build_optimizer(model, config)
+    by_name = {name: group for group in optimizer.param_groups for name, p in model.named_parameters()
+               if any(p is other for other in group["params"])}
+    for step, height in ((0, 0.2), (4, 1.0), (9, 0.55), (14, 0.1)):
+        set_learning_rate(optimizer, learning_rate(step, config))
+        for name, group in by_name.items():
+            assert group["lr"] == pytest.approx(height * (0.05 if name in MATRICES else 1e-3)), name
+
+
+def steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
+    """Updates with random gradients, but for the padding rows, which never get any."""
+    torch.manual_seed(3)
+    for _ in range(count):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        if isinstance(model, GPT):
+            model.wte.weight.grad[11:] = 0
+        optimizer.step()
+
+
+def test_updates_equal_torchs_plain_adamw():
+    ours, theirs = make_model(), make_model()
+    optimizer = build_optimizer(ours, OptimConfig(learning_rate=1e-2, weight_decay=0.3, beta1=0.8, beta2=0.9))
+    plain = torch.optim.AdamW([
+        {"params": [p for p in theirs.parameters() if p.dim() > 1], "weight_decay": 0.3},
+        {"params": [p for p in theirs.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ], lr=1e-2, betas=(0.8, 0.9), foreach=False, fused=False)
+    steps(ours, optimizer, 5)
+    steps(theirs, plain, 5)
+    for a, b in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    assert not ours.wte.weight[11:].any()  # padding stays zero under weight decay
+
+
+def orthogonalised(x: torch.Tensor) -> torch.Tensor:
+    """Five steps of the quintic of kellerjordan.github.io/posts/muon."""
+    if x.shape[0] > x.shape[1]:
+        return orthogonalised(x.T).T
+    x = x / x.norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [
+    # Fifteen products in bfloat16, each rounded by up to 0.4%, differ from the exact ones by one or two percent.
+    (torch.bfloat16, 0.03), (torch.float16, 0.03), (torch.float32, 1e-4)])
+def test_muons_updates_are_those_of_its_definition(dtype, tolerance):
+    """On a wide, a square and a tall matrix (out, in), written out in float64."""
+    lr, wd, momentum = 0.05, 0.3, 0.9
+    model = torch.nn.ModuleList(torch.nn.Linear(*shape, bias=False) for shape in ((64, 16), (24, 24), (10, 40)))
+    optimizer = build_optimizer(model, OptimConfig(optimizer="muon", muon_lr=lr, weight_decay=wd,
+                                                   muon_momentum=momentum), dtype)
+    start = [p.detach().double() for p in model.parameters()]
+    wanted, means = [p.clone() for p in start], [torch.zeros_like(p) for p in start]
+    torch.manual_seed(5)
+    for _ in range(4):
+        for p, theirs, mean in zip(model.parameters(), wanted, means):
+            p.grad = torch.randn_like(p)
+            mean.mul_(momentum).add_((1 - momentum) * p.grad)
+            nesterov = (1 - momentum) * p.grad + momentum * mean
+            rows, columns = p.shape
+            theirs -= lr * wd * theirs + lr * max(1, rows / columns) ** 0.5 * orthogonalised(nesterov)
+        optimizer.step()
+    for p, theirs, before in zip(model.parameters(), wanted, start):
+        assert (p.detach() - theirs).norm() < tolerance * (theirs - before).norm()
+
+
+def test_muons_updates_are_nearly_orthogonal():
+    model = torch.nn.ModuleList([torch.nn.Linear(32, 32, bias=False)])
+    before = model[0].weight.detach().clone()
+    steps(model, build_optimizer(model, OptimConfig(optimizer="muon", muon_lr=1.0, weight_decay=0.0)), 1)
+    singular = torch.linalg.svdvals(before - model[0].weight.detach())
+    assert 0.4 < singular.median() < singular.max() < 1.3
+
+
+@OPTIMIZERS
+def test_the_loss_scaler_unscales_for_all_and_skips_what_overflowed(name):
+    """train.py's calls of it for float16, with a scale of 4."""
+    scaled, plain = make_model(), make_model()
+    config = OptimConfig(optimizer=name)
+    optimizer, plain_optimizer = build_optimizer(scaled, config), build_optimizer(plain, config)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    tokens = torch.arange(8).view(1, 8)
+    for overflows in (False, True, False):
+        scaler.scale(scaled(tokens, tokens)[1]).backward()
+        if overflows:
+            scaled.h[0].mlp.c_fc.weight.grad[0, 0] = math.inf
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update(4.0)
+        optimizer.zero_grad()
+        if not overflows:
+            plain(tokens, tokens)[1].backward()
+            plain_optimizer.step()
+            plain_optimizer.zero_grad()
+        for a, b in zip(scaled.parameters(), plain.parameters()):
+            assert torch.equal(a, b)
+
+
+@OPTIMIZERS
+def test_state_put_back_by_name_continues_exactly(name):
+    model, config = make_model(), OptimConfig(optimizer=name)
+    optimizer = build_optimizer(model, config)
+    steps(model, optimizer, 3)
+    state = {name: t.clone() for name, t in optimizer_state(optimizer, model).items()}
+    twin = make_model()
+    twin.load_state_dict(model.state_dict())
+    twin_optimizer = build_optimizer(twin, config)
+    load_optimizer_state(twin_optimizer, twin, state, lambda value, p: value)
+    steps(model, optimizer, 2)
+    steps(twin, twin_optimizer, 2)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters()))
+
+
+@pytest.mark.parametrize(("name", "key", "of"), [
+    ("adamw", "exp_avg", "ln_f.weight"), ("muon", "exp_avg", "ln_f.weight"),
+    ("muon", "momentum_buffer", "h.0.mlp.c_fc.weight")])
+def test_missing_and_misshapen_state_is_named(name, key, of):
+    model = make_model()
+    optimizer = build_optimizer(model, OptimConfig(optimizer=name))
+    steps(model, optimizer, 1)
+    state = dict(optimizer_state(optimizer, model))
+    for bad in ({}, {f"{key}.{of}": torch.zeros(3)}):
+        broken = {k: v for k, v in state.items() if k != f"{key}.{of}"} | bad
+        with pytest.raises(ValueError, match=re.escape(f"{key} of {of} is missing")):
+            load_optimizer_state(optimizer, model, broken, lambda value, p: value)
+
+
+@pytest.mark.parametrize(("loss", "norm", "fault"), [
+    (3.0, 1.0, ""), (math.nan, 1.0, "the loss is nan"), (math.inf, 1.0, "the loss is inf"),
+    (3.0, math.nan, "the gradient norm is nan"), (3.0, math.inf, "the gradient norm is inf"), (3.0, 0.0, "")])
+def test_what_is_not_finite_is_a_fault(loss, norm, fault):
+    assert StepJudge().fault(loss, norm, spike_sigma=0.0) == fault
+
+
+def test_a_spike_is_a_norm_far_above_the_usual_one():
+    rng = random.Random(0)
+    norms = [math.exp(rng.gauss(-1.0, 0.2)) for _ in range(500)]
+    judge = StepJudge()
+    assert not any(judge.fault(3.0, norm, spike_sigma=6.0) for norm in norms)
+    logs = [math.log(norm) for norm in norms[-100:]]
+    assert judge.mean == pytest.approx(statistics.mean(logs), abs=0.1)
+    assert math.sqrt(judge.variance) == pytest.approx(statistics.stdev(logs), rel=0.3)
+    before = (judge.num_steps, judge.mean, judge.variance)
+    assert "deviations above the usual" in judge.fault(3.0, math.exp(-1.0 + 0.2 * 8), spike_sigma=6.0)
+    assert (judge.num_steps, judge.mean, judge.variance) == before  # nothing is learned from a bad step
+    assert judge.fault(3.0, math.exp(-1.0 - 0.2 * 8), spike_sigma=6.0) == ""  # a small norm does no harm
+    assert judge.fault(3.0, math.exp(-1.0 + 0.2 * 8), spike_sigma=0.0) == ""  # 0 is off
+
+
+def test_the_first_steps_only_teach_and_ripples_of_an_even_run_are_no_spikes():
+    judge = StepJudge()
+    assert judge.fault(3.0, 1.0, spike_sigma=3.0) == ""
+    assert judge.fault(3.0, 100.0, spike_sigma=3.0) == ""  # warm-up begins with large ones
+    even = StepJudge()
+    assert not any(even.fault(3.0, 1.0, spike_sigma=3.0) for _ in range(200))
+    assert even.fault(3.0, 1.05, spike_sigma=3.0) == ""
+
+
+@pytest.mark.parametrize(("options", "max_iters", "words"), [
+    ({"learning_rate": 1e-5}, 20, "the decay is a rise: min_lr=6e-05 is above learning_rate=1e-05; lower it, say "
+                                  "--min_lr=1e-06"),
+    ({"learning_rate": 1e-5, "schedule": "linear"}, 20, "the decay is a rise"),
+    ({"learning_rate": 1e-5, "schedule": "wsd"}, 20, "the decay is a rise"),
+    ({"learning_rate": 1e-5, "schedule": "constant"}, 20, None), ({"learning_rate": 1e-5, "decay_lr": False}, 20, None),
+    ({"warmup_iters": 20}, 20, "rises for 20 steps, and the run has 20"),
+    ({"warmup_iters": 20, "decay_lr": False}, 20, None),
+    ({"warmup_iters": 10, "lr_decay_iters": 10}, 20, "at once after the warm-up: lr_decay_iters=10 is not above"),
+    ({"warmup_iters": 10, "lr_decay_iters": 10, "schedule": "constant"}, 20, None),
+    ({"lr_decay_iters": 15, "min_lr": 0.0}, 20, "the last 5 steps learn nothing"),
+    ({"lr_decay_iters": 15}, 20, None), ({"lr_decay_iters": 20, "min_lr": 0.0}, 20, None), ({"min_lr": 1.0}, 0, None)])
+def test_what_nobody_wants_of_the_learning_rate_is_a_warning(options, max_iters, words):
+    config = OptimConfig(**{"warmup_iters": 0, "lr_decay_iters": max_iters} | options)
+    lines = list(schedule_warnings(config, max_iters))
+    assert len(lines) == (words is not None), lines
+    assert all(words in line for line in lines)
