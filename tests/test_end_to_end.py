@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY_RUN, records_of, torchrun
+from test_faults import start_ranks
 
 from model import GPT
 
@@ -36,7 +37,7 @@ device = ("cpu", "auto")[rank]  # each process its own
 """
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_a_config_with_the_clock_in_it_trains_on_any_number_of_processes(tiny_data, tmp_path, nproc):
     if nproc == 2 and torch.cuda.is_available():
         pytest.skip("auto is no CPU here")
@@ -72,23 +73,27 @@ def readme_commands() -> list[str]:
     return [command for line in lines if (command := line.partition("  #")[0].strip())]
 
 
-def test_readmes_commands_run_and_shakespeare_reaches_its_loss(clone, shakespeare):
+# Appended to a run's command where it need not come to its end.
+SHORT = " --max_iters=20 --eval_interval=20 --eval_iters=2 --warmup_iters=2 --lr_decay_iters=20"
+
+
+@pytest.mark.parametrize("is_whole", [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_readmes_commands_run_and_shakespeare_reaches_its_loss(clone, shakespeare, is_whole):
     run = []
     for command in readme_commands():
         if ELSEWHERE.search(command):
             continue
+        run.append(command)
         if command == "python prepare_data.py shakespeare_char":  # here without the download
             command += f" --input={shlex.quote(str(shakespeare))}"
+        if " train.py " in command and not is_whole:
+            command += SHORT
         shell(command, clone)
-        run.append(command)
-    assert "python train.py config/shakespeare_char_cpu.py" in run
-    last = records_of(clone / "out" / "shakespeare_char_cpu")[-1]
-    assert last["step"] == 2000
-    assert last["val/loss"] <= 1.92
-    assert "python train.py config/shakespeare_char_fast.py" in run
-    last = records_of(clone / "out" / "shakespeare_char_fast")[-1]
-    assert last["step"] == 350
-    assert last["val/loss"] < 1.88
+    for name, steps, loss in (("shakespeare_char_cpu", 2000, 1.92), ("shakespeare_char_fast", 350, 1.88)):
+        assert f"python train.py config/{name}.py" in run
+        last = records_of(clone / "out" / name)[-1]
+        assert last["step"] == (steps if is_whole else 20)
+        assert last["val/loss"] <= (loss if is_whole else 3.5)
 
 
 def test_make_demo_ends_with_a_sample(clone):
@@ -124,7 +129,8 @@ def test_two_processes_train_the_model_that_one_trains(cli, tiny_data, tmp_path)
     for steps in (1, 100):
         options = (*config, f"--max_iters={steps}", "--dtype=float32")
         assert cli("train", *options, f"--out_dir=out/one-{steps}").code == 0
-        torchrun(2, ROOT / "train.py", *options, f"--out_dir=out/two-{steps}", cwd=tmp_path)
+        code, log = start_ranks(2, tmp_path, *map(str, options), f"--out_dir=out/two-{steps}")
+        assert code == 0, log
     for a, b in zip(*(GPT.from_pretrained(f"out/{run}-1").parameters() for run in ("one", "two"))):
         assert (a - b).abs().max() <= 1e-6
     one, two = (records_of(f"out/{run}-100")[-1] for run in ("one", "two"))
@@ -133,15 +139,18 @@ def test_two_processes_train_the_model_that_one_trains(cli, tiny_data, tmp_path)
 
 
 @pytest.mark.parametrize(("nproc", "how"), [
-    (2, ()), (4, ()),  # four summands can be added in more than one order, two cannot
+    pytest.param(2, (), marks=pytest.mark.soak),
+    (4, ()),  # four summands can be added in more than one order, two cannot
     (2, ("--parallel=fsdp", "--optimizer=muon"))])
-def test_torchrun_resumes_byte_identically_and_one_process_goes_on_from_it(cli, tiny_data, tmp_path, nproc, how):
+def test_ranks_resume_byte_identically_and_one_process_goes_on_from_it(cli, tiny_data, tmp_path, nproc, how):
     options = (*TINY_RUN, "--dropout=0.1", "--keep_last=0", "--batch_size=2", "--gradient_accumulation_steps=4", *how)
-    torchrun(nproc, ROOT / "train.py", *options, "--out_dir=out/whole", cwd=tmp_path)
+    code, log = start_ranks(nproc, tmp_path, *options, "--out_dir=out/whole")
+    assert code == 0, log
     for copy in ("again", "alone"):  # as if killed after step 3
         shutil.copytree("out/whole", f"out/{copy}", symlinks=True)
         shutil.rmtree(f"out/{copy}/checkpoints/step_00000006")
-    torchrun(nproc, ROOT / "train.py", *options, "--out_dir=out/again", cwd=tmp_path)
+    code, log = start_ranks(nproc, tmp_path, *options, "--out_dir=out/again")
+    assert code == 0, log
     model = "checkpoints/step_00000006/model.safetensors"
     assert Path("out/again", model).read_bytes() == Path("out/whole", model).read_bytes()
     result = cli("train", *options, "--out_dir=out/alone")
