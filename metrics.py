@@ -31,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 import trackers
-from data import EvalOrder, pin, prefetch
+from data import EvalOrder, pin, prefetch, to_device
 from distributed import Job, eager, reshard, sum_over_ranks
 from files import EVENTS, read_records, write_records
 from model import LanguageModel
@@ -98,7 +98,7 @@ def validation_loss(model: LanguageModel, order: EvalOrder, batch_size: int, her
         return pin(x, here.device), pin(y, here.device), int((y >= 0).sum())
 
     for x, y, num_targets in prefetch(load, range(first, first + num_batches * batch_size, batch_size)):
-        x, y = x.to(here.device, non_blocking=True), y.to(here.device, non_blocking=True)
+        x, y = to_device(x, here.device), to_device(y, here.device)
         with here.autocast():
             loss_sum += model(x, y, num_targets=1)[1]
         count += num_targets

@@ -61,6 +61,7 @@ from data import (
     plan_batches,
     prefetch,
     read_step,
+    to_device,
 )
 from device import DeviceConfig, Numerics, pick_numerics
 from distributed import Job, ParallelConfig
@@ -257,7 +258,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
 
             # Every step: this rank's part of the next S sequences, read ahead by a thread, in micro-batches.
             first, *parts = next(batches)
-            x, y, sums = (tensor.to(here.device, non_blocking=True) for tensor in parts)
+            x, y, sums = (to_device(tensor, here.device) for tensor in parts)
             num_targets, batch_hash = distributed.sum_over_ranks(sums, here)
             step_loss = torch.zeros((), device=here.device)
             for start in range(0, len(x), plan.micro_batch):
