@@ -694,12 +694,17 @@ class Decoder:
         self.graph = None
         # Not under autocast: it keeps copies of the weights for as long as its block, and a recording for good.
         if device.type == "cuda" and not torch.is_autocast_enabled("cuda"):
+            # When a recording breaks off torch leaves its stream the current one, and older versions draw no random
+            # numbers from then on: both are put back.
+            generator = torch.cuda.default_generators[device.index]
+            random_state = generator.clone_state()
             try:
-                with torch.cuda.device(device):
+                with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream()):
                     self._record()
             except RuntimeError as error:  # an operation that cannot be recorded, or no memory for the recording
                 warnings.warn(f"recording a CUDA graph failed, going on without it: {error}", stacklevel=2)
                 self.graph = None
+                generator.graphsafe_set_state(random_state)
 
     def _check_room(self) -> None:
         if self.cache.length == self.cache.capacity:
