@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
@@ -677,7 +678,8 @@ class Decoder:
     Attention goes over all positions of the cache, and a mask leaves out those that are not filled."""
 
     def __init__(self, model: GPT, cache: KVCache):
-        self.model, self.cache = model, cache
+        # The cache holds its decoder: in a circle both would keep their GPU memory until Python looks for such.
+        self.model, self.cache = model, weakref.proxy(cache)
         self._check_room()
         device = cache.k.device
         self.token = torch.zeros(cache.k.size(1), 1, dtype=torch.long, device=device)

@@ -1,7 +1,9 @@
 """model.py against naive oracles: attention, causality, loss and its gradients, generation."""
 
+import gc
 import math
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -501,6 +503,22 @@ def test_decoding_goes_on_without_a_compiler(monkeypatch):
     model.compile_decoding = True
     with pytest.warns(UserWarning, match="no compiler here"):
         assert torch.equal(model.generate(idx, 5, temperature=0), expected)
+
+
+def test_a_cache_that_is_done_with_gives_its_memory_back_at_once(monkeypatch):
+    monkeypatch.setattr("torch.compile", lambda function: function)
+    model, idx = make_model(), torch.randint(37, (1, 3))
+    model.compile_decoding = True
+    gc.disable()
+    try:
+        cache = model.make_cache(1, 10)
+        list(model.stream(idx, 5, Sampler(), cache=cache))
+        assert cache.decoder is not None
+        seen = weakref.ref(cache), weakref.ref(cache.decoder)
+        del cache
+        assert [thing() for thing in seen] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_a_full_cache_takes_no_more():
