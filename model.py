@@ -397,7 +397,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         dw = torch.zeros_like(weight, dtype=torch.float32) if want_grad else None
         width, chunk_bytes = weight.size(0), LOGITS_CHUNK_BYTES_CUDA if x.is_cuda else LOGITS_CHUNK_BYTES
         rows = _power_of_two(chunk_bytes // (w.element_size() * width))
-        part = rows if x.is_cuda else _power_of_two(SOFTMAX_ELEMENTS // width)
+        # Only a CPU takes a chunk in parts: MPS adds nothing to a part that does not begin a tensor (pytorch 163327).
+        part = _power_of_two(SOFTMAX_ELEMENTS // width) if x.device.type == "cpu" else rows
         for x_c, t_c, start in zip(x_all.split(rows), targets.unsqueeze(1).split(rows), range(0, x.size(0), rows)):
             logits = x_c @ w.t()  # (n, rows of w)
             for z, t in zip(logits.split(part), t_c.split(part)):

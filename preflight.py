@@ -216,7 +216,7 @@ def _activation_bytes_without_blocks(model: LanguageModel, rows: int, here: Job)
 def _head_bytes(model: LanguageModel, rows: int, here: Job) -> int:
     """Of the head's gradient, and of the logits that exist at a time."""
     chunk = gpt.LOGITS_CHUNK_BYTES_CUDA if here.device.type == "cuda" else gpt.LOGITS_CHUNK_BYTES
-    softmax = 3 * chunk if here.device.type == "cuda" else 4 * gpt.SOFTMAX_ELEMENTS
+    softmax = 4 * gpt.SOFTMAX_ELEMENTS if here.device.type == "cpu" else 3 * chunk
     return 4 * model.head.numel() + min(chunk + softmax, 8 * rows * model.config.padded_vocab_size)
 
 

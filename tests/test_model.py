@@ -537,6 +537,24 @@ def test_generating_from_nothing_is_refused():
         make_model().generate(torch.empty(1, 0, dtype=torch.long), 1)
 
 
+def test_only_a_cpu_takes_a_chunk_of_logits_in_parts(monkeypatch):
+    """On MPS scatter_add_ changes nothing in a part that does not begin a tensor; meta stands in for it."""
+    monkeypatch.setattr("model.LOGITS_CHUNK_BYTES", 4 * 8 * 128)
+    monkeypatch.setattr("model.SOFTMAX_ELEMENTS", 2 * 128)
+    for device, rows in (("cpu", [2] * 8), ("meta", [8, 8])):
+        parts = []
+
+        def chunk_loss(logits, targets, vocab_size, want_grad, parts=parts):
+            parts.append(logits)
+            return logits.sum()
+
+        x, w = torch.ones(16, 8, device=device), torch.ones(128, 8, device=device)
+        LinearCrossEntropy.apply(x, w, torch.zeros(16, dtype=torch.long, device=device), 37, torch.float32, True,
+                                 chunk_loss)
+        assert [len(part) for part in parts] == rows
+        assert device == "cpu" or {part.storage_offset() for part in parts} == {0}
+
+
 def test_loss_without_gradients_keeps_none():
     x, w = torch.randn(5, 8, requires_grad=True), torch.randn(128, 8)
     loss = LinearCrossEntropy.apply(x, w, torch.arange(5), 37, torch.float32, False, ChunkLoss())
