@@ -24,6 +24,7 @@ A checkpoint holds whole tensors, so it does not depend on the number of ranks o
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import sys
@@ -53,6 +54,7 @@ from tokenizer import Tokenizer
 
 MAX_FAILED_SAVES = 3  # in a row; then a run stops
 LEFTOVERS = (".step_", ".old_", ".latest", ".best")  # of a save or a deletion that was killed
+ALIGNMENT = 64  # bytes; of each tensor in the host's copy
 State = dict[str, torch.Tensor]
 
 
@@ -432,23 +434,29 @@ def read_optimizer(folder: str | Path) -> State:
 
 def _copy_to_host(live: Mapping[str, torch.Tensor], host: State, here: Job) -> None:
     """Make `host` whole copies of tensors that may be spread over the ranks; on rank 0 only."""
-    for name in host.keys() - live.keys():  # of an optimiser whose state was given up
-        del host[name]
+    if here.rank == 0 and {name: (t.shape, t.dtype) for name, t in live.items()} != {
+            name: (t.shape, t.dtype) for name, t in host.items()}:  # the first save, or an optimiser with other state
+        host.clear()  # frees the old memory before there is new
+        host.update(_host_buffers(live))
     for name, tensor in live.items():
         tensor = distributed.whole(tensor.detach())
         if here.rank == 0:
-            if name not in host:
-                host[name] = _host_buffer(tensor)
             host[name].copy_(tensor, non_blocking=True)
     if here.device.type == "cuda":
         torch.cuda.synchronize(here.device)
 
 
-def _host_buffer(tensor: torch.Tensor) -> torch.Tensor:
-    """Host memory for a tensor's copy; pinned, for a GPU to write to directly, where there is enough of that."""
-    with contextlib.suppress(RuntimeError):
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-    return torch.empty(tensor.shape, dtype=tensor.dtype)
+def _host_buffers(live: Mapping[str, torch.Tensor]) -> State:
+    """Host memory for copies of tensors, all in one piece: a GPU writes directly to pinned memory, and torch hands that
+    out in powers of two, a piece each. It is not pinned where there is not enough of that."""
+    starts = [0, *itertools.accumulate(-(-t.numel() * t.itemsize // ALIGNMENT) * ALIGNMENT for t in live.values())]
+    pinned = any(t.is_cuda for t in live.values())
+    try:
+        buffer = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=pinned)
+    except RuntimeError:
+        buffer = torch.empty(starts[-1], dtype=torch.uint8)
+    return {name: buffer[start:start + t.numel() * t.itemsize].view(t.dtype).view(t.shape)
+            for start, (name, t) in zip(starts, live.items())}
 
 
 def _step_back() -> None:

@@ -50,14 +50,15 @@ def report(model: LanguageModel, plan: BatchPlan, epochs: str, run: RunFolder, s
                "--parallel=fsdp")
 
     checkpoint, free = 12 * num_params, free_bytes(run.path)  # float32 weights, AdamW's two means (Muon has one)
+    copy = copy_bytes(num_params, here.device)
     kept = checkpoints_kept(run, steps_between_saves, max_iters)
-    yield (f"saving: {size(checkpoint)} a checkpoint, copied to host memory first; at most {kept} kept on the disk, "
-           f"{size(free)} free for {run.path}")
+    yield (f"saving: {size(checkpoint)} a checkpoint, copied to host memory first ({size(copy)} there); at most {kept} "
+           f"kept on the disk, {size(free)} free for {run.path}")
     yield from (f"warning: {line}" for line in schedule_warnings(optim, max_iters))
     if run.config.keep_every % steps_between_saves:
         yield (f"warning: keep_every={run.config.keep_every} finds a checkpoint only where it meets the saves, one in "
                f"{steps_between_saves} steps: set a multiple of that")
-    if checkpoint > free_memory_bytes():
+    if copy > free_memory_bytes():
         yield "warning: the host's memory will not hold the copy that is saved: use a machine with more"
     if checkpoint * (kept - len(run.steps())) > free:
         yield "warning: the disk will be full before the end: lower --keep_last, or choose another --out_dir"
@@ -159,10 +160,19 @@ def memory_parts(model: LanguageModel, plan: BatchPlan, here: Job) -> dict[str, 
              "a micro-batch": activation_bytes(model, plan.micro_batch, here)}
     if here.device.type != "cuda":
         parts["a micro-batch"] *= HEAP
-        # Rank 0's: weights, two means, and the weights once more as Hugging Face has them.
-        parts["a checkpoint's copy"] = 16 * model.num_params(non_embedding=False) / process.ranks().local_world_size
+        copy = copy_bytes(model.num_params(non_embedding=False), here.device)  # rank 0's
+        parts["a checkpoint's copy"] = copy / process.ranks().local_world_size
         parts["the program itself"] = own_bytes(model, here)
     return parts
+
+
+def copy_bytes(num_params: int, device: torch.device) -> int:
+    """Of host memory that rank 0's copy for a checkpoint takes, float32: weights, two means, and the weights once more
+    as Hugging Face has them. What a GPU copies to is pinned, which torch hands out in powers of two."""
+    copies = [4 * num_params, 8 * num_params]
+    if device.type == "cuda":
+        copies = [1 << (num_bytes - 1).bit_length() for num_bytes in copies]
+    return sum(copies) + 4 * num_params
 
 
 def own_bytes(model: LanguageModel, here: Job) -> int:

@@ -200,7 +200,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     if failure := distributed.compile_parts(model, config.compile, here, plan.micro_batch):
         report.say(f"torch.compile failed, going on without it: {failure}")
     wrapped = distributed.wrap(model, here, plan.micro_batch)
-    optimizer, judge = optim.build_optimizer(model, config.optim), StepJudge()
+    optimizer, judge = optim.build_optimizer(model, config.optim, here.dtype), StepJudge()
     scaler = torch.amp.GradScaler(here.device.type, enabled=here.dtype == torch.float16)
     if trainer["folder"]:
         checkpoint.load_training_state(trainer, model, optimizer, scaler, judge, here)

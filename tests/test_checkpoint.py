@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import files_of
+from torch._subclasses import FakeTensorMode
 
 import checkpoint
 import files
@@ -264,6 +265,34 @@ def test_a_save_goes_on_beside_training_and_holds_the_state_it_began_with(run, p
     saved = read_optimizer(run.steps()[0])
     assert saved.keys() == means.keys()
     assert all(torch.equal(saved[name], means[name]) for name in means)
+
+
+def test_the_copy_on_the_host_is_one_piece_of_pinned_memory_for_a_gpu(monkeypatch):
+    """Torch rounds each piece up to a power of two."""
+    asked, empty = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **how: asked.append((*shape, pin_memory))
+                        or empty(*shape, **how))
+    with FakeTensorMode():
+        on_gpu = {"a": empty(3, 5, device="cuda"), "b": empty((), device="cuda", dtype=torch.float64),
+                  "c": empty(0, 4, device="cuda"), "d": empty(7, device="cuda", dtype=torch.bfloat16)}
+    buffers = checkpoint._host_buffers(on_gpu)
+    assert asked == [(3 * checkpoint.ALIGNMENT, True)]
+    assert {t.untyped_storage().data_ptr() for t in buffers.values()} == {buffers["a"].data_ptr()}
+    assert {name: (t.shape, t.dtype) for name, t in buffers.items()} == {
+        name: (t.shape, t.dtype) for name, t in on_gpu.items()}
+
+
+def test_the_copy_on_the_host_is_used_again_until_there_is_other_state_to_copy():
+    host: dict[str, torch.Tensor] = {}
+    for live in ({"a": torch.randn(3, 5), "step": torch.tensor(2.0)}, {"a": torch.randn(3, 5)}, {}):
+        for _ in range(2):
+            checkpoint._copy_to_host(live, host, HERE)
+            assert host.keys() == live.keys()
+            assert all(torch.equal(host[name], live[name]) for name in live)
+            assert len({t.untyped_storage().data_ptr() for t in host.values()}) <= 1
+        kept = [t.data_ptr() for t in host.values()]
+        checkpoint._copy_to_host(live, host, HERE)
+        assert [t.data_ptr() for t in host.values()] == kept
 
 
 def test_a_save_that_fails_leaves_what_was_there_and_the_third_in_a_row_ends_the_run(run, parts, said, monkeypatch):

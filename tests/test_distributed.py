@@ -135,7 +135,7 @@ def update_with_muon(layout: str):
 def update_with_muon_on(here: Job) -> dict[str, np.ndarray]:
     """What two updates by the batch make of the blocks' matrices."""
     model = lay_out(here)
-    wrapped, optimizer = distributed.wrap(model, here, MICRO_SEQS), build_optimizer(model, MUON)
+    wrapped, optimizer = distributed.wrap(model, here, MICRO_SEQS), build_optimizer(model, MUON, torch.bfloat16)
     for _ in range(2):
         backward(wrapped, here)
         optimizer.step()
@@ -172,7 +172,7 @@ def update_with_given_gradients(layout: str):
 def update_with_given_gradients_on(here: Job) -> dict[str, np.ndarray]:
     """What two updates by random gradients make of the blocks' matrices."""
     model = lay_out(here)
-    optimizer = build_optimizer(model, MUON)
+    optimizer = build_optimizer(model, MUON, torch.bfloat16)
     generator = torch.Generator().manual_seed(2)
     for _ in range(2):
         for p in model.parameters():

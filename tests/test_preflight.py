@@ -126,6 +126,11 @@ def test_what_will_fail_is_a_warning(tmp_path, monkeypatch):
     assert warnings(report(tmp_path)) == []
 
 
+def test_the_copy_for_a_checkpoint_is_counted_as_torch_gives_out_pinned_memory():
+    assert preflight.copy_bytes(124_439_808, torch.device("cpu")) == 16 * 124_439_808
+    assert preflight.copy_bytes(124_439_808, torch.device("cuda")) == 2**29 + 2**30 + 4 * 124_439_808
+
+
 def test_the_parts_of_a_sharded_model_are_smaller():
     model = make_model(n_layer=12, n_embd=128)
     count = sum(p.numel() for p in model.parameters())
