@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
@@ -396,7 +397,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         dw = torch.zeros_like(weight, dtype=torch.float32) if want_grad else None
         width, chunk_bytes = weight.size(0), LOGITS_CHUNK_BYTES_CUDA if x.is_cuda else LOGITS_CHUNK_BYTES
         rows = _power_of_two(chunk_bytes // (w.element_size() * width))
-        part = rows if x.is_cuda else _power_of_two(SOFTMAX_ELEMENTS // width)
+        # Only a CPU takes a chunk in parts: MPS adds nothing to a part that does not begin a tensor (pytorch 163327).
+        part = _power_of_two(SOFTMAX_ELEMENTS // width) if x.device.type == "cpu" else rows
         for x_c, t_c, start in zip(x_all.split(rows), targets.unsqueeze(1).split(rows), range(0, x.size(0), rows)):
             logits = x_c @ w.t()  # (n, rows of w)
             for z, t in zip(logits.split(part), t_c.split(part)):
@@ -677,7 +679,8 @@ class Decoder:
     Attention goes over all positions of the cache, and a mask leaves out those that are not filled."""
 
     def __init__(self, model: GPT, cache: KVCache):
-        self.model, self.cache = model, cache
+        # The cache holds its decoder: in a circle both would keep their GPU memory until Python looks for such.
+        self.model, self.cache = model, weakref.proxy(cache)
         self._check_room()
         device = cache.k.device
         self.token = torch.zeros(cache.k.size(1), 1, dtype=torch.long, device=device)
@@ -694,12 +697,17 @@ class Decoder:
         self.graph = None
         # Not under autocast: it keeps copies of the weights for as long as its block, and a recording for good.
         if device.type == "cuda" and not torch.is_autocast_enabled("cuda"):
+            # When a recording breaks off torch leaves its stream the current one, and older versions draw no random
+            # numbers from then on: both are put back.
+            generator = torch.cuda.default_generators[device.index]
+            random_state = generator.clone_state()
             try:
-                with torch.cuda.device(device):
+                with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream()):
                     self._record()
             except RuntimeError as error:  # an operation that cannot be recorded, or no memory for the recording
                 warnings.warn(f"recording a CUDA graph failed, going on without it: {error}", stacklevel=2)
                 self.graph = None
+                generator.graphsafe_set_state(random_state)
 
     def _check_room(self) -> None:
         if self.cache.length == self.cache.capacity:

@@ -52,6 +52,7 @@ from flatgpt.data.loader import (
     plan_batches,
     prefetch,
     read_step,
+    to_device,
 )
 from flatgpt.data.shards import UNKNOWN_VOCAB_SIZE
 from flatgpt.models import inference, weights
@@ -252,7 +253,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
 
             # Every step: this rank's part of the next S sequences, read ahead by a thread, in micro-batches.
             first, *parts = next(batches)
-            x, y, sums = (tensor.to(here.device, non_blocking=True) for tensor in parts)
+            x, y, sums = (to_device(tensor, here.device) for tensor in parts)
             num_targets, batch_hash = distributed.sum_over_ranks(sums, here)
             step_loss = torch.zeros((), device=here.device)
             for start in range(0, len(x), plan.micro_batch):
@@ -275,6 +276,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
             mean_loss, norm, num_stops = distributed.sum_over_ranks(torch.stack([
                 step_loss, distributed.whole(norm) / here.world_size, torch.full_like(step_loss, bool(reason))]),
                 here).tolist()
+            batch_hash = int(batch_hash)  # is there as well; read later, it would wait for the update
             # A float16 gradient that overflows is the scaler's to skip: it tries again at a lower scale.
             overflow = (scaler.is_enabled() and math.isfinite(mean_loss) and not math.isfinite(norm)
                         and scaler.get_scale() > 1)
@@ -298,8 +300,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
 
             # Once in a while: report.
             if now.step % config.log.log_interval == 0 or now.step == 1 or fault:
-                report.train(now.step, now.step * tokens_per_step, mean_loss, norm, lr, int(batch_hash), now.skipped,
-                             fault)
+                report.train(now.step, now.step * tokens_per_step, mean_loss, norm, lr, batch_hash, now.skipped, fault)
 
             # Hardly ever: back to the last good checkpoint, and on with the data behind what was bad.
             if now.bad_steps == config.optim.max_bad_steps:

@@ -454,14 +454,16 @@ def bench_gpu(bench: BenchConfig) -> dict:
         ways = {"train.py": partial(run_train, same, steps, dataset, folder),
                 "the plain loop": partial(run_baseline, "plain", plain, f"--steps={steps}"),
                 "train.py, largest batch": partial(run_train, largest, steps, dataset, folder)}
-        seen |= rounds(bench, ways, ("tokens_per_sec", "memory_gb", "mfu"))
+        seen |= rounds(bench, {way: partial(attempt, measure) for way, measure in ways.items()},
+                       ("tokens_per_sec", "memory_gb", "mfu"))
         cache = {"TORCHINDUCTOR_CACHE_DIR": tempfile.mkdtemp(dir=folder)}
         for name in ("cold start", "warm start"):
-            seen[name] = [time_until("step 1/", same, dataset, folder, **cache)]
+            seen[name] = [attempt(partial(time_until, "step 1/", same, dataset, folder, **cache))]
         GPT(SAMPLED).save_pretrained(folder)
         for rows in (1, 64):
-            seen |= rounds(bench, {f"{way}, {rows} at a time": partial(run_baseline, way, bench, f"--rows={rows}",
-                                                                       cwd=folder) for way in ("generate", "uncached")},
+            ways = {f"{way}, {rows} at a time": partial(run_baseline, way, bench, f"--rows={rows}", cwd=folder)
+                    for way in ("generate", "uncached")}
+            seen |= rounds(bench, {way: partial(attempt, measure) for way, measure in ways.items()},
                            ("tokens_per_sec",))
     device = pick_device("auto")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
@@ -471,8 +473,18 @@ def bench_gpu(bench: BenchConfig) -> dict:
         figures = [[each.get(key) for each in runs] for key in ("batch_size", "tokens_per_sec", "mfu", "memory_gb",
                                                                 "seconds")]
         cells = ["" if None in values else show(statistics.median(values)) for values in figures]
-        print(f"| {' | '.join([way, *cells])} |")
+        print(f"| {' | '.join([way if all(runs) else f'{way}: failed, see above', *cells])} |")
     return seen
+
+
+def attempt(measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """What it measures; nothing, and why, where it fails: one way that a card has no memory for, as may be the plain
+    loop with its whole logits, is not to cost the table its other rows."""
+    try:
+        return measure()
+    except OSError as error:
+        print(f"error: {error}", flush=True)
+        return {}
 
 
 # Checkpoints

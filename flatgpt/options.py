@@ -250,8 +250,8 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         if isinstance(error, ValueError) and not is_ours:
             raise
         sys.exit(_complain(str(error)))
-    except (MemoryError, RuntimeError) as error:  # torch's is a RuntimeError on a CPU
-        if not (isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
+    except (MemoryError, RuntimeError) as error:  # torch's is a RuntimeError, in other words on a CPU, a GPU and MPS
+        if not isinstance(error, MemoryError) and not re.search("can't allocate memory|out of memory", str(error)):
             raise
         sys.exit(_complain("the memory is full: lower what a process holds at a time, --batch_size or the model's size "
                            f"for one ({(str(error) or 'MemoryError').splitlines()[0]})"))

@@ -105,9 +105,52 @@ def everything(dtype: torch.dtype, **shape) -> None:
     assert all(token.device == CUDA for token in written)
 
 
+class Recorder:
+    """What of CUDA's streams and random numbers a recording touches, and how torch leaves it when one breaks off."""
+
+    def __init__(self, breaks: bool = False):
+        self.breaks, self.stream, self.random_state = breaks, "usual", "usual"
+
+    def put_in_place(self) -> None:
+        Decoder._record = lambda decoder: self.record()
+        torch.cuda.current_stream = lambda: self.stream
+        torch.cuda.stream = self.on_stream
+        torch.cuda.default_generators = (self,)
+
+    def record(self) -> None:
+        if self.breaks:
+            self.stream = self.random_state = "the recording's"
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    @contextlib.contextmanager
+    def on_stream(self, stream: str):
+        before, self.stream = self.stream, stream
+        try:
+            yield
+        finally:
+            self.stream = before
+
+    def clone_state(self) -> str:
+        return self.random_state
+
+    def graphsafe_set_state(self, state: str) -> None:
+        self.random_state = state
+
+
+def after_a_broken_recording() -> dict[str, str]:
+    """Where a decoder whose recording breaks off goes on."""
+    recorder = Recorder(breaks=True)
+    recorder.put_in_place()
+    with FakeTensorMode():
+        model = make(torch.bfloat16).eval()
+        tokens = torch.zeros(2, 5, dtype=torch.long, device=CUDA)
+        list(model.stream(tokens, 4, Sampler(), cache=model.make_cache(2, 40)))
+    return {"stream": recorder.stream, "random_state": recorder.random_state}
+
+
 def main() -> None:
     F.scaled_dot_product_attention = attention
-    Decoder._record = lambda decoder: None  # there is nothing to record
+    Recorder().put_in_place()  # there is nothing to record
     torch.cuda.device = lambda device: contextlib.nullcontext()
     torch.cuda.is_bf16_supported = lambda *args, **kwargs: True
     torch.nn.utils.clip_grad._has_foreach_support = lambda *args: True  # which looks for plain tensors
@@ -126,6 +169,7 @@ def main() -> None:
         found["tensors"] = len(list(model.parameters()))
         step(model, optimizer, here)  # the first makes the means
         found["launches"] = step(model, optimizer, here)
+    found["after_a_broken_recording"] = after_a_broken_recording()
     print(json.dumps(found))
 
 

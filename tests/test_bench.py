@@ -73,3 +73,21 @@ def test_the_rows_of_the_gpu_table_come_from_any_device(cli, config, monkeypatch
     assert {"warm start", "the plain loop", "generate, 64 at a time", "uncached, 1 at a time"} <= set(table)
     assert float(table["cold start"]["seconds"]) > 0.1
     assert all(numbers_of(result.out)[way][0]["tokens_per_sec"] > 0 for way in table if "start" not in way)
+
+
+def test_a_way_that_fails_leaves_the_gpu_tables_other_rows(cli, config, monkeypatch):
+    def measure(way, *args, **kwargs):
+        if way == "plain":
+            raise OSError("bench.py failed: CUDA out of memory")
+        return {"tokens_per_sec": 10.0, "seconds": 2.0}
+
+    monkeypatch.setattr("benchmarks.bench.run_train", measure)
+    monkeypatch.setattr("benchmarks.bench.run_baseline", measure)
+    monkeypatch.setattr("benchmarks.bench.time_until", measure)
+    monkeypatch.setattr("benchmarks.bench.SAMPLED", GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=160, vocab_size=300))
+    result = cli("benchmarks.bench", "gpu", f"--config={config}", f"--options={OPTIONS}", "--rounds=2")
+    assert result.code == 0, result.err
+    assert "error: bench.py failed: CUDA out of memory" in result.out
+    assert "| the plain loop: failed, see above |  |  |  |  |  |" in result.out
+    assert "| train.py |  | 10 |  |  | 2 |" in result.out
+    assert "| uncached, 64 at a time |  | 10 |  |  | 2 |" in result.out

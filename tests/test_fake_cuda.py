@@ -38,3 +38,7 @@ def test_the_end_of_a_step_takes_few_launches(traced):
     assert launches["clip"] <= 8
     assert launches["update"] <= 6
     assert launches["zero"] <= traced["tensors"] == 75
+
+
+def test_a_recording_that_breaks_off_leaves_nothing_behind(traced):
+    assert traced["after_a_broken_recording"] == {"stream": "usual", "random_state": "usual"}

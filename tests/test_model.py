@@ -1,7 +1,9 @@
 """model.py against naive oracles: attention, causality, loss and its gradients, generation."""
 
+import gc
 import math
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -503,6 +505,22 @@ def test_decoding_goes_on_without_a_compiler(monkeypatch):
         assert torch.equal(model.generate(idx, 5, temperature=0), expected)
 
 
+def test_a_cache_that_is_done_with_gives_its_memory_back_at_once(monkeypatch):
+    monkeypatch.setattr("torch.compile", lambda function: function)
+    model, idx = make_model(), torch.randint(37, (1, 3))
+    model.compile_decoding = True
+    gc.disable()
+    try:
+        cache = model.make_cache(1, 10)
+        list(model.stream(idx, 5, Sampler(), cache=cache))
+        assert cache.decoder is not None
+        seen = weakref.ref(cache), weakref.ref(cache.decoder)
+        del cache
+        assert [thing() for thing in seen] == [None, None]
+    finally:
+        gc.enable()
+
+
 def test_a_full_cache_takes_no_more():
     model = make_model().eval()
     cache = model.make_cache(1, 100)
@@ -517,6 +535,24 @@ def test_a_full_cache_takes_no_more():
 def test_generating_from_nothing_is_refused():
     with pytest.raises(ValueError, match="prompt is empty"):
         make_model().generate(torch.empty(1, 0, dtype=torch.long), 1)
+
+
+def test_only_a_cpu_takes_a_chunk_of_logits_in_parts(monkeypatch):
+    """On MPS scatter_add_ changes nothing in a part that does not begin a tensor; meta stands in for it."""
+    monkeypatch.setattr("model.LOGITS_CHUNK_BYTES", 4 * 8 * 128)
+    monkeypatch.setattr("model.SOFTMAX_ELEMENTS", 2 * 128)
+    for device, rows in (("cpu", [2] * 8), ("meta", [8, 8])):
+        parts = []
+
+        def chunk_loss(logits, targets, vocab_size, want_grad, parts=parts):
+            parts.append(logits)
+            return logits.sum()
+
+        x, w = torch.ones(16, 8, device=device), torch.ones(128, 8, device=device)
+        LinearCrossEntropy.apply(x, w, torch.zeros(16, dtype=torch.long, device=device), 37, torch.float32, True,
+                                 chunk_loss)
+        assert [len(part) for part in parts] == rows
+        assert device == "cpu" or {part.storage_offset() for part in parts} == {0}
 
 
 def test_loss_without_gradients_keeps_none():

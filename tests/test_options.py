@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 
 import hypothesis
 import pytest
+import torch
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
@@ -297,6 +298,25 @@ def test_a_librarys_value_error_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["script.py"])
     with pytest.raises(json.JSONDecodeError):
         run_script(lambda argv: json.loads("{"))
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore of it."),
+    RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)")], ids=["Python", "CPU", "CUDA", "MPS"])
+def test_a_full_memory_is_one_line_whoever_says_it(capsys, error):
+    def fill(argv):
+        raise error
+
+    with pytest.raises(SystemExit, match="2"):
+        run_script(fill)
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: the memory is full: lower what a process holds at a time")
+
+
+def test_a_runtime_error_of_another_kind_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="size"):
+        run_script(lambda argv: torch.ones(2) @ torch.ones(3))
 
 
 def test_a_reader_that_leaves_is_no_error():

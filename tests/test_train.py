@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, TEXT, TINY_RUN, files_of, on_ranks, records_of, write_shard
 from test_weights import Planted, save_hf, save_nanogpt
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from flatgpt.data.loader import TrainOrder
@@ -73,6 +74,30 @@ def test_the_loop_makes_the_updates_that_its_parts_define(cli, tiny_data):
         torch.testing.assert_close(a, b, atol=5e-5, rtol=1e-4, msg=f"{name}: {a} {b}")
     last = [record for record in records_of("out/tiny") if "train/loss" in record][-1]
     assert last["train/loss"] == pytest.approx(loss.item(), abs=1e-4)
+
+
+class Course(TorchDispatchMode):
+    """The course of a loop: where it begins a forward pass, reads a number from the device, which waits for all that
+    was launched before, and updates the weights."""
+
+    def __init__(self):
+        super().__init__()
+        aten, self.seen = torch.ops.aten, []
+        self.parts = {aten.embedding.default: "forward", aten._local_scalar_dense.default: "read",
+                      aten._fused_adamw_.default: "update"}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in self.parts and self.seen[-1:] != [self.parts[func]]:
+            self.seen.append(self.parts[func])
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_is_read_between_an_update_and_the_next_step(cli, tiny_data):
+    with Course() as course:
+        result = cli("train", *TINY_RUN, "--max_iters=3", "--eval_interval=10", "--always_save_checkpoint=False")
+    assert result.code == 0, result.err
+    evaluation, step = ["forward", "read"], ["forward", "read", "update"]
+    assert course.seen == [*evaluation, *3 * step, *evaluation, *evaluation], "a step waits for the device once"
 
 
 def test_the_micro_batch_changes_nothing_but_rounding(cli, tiny_data):

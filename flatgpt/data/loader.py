@@ -403,3 +403,9 @@ def pin(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """A batch as a tensor that `device` can copy from without anyone waiting: in pinned memory if that is a GPU."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A batch's copy on `device`. From pinned memory nobody waits for it; MPS, which knows none, would read memory that
+    another batch has taken meanwhile (github.com/pytorch/pytorch/issues/189690)."""
+    return tensor.to(device, non_blocking=device.type == "cuda")

@@ -439,7 +439,7 @@ def _copy_to_host(live: Mapping[str, torch.Tensor], host: State, here: Job) -> N
     for name, tensor in live.items():
         tensor = distributed.whole(tensor.detach())
         if here.rank == 0:
-            host[name].copy_(tensor, non_blocking=True)
+            host[name].copy_(tensor, non_blocking=tensor.is_cuda)
     if here.device.type == "cuda":
         torch.cuda.synchronize(here.device)
 

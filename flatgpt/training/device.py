@@ -46,7 +46,7 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """The device called `name`; `auto` and `cuda` mean this process's own GPU. Raises ValueError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+    if not re.fullmatch(r"cpu|mps|cuda(:\d\d?)?", name):  # torch takes cuda:256 for cuda:0
         raise ValueError(f"device={name!r} is not a device: use cuda, cuda:N, mps, cpu or auto")
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -55,7 +55,8 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         device = torch.device("cuda", local_rank)
     if device.type == "cuda" and device.index >= torch.cuda.device_count():
         raise ValueError(f"there is no {device} here, only {torch.cuda.device_count()} GPUs: start no more "
-                         "processes a node than it has GPUs (--nproc_per_node)")
+                         "processes a node than it has GPUs (--nproc_per_node), or, where each process is shown one "
+                         "of its own, add --device=cuda:0")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"device={name!r}, but this machine has no MPS: use --device=cpu")
     return device
@@ -69,7 +70,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
             raise ValueError("dtype=float16 is a hundred times slower than float32 on a CPU: use float32 or bfloat16")
         return DTYPES[name]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        with torch.cuda.device(device):  # the current one is asked
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_tile") else torch.float32
 

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from flatgpt.data.loader import EvalOrder, pin, prefetch
+from flatgpt.data.loader import EvalOrder, pin, prefetch, to_device
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.files import EVENTS, read_records, write_records
 from flatgpt.models.sampling import Sampler
@@ -39,7 +39,8 @@ from flatgpt.training.distributed import Job, eager, reshard, sum_over_ranks
 from model import LanguageModel
 
 # Dense bfloat16 (float16 on V100 and T4) matrix peaks in flops/s, from the vendor's data sheets, by what the device's
-# name holds as a whole word. A device that is not listed has no MFU: "unknown" is better than a guess.
+# name holds as a whole word. A device that is not listed, or a slice of one (MIG), has no MFU: "unknown" is better than
+# a guess.
 PEAK_FLOPS = {"B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
               "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "L4": 121e12, "V100": 125e12, "T4": 65e12,
               "RTX 4090(?! )": 165e12, "RTX 3090(?! )": 71e12}
@@ -71,7 +72,7 @@ def flops_per_token(model: LanguageModel) -> int:
 def peak_flops(device: torch.device) -> float | None:
     """Of one device; None when it is not in the table."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}(?!\w)", name)), None)
+    return next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}(?!\w)(?!.*\bMIG\b)", name)), None)
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -98,7 +99,7 @@ def validation_loss(model: LanguageModel, order: EvalOrder, batch_size: int, her
         return pin(x, here.device), pin(y, here.device), int((y >= 0).sum())
 
     for x, y, num_targets in prefetch(load, range(first, first + num_batches * batch_size, batch_size)):
-        x, y = x.to(here.device, non_blocking=True), y.to(here.device, non_blocking=True)
+        x, y = to_device(x, here.device), to_device(y, here.device)
         with here.autocast():
             loss_sum += model(x, y, num_targets=1)[1]
         count += num_targets

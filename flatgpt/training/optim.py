@@ -196,8 +196,8 @@ class MuonAndAdamW(torch.optim.Optimizer):
 def build_optimizer(model: nn.Module, config: OptimConfig,
                     dtype: torch.dtype = torch.float32) -> torch.optim.Optimizer:
     """AdamW in one fused kernel a group; matrices and tables decay, norms and biases do not. With Muon, which decays
-    all that it has, AdamW keeps what is not `muon_params`. Muon's products are float32 where the run's are (`dtype`),
-    else bfloat16."""
+    all that it has, AdamW keeps what is not `muon_params`. Muon's products are bfloat16 where the run's are (`dtype`),
+    else float32."""
     params = list(model.parameters())
     muons = set(muon_params(model)) if config.optimizer == "muon" else set()
     rest = [p for p in params if p not in muons]
@@ -208,7 +208,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig,
     if config.optimizer == "adamw":
         return adamw
     group = {"params": [p for p in params if p in muons], "lr_ratio": config.muon_lr / config.learning_rate}
-    muon_dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16  # a float16 loses small gradients
+    # A card that trains in float16 has no instructions for bfloat16, and float16 loses small gradients.
+    muon_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     return MuonAndAdamW(Muon([group], muon_dtype, lr=config.muon_lr, weight_decay=config.weight_decay,
                              momentum=config.muon_momentum), adamw)
 

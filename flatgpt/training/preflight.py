@@ -28,6 +28,7 @@ from flatgpt.training.distributed import Job
 from flatgpt.training.optim import OptimConfig, schedule_warnings
 from model import LanguageModel
 
+ROOM = 0.95  # of a GPU's memory, for tensors
 HEAP = 1.5  # on a CPU, what a micro-batch takes of the heap, its holes included, to what of it is in use
 FIRST_STEP_BYTES = 60_000_000  # that torch's libraries take when they are first used
 
@@ -123,9 +124,11 @@ def _gpu_trial(model: LanguageModel, here: Job, compile: str) -> Callable[[Batch
 
 
 def _fits_gpu(trial: LanguageModel, here: Job, micro_batch: int, num_bytes: int) -> bool:
-    """Whether two passes fit beside `num_bytes`."""
+    """Whether two passes fit beside `num_bytes`, all within ROOM of the memory. The rest is for what is no tensor:
+    kernels, which are loaded when they are first used, would fail there with other errors than an OutOfMemoryError."""
     torch.cuda.empty_cache()  # else what a smaller size has left would count
-    torch.cuda.reset_peak_memory_stats(here.device)
+    allowed = torch.cuda.get_per_process_memory_fraction(here.device)
+    torch.cuda.set_per_process_memory_fraction(min(ROOM, allowed), here.device)
     try:
         others = torch.empty(max(0, num_bytes), dtype=torch.uint8, device=here.device)
         tokens = torch.zeros(micro_batch, trial.config.block_size, dtype=torch.long, device=here.device)
@@ -134,11 +137,12 @@ def _fits_gpu(trial: LanguageModel, here: Job, micro_batch: int, num_bytes: int)
                 _, loss = trial(tokens, tokens)
             loss.backward()
         del others
-        return torch.cuda.max_memory_reserved(here.device) < 0.95 * memory_bytes(here.device)
+        return True
     except torch.OutOfMemoryError:
         return False
     finally:
         trial.zero_grad(set_to_none=True)
+        torch.cuda.set_per_process_memory_fraction(allowed, here.device)
 
 
 def memory_room(here: Job) -> float:
@@ -222,7 +226,7 @@ def _activation_bytes_without_blocks(model: LanguageModel, rows: int, here: Job)
 def _head_bytes(model: LanguageModel, rows: int, here: Job) -> int:
     """Of the head's gradient, and of the logits that exist at a time."""
     chunk = gpt.LOGITS_CHUNK_BYTES_CUDA if here.device.type == "cuda" else gpt.LOGITS_CHUNK_BYTES
-    softmax = 3 * chunk if here.device.type == "cuda" else 4 * gpt.SOFTMAX_ELEMENTS
+    softmax = 4 * gpt.SOFTMAX_ELEMENTS if here.device.type == "cpu" else 3 * chunk
     return 4 * model.head.numel() + min(chunk + softmax, 8 * rows * model.config.padded_vocab_size)
 
 

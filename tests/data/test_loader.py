@@ -27,6 +27,7 @@ from flatgpt.data.loader import (
     plan_batches,
     prefetch,
     quotas,
+    to_device,
 )
 from flatgpt.data.shards import Split
 
@@ -539,3 +540,11 @@ def test_a_batch_becomes_a_tensor_of_its_own_layout():
     assert tensor.tolist() == rows[:, 1:].tolist()
     assert tensor.is_contiguous()
     assert tensor.dtype == torch.int64
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cuda:1", False), ("mps", True), ("cpu", True)])
+def test_only_a_copy_from_pinned_memory_is_not_waited_for(monkeypatch, device, waits):
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *where, **how: asked.append((where, how)))
+    to_device(torch.zeros(2), torch.device(device))
+    assert asked == [((torch.device(device),), {"non_blocking": not waits})]

@@ -229,8 +229,8 @@ def fit_and_train(layout: str, cases: list[tuple[str, int]]) -> list[tuple[int, 
             model, size = make(layout, here), MICRO_SEQS
             if where:
                 with pytest.MonkeyPatch.context() as patched:
-                    for name in ("reset_peak_memory_stats", "max_memory_reserved"):
-                        patched.setattr(torch.cuda, name, lambda device: 0)
+                    patched.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
+                    patched.setattr(torch.cuda, "set_per_process_memory_fraction", lambda fraction, device: None)
                     fits = preflight._gpu_trial(model, here, "False")
                     patched.setattr(preflight, "_fits_host", lambda model, here, plan, fits=fits: fits(plan))
                     patched.setattr(GPT, "forward", overflow)

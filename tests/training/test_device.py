@@ -1,6 +1,7 @@
 """device.py: what `auto` takes. On a CPU that is by the times of a trial, which the tests make up; on a GPU, which they
 pretend, with a FlashAttention-3 of our own making."""
 
+import contextlib
 import sys
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 
 from flatgpt.models.baselines import build
 from flatgpt.training import device
-from flatgpt.training.device import Numerics, pick_attention, pick_numerics
+from flatgpt.training.device import Numerics, pick_attention, pick_device, pick_dtype, pick_numerics
 from model import GPTConfig
 
 CPU = torch.device("cpu")
@@ -94,6 +95,37 @@ def test_a_cpu_computes_short_windows_in_bfloat16_by_the_formula():
     assert pick_attention("auto", CPU, torch.bfloat16, 64) == "math"
     assert pick_attention("auto", CPU, torch.bfloat16, 1024) == "sdpa"
     assert pick_attention("auto", CPU, torch.float32, 64) == "sdpa"
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """A machine with an old and a new GPU, whose current one is the first."""
+    current = [torch.device("cuda", 0)]
+
+    @contextlib.contextmanager
+    def on(chosen):
+        current.append(chosen)
+        yield
+        current.pop()
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.device", on)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: current[-1].index == 1)
+
+
+def test_auto_goes_by_the_gpu_that_was_chosen(two_gpus):
+    assert pick_dtype("auto", pick_device("cuda")) == torch.float16
+    assert pick_dtype("auto", pick_device("cuda:1")) == torch.bfloat16
+    assert pick_dtype("auto", pick_device("auto", local_rank=1)) == torch.bfloat16
+
+
+@pytest.mark.parametrize(("name", "local_rank", "message"), [
+    ("auto", 2, "there is no cuda:2 here, only 2 GPUs.*--nproc_per_node.*--device=cuda:0"),
+    ("cuda:7", 0, "there is no cuda:7 here"), ("cuda:256", 0, "is not a device"), ("gpu", 0, "is not a device")])
+def test_a_gpu_that_is_not_there_is_named(two_gpus, name, local_rank, message):
+    with pytest.raises(ValueError, match=message):
+        pick_device(name, local_rank)
 
 
 # A CPU's trial

@@ -70,7 +70,8 @@ def test_flops_are_6n_plus_12lhqt(model):
 @pytest.mark.parametrize(("name", "peak"), [
     ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12),
     ("NVIDIA GeForce RTX 4090", 165e12), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA L4", 121e12),
-    ("NVIDIA L40S", 362e12), ("NVIDIA L40", None), ("Tesla T4", 65e12), ("NVIDIA A10", None), ("Some GPU", None)])
+    ("NVIDIA L40S", 362e12), ("NVIDIA L40", None), ("Tesla T4", 65e12), ("NVIDIA A10", None), ("Some GPU", None),
+    ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None)])
 def test_peak_is_known_or_unknown_but_never_guessed(monkeypatch, name, peak):
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda", 0)) == peak

@@ -170,6 +170,23 @@ def test_the_micro_batch_is_the_largest_that_memory_holds(monkeypatch):
             preflight.fit_batch_size(model, 24, HERE)
 
 
+@pytest.mark.parametrize(("allowed", "in_trial"), [(1.0, 0.95), (0.5, 0.5)])
+def test_a_gpus_trial_leaves_room_for_what_is_no_tensor(monkeypatch, allowed, in_trial):
+    """What a pass is told to hold to, and what holds after the last trial, which has found the memory full."""
+    limits, seen = [allowed], []
+
+    def overflow(*args, **kwargs):
+        seen.append(limits[-1])
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("torch.cuda.get_per_process_memory_fraction", lambda device: limits[-1])
+    monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", lambda fraction, device: limits.append(fraction))
+    monkeypatch.setattr("model.LinearCrossEntropy.apply", overflow)
+    assert preflight._gpu_trial(make_model(), HERE, "False")(PLAN) is False
+    assert seen == [in_trial]
+    assert limits[-1] == allowed
+
+
 def test_what_was_fitted_is_forecast_to_fit(tmp_path, monkeypatch):
     monkeypatch.setattr("flatgpt.training.preflight.memory_bytes", lambda device: 600_000_000)
     monkeypatch.setattr("flatgpt.training.preflight.resident_bytes", lambda: 300_000_000)
