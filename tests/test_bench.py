@@ -84,7 +84,8 @@ def test_a_way_that_fails_leaves_the_gpu_tables_other_rows(cli, config, monkeypa
     monkeypatch.setattr("benchmarks.bench.run_train", measure)
     monkeypatch.setattr("benchmarks.bench.run_baseline", measure)
     monkeypatch.setattr("benchmarks.bench.time_until", measure)
-    monkeypatch.setattr("benchmarks.bench.SAMPLED", GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=160, vocab_size=300))
+    monkeypatch.setattr("benchmarks.bench.SAMPLED",
+                        GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=160, vocab_size=300))
     result = cli("benchmarks.bench", "gpu", f"--config={config}", f"--options={OPTIONS}", "--rounds=2")
     assert result.code == 0, result.err
     assert "error: bench.py failed: CUDA out of memory" in result.out
