@@ -43,7 +43,8 @@ import numpy as np
 from tqdm import tqdm
 
 from flatgpt import files, machine
-from flatgpt.data import shards, sources, staging
+from flatgpt.data import hub, shards, sources, staging
+from flatgpt.data.local_files import expand_glob, known_suffix
 from flatgpt.data.pipeline import (
     Batch,
     Cursor,
@@ -51,14 +52,14 @@ from flatgpt.data.pipeline import (
     Output,
     TokensConfig,
     Workers,
-    digest_of,
     encode_in_order,
-    plan_splits,
     read_digests,
     refuse,
 )
+from flatgpt.data.records import Part, text_of
 from flatgpt.data.shards import DATA_DIR
-from flatgpt.data.sources import SOURCES, Part, SourceConfig, text_of
+from flatgpt.data.sources import SOURCES, SourceConfig
+from flatgpt.data.splits import digest_of, plan_splits
 from flatgpt.data.staging import Unfinished, describe, plural, wait_for
 from flatgpt.data.tokenizer import Tokenizer, check_kind, load_tokenizer, make_tokenizer
 from flatgpt.options import closest, parse_options, run_script
@@ -152,7 +153,7 @@ def prepare(config: PrepareConfig, rank: int, world_size: int) -> None:
     if repo:  # all ranks, and a resumed run, read what the first one found
         commit = staging.recorded_commit(target, config.source.hf or config.source.dataset, config.source.revision,
                                             rank)
-        commit = sources.commit_of(repo, config.source.revision) if commit is None else commit
+        commit = hub.commit_of(repo, config.source.revision) if commit is None else commit
     # A commit says what is in a data set; otherwise its parts have to be looked at.
     parts = [] if commit and target.exists() else sources.find_parts(config.source, commit)
     fingerprint = "" if commit else sources.fingerprint(parts)
@@ -173,7 +174,7 @@ def make(config: PrepareConfig, parts: list[Part], site: Unfinished) -> None:
         if not site.is_done():
             write_shards(config, parts, site)
         if site.rank == 0:
-            left_out = sources.left_out(config.source, parts)
+            left_out = sources.skipped_files(config.source, parts)
             print(describe(site.target, site.publish(len(parts), left_out)))
     except BaseException:
         site.tidy()
@@ -188,8 +189,8 @@ def folder_name(config: PrepareConfig) -> str:
         path = Path(source.input or source.hf)
         name = path.resolve().name if source.input else path.name
         if path.is_file():
-            name = name.removesuffix(sources.ending(path) or path.suffix)
-    if source.input and not sources.matches(source.input):
+            name = name.removesuffix(known_suffix(path) or path.suffix)
+    if source.input and not expand_glob(source.input):
         raise FileNotFoundError(f"--input={source.input}: no such file or folder")
     if not FOLDER_NAME.fullmatch(name):
         raise ValueError(f"{name!r} is no name for a folder in {DATA_DIR}/: add --name=NAME")

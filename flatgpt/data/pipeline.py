@@ -16,7 +16,6 @@ Example: of the documents "a b" and "", the first falls in val. Its worker gives
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -34,16 +33,14 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 
 from flatgpt import files, signals
+from flatgpt.data.records import MAX_NAMED_FILES, Part, Record, text_of
 from flatgpt.data.shards import ShardWriter, narrow, shard_dtype
-from flatgpt.data.sources import NAMED, Part, Record, text_of
+from flatgpt.data.splits import DIGEST_BYTES, SPLITS, SplitRule, digest_of
 from flatgpt.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
-SPLITS = ("train", "test", "val")
 BATCH_BYTES = 1 << 20  # text that a worker is handed at a time
 AHEAD_BYTES = 64 << 20  # text that is on its way at a time, or one document if that is longer
 RESERVE_BYTES = 64 << 20  # of disk that must be free for a shard of a source whose size is not known
-DIGEST_BYTES = 16
-FEW_DOCUMENTS, FEW_BYTES = 1000, 64 << 20  # a source below both is small: see plan_splits
 
 
 @dataclass
@@ -65,69 +62,6 @@ class Cursor(NamedTuple):
 
     part: int = 0
     record: int = 0
-
-
-@dataclass
-class SplitRule:
-    """Which split a document falls in: its draw, a number in [0, 1) made of its hash, says so, and nothing else does.
-
-    A source that is one document is cut by position instead, into train, test and val in this order."""
-
-    val_fraction: float
-    test_fraction: float
-    val_below: float  # val if the draw is below this
-    test_below: float  # else test if it is below this, else train
-    by_position: bool = False
-
-    def split(self, text: str, digest: bytes) -> list[tuple[str, str]]:
-        """(split, text) for a text that is not empty."""
-        if not self.by_position:
-            drawn = draw(digest)
-            return [("val" if drawn < self.val_below else "test" if drawn < self.test_below else "train", text)]
-        test_from = int(len(text) * (1 - self.val_fraction - self.test_fraction))
-        val_from = int(len(text) * (1 - self.val_fraction))
-        cut = (("train", text[:test_from]), ("test", text[test_from:val_from]), ("val", text[val_from:]))
-        return [(split, part) for split, part in cut if part]
-
-
-def digest_of(utf8: bytes) -> bytes:
-    """What two documents share only if they are the same: 16 bytes of their text's SHA-256."""
-    return hashlib.sha256(utf8).digest()[:DIGEST_BYTES]
-
-
-def draw(digest: bytes) -> float:
-    return int.from_bytes(digest[:8], "big") / 2**64
-
-
-def plan_splits(parts: list[Part], text_column: str, val_fraction: float, test_fraction: float) -> SplitRule:
-    """The rule for a source. It reads no more than the beginning, and the order of the documents does not matter.
-
-    In a small source too few documents might fall below `val_fraction` by chance, or none: there the documents with
-    the lowest draws are taken, as many as the fraction says, and at least one a split. Raises ValueError for a source
-    without text."""
-    rule = SplitRule(val_fraction, test_fraction, val_fraction, val_fraction + test_fraction)
-    draws, num_bytes, fault = set(), 0, ""
-    for part in parts:
-        for record in part.read():
-            try:
-                text = text_of(record, text_column)[0]
-            except ValueError as error:  # is reported in its turn
-                text, fault = "", fault or str(error)
-            if text:
-                draws.add(draw(digest_of(text.encode())))
-                num_bytes += len(text)
-            if len(draws) >= FEW_DOCUMENTS or (num_bytes >= FEW_BYTES and len(draws) > 1):
-                return rule
-    if not draws:
-        raise ValueError(fault or "the source is empty: there is no text to make tokens of")
-    if len(draws) == 1:
-        rule.by_position = True
-        return rule
-    ordered = sorted(draws) + [1.0]
-    num_val = max(1, round(val_fraction * len(draws)))
-    num_test = max(1, round(test_fraction * len(draws))) if test_fraction else 0
-    rule.val_below, rule.test_below = ordered[num_val], ordered[min(num_val + num_test, len(draws))]
-    return rule
 
 
 NOTED = ("replaced_bytes", "nul_characters", "unknown_tokens")  # of a document that is kept
@@ -415,7 +349,7 @@ class Output:
         """Count what was dropped or changed, for the first files that it is of by their names as well."""
         self.counts[what] += number
         named = self.files.setdefault(what, {})
-        if file in named or len(named) < NAMED:
+        if file in named or len(named) < MAX_NAMED_FILES:
             named[file] = named.get(file, 0) + number
 
     def finish(self) -> None:

@@ -29,9 +29,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from flatgpt import files
-from flatgpt.data.pipeline import SPLITS, begin_progress
+from flatgpt.data.local_files import describe_skipped
+from flatgpt.data.pipeline import begin_progress
+from flatgpt.data.records import MAX_NAMED_FILES
 from flatgpt.data.shards import shard_dtype
-from flatgpt.data.sources import NAMED, describe_left_out
+from flatgpt.data.splits import SPLITS
 from flatgpt.data.tokenizer import has_tokenizer, load_tokenizer
 
 COUNTS = {"documents": "document", "bytes": "byte", "empty_documents": "empty document",
@@ -159,7 +161,7 @@ class Unfinished:
         named = {what: sorted(item for state in states for item in state.get("files", {}).get(what, {}).items())
                  for what in FILES if counts[what]}
         about |= {key: counts[key] for key in COUNTS | FILES} | {
-            "files": {what: dict(found[:NAMED]) for what, found in named.items()},
+            "files": {what: dict(found[:MAX_NAMED_FILES]) for what, found in named.items()},
             "first_fault": next((state["first_fault"] for state in states if state.get("first_fault")), "")}
         splits = {split: {"documents": counts[f"{split}_documents"],
                           "tokens": sum(shard["tokens"] for shard in listed if shard["split"] == split)}
@@ -233,7 +235,7 @@ def describe(target: Path, manifest: dict[str, Any]) -> str:
              f"{manifest['tokenizer']['vocab_size']:,} tokens; "
              + ", ".join(f"{split} {held['tokens']:,}" for split, held in manifest["splits"].items()) + " tokens"]
     if left_out := manifest.get("left_out"):
-        lines.append(f"left out: {describe_left_out(left_out)}")
+        lines.append(f"left out: {describe_skipped(left_out)}")
     for what, named in manifest.get("files", {}).items():
         first = dict(list(named.items())[:3])
         others = manifest[what] - sum(first.values())
