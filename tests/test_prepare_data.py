@@ -717,7 +717,7 @@ def test_a_resumed_run_reads_the_commit_that_it_began_with(cli, hub_commits):
 def test_work_that_was_killed_at_its_beginning_does_not_say_which_commit_another_revision_is(cli, hub_commits,
                                                                                           monkeypatch):
     with monkeypatch.context() as patch, interrupted(0):
-        patch.setattr(staging.Unfinished, "tidy", lambda site: None)  # a kill leaves no time for it
+        patch.setattr(staging.StagingFolder, "clean_up", lambda folder: None)  # a kill leaves no time for it
         assert cli("prepare_data", *HUB).code == 130
     assert cli("prepare_data", *HUB, "--revision=v2").code == 0
     arguments = read_json(Path("data/corpus/dataset.json"))["arguments"]
