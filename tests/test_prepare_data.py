@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TEXT, files_of, torchrun, write_shard
+from conftest import ROOT, TEXT, files_of, torchrun
 from corpus import CHARS, MAKERS, json_lines, llmc_folder, nanogpt_folder, parquet, zstd
 
 import prepare_data
@@ -109,13 +109,6 @@ def interrupted(num_shards: int) -> Iterator[None]:
 
 
 # Splits
-
-
-def test_a_text_is_cut_where_nanogpt_cuts_it(prepare):
-    folder = prepare("--tokenizer=char")
-    at = int(len(TEXT) * 0.9)
-    assert (text_of(folder, "train"), text_of(folder, "val")) == (TEXT[:at], TEXT[at:])
-    assert not list(folder.glob("test_*"))
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "char", "byte", "bpe"])
@@ -208,23 +201,6 @@ def test_the_manifest_says_what_is_in_the_folder(prepare):
         assert shard["tokens"] == len(open_shard(path))
         assert shard["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert {path.suffix for path in folder.iterdir()} == {".bin", ".json"}
-
-
-def test_shards_have_the_size_asked_for_and_keep_the_order(prepare):
-    whole, cut = prepare("--tokenizer=char"), prepare("--tokenizer=char", "--shard_tokens=1000", name="cut")
-    for split in ("train", "val"):
-        assert np.array_equal(tokens_of(whole, split), tokens_of(cut, split))
-        sizes = [len(open_shard(path)) for path in sorted(cut.glob(f"{split}_*.bin"))]
-        assert set(sizes[:-1]) == {1000}
-        assert 0 < sizes[-1] <= 1000
-        assert len(list(whole.glob(f"{split}_*.bin"))) == 1
-
-
-def test_a_split_that_fills_its_shards_makes_no_empty_one(prepare):
-    Path("text.txt").write_text("ab" * 1000)
-    folder = prepare("--tokenizer=char", "--shard_tokens=200", "--val_fraction=0.2")
-    assert sorted(path.name for path in folder.glob("*.bin")) == [
-        *(f"train_{i:06d}.bin" for i in range(8)), "val_000000.bin", "val_000001.bin"]
 
 
 def test_the_same_command_again_touches_nothing_and_says_so(prepare, cli):
@@ -976,17 +952,6 @@ def test_info_knows_the_folders_of_others(cli, monkeypatch, tmp_path):
     out = cli("prepare_data", f"--info={llmc_folder(tmp_path / 'llmc')}").out
     assert "llmc: tokenizer not said, vocabulary of 50,257" in out
     assert "fineweb_train_000001.bin, tokens 1 to 4:\n    2 3 4" in out
-
-
-def test_info_decodes_gpt2s_tokens(cli, tmp_path, gpt2_tokenizer):
-    folder = tmp_path / "fineweb"
-    folder.mkdir()
-    for name, text in (("fineweb_train_000001.bin", "The quick brown fox"), ("fineweb_val_000000.bin", " lazy dogs")):
-        write_shard(folder / name, gpt2_tokenizer.encode(text * 9))
-    out = cli("prepare_data", f"--info={folder}").out
-    assert "tokenizer gpt2, vocabulary of 50,257" in out
-    assert "quick brown foxThe quick" in out
-    assert "lazy dogs lazy dogs" in out
 
 
 def test_show_merges_prints_rules_that_lead_from_bytes_to_the_vocabulary(cli):

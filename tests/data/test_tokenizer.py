@@ -19,7 +19,6 @@ from flatgpt.data.tokenizer import (
     GPT2_FILES,
     KINDS,
     WORD_CHARACTERS,
-    ByteTokenizer,
     GPT2Tokenizer,
     Tokenizer,
     cut_words,
@@ -319,13 +318,6 @@ def test_vocab_and_merges_of_an_older_gpt2_give_the_ids_that_transformers_gives(
         load_tokenizer(tmp_path)
 
 
-def test_transformers_4_is_told_which_inputs_there_are(tmp_path):
-    """Its default for this class has token_type_ids, which a GPT-2 embeds with the token table."""
-    ByteTokenizer().save(tmp_path)
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert config["model_input_names"] == ["input_ids", "attention_mask"]
-
-
 def test_a_tokenizer_comes_from_a_folder_a_run_or_the_hubs_cache(tmp_path, monkeypatch):
     learned = train_bpe([TEXT * 20], 300)
     run = tmp_path / "run" / "checkpoints" / "latest"
@@ -341,11 +333,6 @@ def test_a_tokenizer_comes_from_a_folder_a_run_or_the_hubs_cache(tmp_path, monke
         assert make_tokenizer(source, [], 0).hf.get_vocab() == learned.hf.get_vocab()
     with pytest.raises(OSError, match="could not get owner/other from the hub"):
         make_tokenizer("owner/other", [], 0)
-
-
-def test_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="'word' is none of gpt2, char, byte, bpe"):
-        make_tokenizer("word", [TEXT], 300)
 
 
 def test_an_empty_prompt_starts_from_the_end_of_text_a_newline_or_token_0():
