@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from flatgpt.data import sources
+from flatgpt.data import local_files, records
 from flatgpt.data.loader import EvalOrder, Mixture
 from flatgpt.data.shards import Split
 from flatgpt.data.tokenizer import Tokenizer
@@ -273,8 +273,8 @@ def load_questions(name: str, file: str) -> list[Question]:
 
 def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """The JSON values in a file, one a line, each with its place."""
-    for record in sources.read_lines(path):
-        value, replaced = sources.json_of(record)
+    for record in local_files.read_lines(path):
+        value, replaced = records.json_of(record)
         if replaced:
             raise ValueError(f"{record.where} holds {replaced:,} bytes that are no text")
         yield record.where, value

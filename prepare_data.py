@@ -43,7 +43,8 @@ import numpy as np
 from tqdm import tqdm
 
 from flatgpt import files, machine
-from flatgpt.data import shards, sources, staging
+from flatgpt.data import hub, shards, sources, staging
+from flatgpt.data.local_files import expand_glob, known_suffix
 from flatgpt.data.pipeline import (
     Batch,
     Cursor,
@@ -51,15 +52,15 @@ from flatgpt.data.pipeline import (
     Output,
     TokensConfig,
     Workers,
-    digest_of,
     encode_in_order,
-    plan_splits,
     read_digests,
     refuse,
 )
+from flatgpt.data.records import Part, text_of
 from flatgpt.data.shards import DATA_DIR
-from flatgpt.data.sources import SOURCES, Part, SourceConfig, text_of
-from flatgpt.data.staging import Unfinished, describe, plural, wait_for
+from flatgpt.data.sources import SOURCES, SourceConfig
+from flatgpt.data.splits import digest_of, plan_splits
+from flatgpt.data.staging import StagingFolder, describe, plural, wait_for
 from flatgpt.data.tokenizer import Tokenizer, check_kind, load_tokenizer, make_tokenizer
 from flatgpt.options import closest, parse_options, run_script
 
@@ -90,7 +91,7 @@ def main(argv: list[str]) -> None:
     source = SOURCES.get(config.source.dataset, sources.Source())
     if config.tokens.val_fraction is None:
         config.tokens.val_fraction = source.val_fraction
-    config.tokens.tokenizer = kind_of(config)
+    config.tokens.tokenizer = tokenizer_kind(config)
     rank, world_size, *_ = launcher.ranks()
     if world_size > 1 and not launcher.UNDER_TORCHRUN:
         print(f"rank {rank} of {world_size}, which all have to be started: the environment has "
@@ -101,7 +102,7 @@ def main(argv: list[str]) -> None:
     return None
 
 
-def kind_of(config: PrepareConfig) -> str:
+def tokenizer_kind(config: PrepareConfig) -> str:
     """The tokenizer asked for, else the source's own."""
     kind, source = config.tokens.tokenizer, SOURCES.get(config.source.dataset, sources.Source())
     return source.tokenizer if kind == "auto" else kind
@@ -131,10 +132,10 @@ def check_options(config: PrepareConfig, given: Mapping[str, str]) -> None:
         faults.append(f"test_fraction={test} must be at least 0 and below 0.9")
     if not 0 < tokens.shard_tokens < 2**31:
         faults.append(f"shard_tokens={tokens.shard_tokens} must be positive, and below 2**31, which its header can say")
-    if config.show_merges and not looking and (kind := kind_of(config)) != "bpe":
+    if config.show_merges and not looking and (kind := tokenizer_kind(config)) != "bpe":
         faults.append(f"show_merges: the {kind} tokenizer learns no merges from the text, --tokenizer=bpe does")
     try:
-        check_kind(kind_of(config))
+        check_kind(tokenizer_kind(config))
     except ValueError as error:
         faults.append(str(error))
     if tokens.workers < 0:
@@ -152,52 +153,52 @@ def prepare(config: PrepareConfig, rank: int, world_size: int) -> None:
     if repo:  # all ranks, and a resumed run, read what the first one found
         commit = staging.recorded_commit(target, config.source.hf or config.source.dataset, config.source.revision,
                                             rank)
-        commit = sources.commit_of(repo, config.source.revision) if commit is None else commit
+        commit = hub.commit_of(repo, config.source.revision) if commit is None else commit
     # A commit says what is in a data set; otherwise its parts have to be looked at.
     parts = [] if commit and target.exists() else sources.find_parts(config.source, commit)
     fingerprint = "" if commit else sources.fingerprint(parts)
-    site = Unfinished(target, arguments_of(config, commit, fingerprint), rank, world_size)
-    if not site.target_is_there():
-        site.check_begun()
-        with site.lock():
-            if not site.target_is_there():  # meanwhile
-                make(config, parts, site)
+    folder = StagingFolder(target, input_arguments(config, commit, fingerprint), rank, world_size)
+    if not folder.is_published():
+        folder.check_begun_work()
+        with folder.lock():
+            if not folder.is_published():  # meanwhile
+                make(config, parts, folder)
                 return
     if rank == 0:
         print(f"{target} is there already, made with the same arguments")
 
 
-def make(config: PrepareConfig, parts: list[Part], site: Unfinished) -> None:
+def make(config: PrepareConfig, parts: list[Part], folder: StagingFolder) -> None:
     """Write this rank's shards; as rank 0, make a folder of all ranks' shards."""
     try:
-        if not site.is_done():
-            write_shards(config, parts, site)
-        if site.rank == 0:
-            left_out = sources.left_out(config.source, parts)
-            print(describe(site.target, site.publish(len(parts), left_out)))
+        if not folder.is_done():
+            write_shards(config, parts, folder)
+        if folder.rank == 0:
+            left_out = sources.skipped_files(config.source, parts)
+            print(describe(folder.target, folder.publish(len(parts), left_out)))
     except BaseException:
-        site.tidy()
+        folder.clean_up()
         raise
 
 
 def folder_name(config: PrepareConfig) -> str:
-    """The name of the folder to make: as asked for, else that of what is read. Raises ValueError for none."""
+    """The name of the folder to make: --name, else the name of the source. Raises ValueError if there is none."""
     source = config.source
     name = config.name or source.dataset
     if not name:
         path = Path(source.input or source.hf)
         name = path.resolve().name if source.input else path.name
         if path.is_file():
-            name = name.removesuffix(sources.ending(path) or path.suffix)
-    if source.input and not sources.matches(source.input):
+            name = name.removesuffix(known_suffix(path) or path.suffix)
+    if source.input and not expand_glob(source.input):
         raise FileNotFoundError(f"--input={source.input}: no such file or folder")
     if not FOLDER_NAME.fullmatch(name):
         raise ValueError(f"{name!r} is no name for a folder in {DATA_DIR}/: add --name=NAME")
     return name
 
 
-def arguments_of(config: PrepareConfig, commit: str, fingerprint: str) -> dict[str, Any]:
-    """What the shards are a function of, as dataset.json keeps it."""
+def input_arguments(config: PrepareConfig, commit: str, fingerprint: str) -> dict[str, Any]:
+    """The arguments that decide what the shards hold, as dataset.json keeps them."""
     source, tokens = config.source, config.tokens
     return {"source": source.hf or source.dataset, "input": source.input, "input_fingerprint": fingerprint,
             "subset": source.subset, "split": source.split, "revision": source.revision, "commit": commit,
@@ -207,56 +208,56 @@ def arguments_of(config: PrepareConfig, commit: str, fingerprint: str) -> dict[s
             "skip_bad": tokens.skip_bad, "shard_tokens": tokens.shard_tokens}
 
 
-def write_shards(config: PrepareConfig, parts: list[Part], site: Unfinished) -> None:
-    """This rank's part of the work, from where an earlier run left it."""
-    source, tokens, rank = config.source, config.tokens, site.rank
-    if not site.begin():
+def write_shards(config: PrepareConfig, parts: list[Part], folder: StagingFolder) -> None:
+    """Write this rank's shards, going on from where an earlier run left them."""
+    source, tokens, rank = config.source, config.tokens, folder.rank
+    if not folder.begin():
         return
-    if tokens.tokenizer not in ("gpt2", "byte") and not site.tokenizer.exists():
+    if tokens.tokenizer not in ("gpt2", "byte") and not folder.tokenizer.exists():
         if rank == 0:
             learned = texts(parts, config, BPE_BYTES if tokens.tokenizer == "bpe" else float("inf"))
             made = make_tokenizer(tokens.tokenizer, learned, tokens.vocab_size)
             if not made.vocab_size:
                 raise ValueError("the source is empty: there is no text to make tokens of")
-            keep_tokenizer(made, site.tokenizer)
+            save_tokenizer(made, folder.tokenizer)
         else:
-            wait_for(lambda: [] if site.tokenizer.exists() else ["rank 0 to make the tokenizer"])
-    mine = parts[rank::site.world_size]
-    encoder = Encoder(tokens.tokenizer, site.tokenizer, source.text_column)
-    with Workers(num_workers(config, mine), encoder) as workers, ThreadPoolExecutor(1) as aside:
-        keeping = aside.submit(keep_tokenizer, encoder.tokenizer, site.tokenizer) if rank == 0 else None
+            wait_for(lambda: [] if folder.tokenizer.exists() else ["rank 0 to make the tokenizer"])
+    mine = parts[rank::folder.world_size]
+    encoder = Encoder(tokens.tokenizer, folder.tokenizer, source.text_column)
+    with Workers(num_workers(config, mine), encoder) as workers, ThreadPoolExecutor(1) as background:
+        saving = background.submit(save_tokenizer, encoder.tokenizer, folder.tokenizer) if rank == 0 else None
         rule = plan_splits(parts, source.text_column, tokens.val_fraction, tokens.test_fraction)
         expected_bytes = int(sum(part.text_bytes for part in parts) * TOKENS_PER_BYTE.get(tokens.tokenizer, 0.25)
                              * encoder.dtype.itemsize)
-        with Output(site.work, tokens, encoder.tokenizer.vocab_size, expected_bytes, site.arguments) as output:
+        with Output(folder.work, tokens, encoder.tokenizer.vocab_size, expected_bytes, folder.arguments) as output:
             if output.cursor == Cursor() and rank == 0:
-                check_disk(site.work, expected_bytes)
-            if tokens.dedupe and site.world_size > 1:
-                output.seen |= earlier_digests(config, mine, site)
+                check_disk(folder.work, expected_bytes)
+            if tokens.dedupe and folder.world_size > 1:
+                output.seen |= earlier_digests(config, mine, folder)
             with Progress(mine, output, silent=rank > 0) as progress:
                 for batch in encode_in_order(mine, output.cursor, rule, workers):
                     progress.show(batch, output.take(batch))
-            if keeping:
-                keeping.result()
+            if saving:
+                saving.result()
             output.finish()
 
 
 def num_workers(config: PrepareConfig, mine: list[Part]) -> int:
-    """As many as the user says, else one for each core that this rank may use; one for a small source."""
+    """The number asked for, else one for each core that this rank may use; one for a small source."""
     if sum(part.size for part in mine) < SMALL_BYTES and not sources.hub_name(config.source):
         return 1
     return config.tokens.workers or max(1, machine.num_cores() // launcher.ranks().local_world_size)
 
 
 def check_disk(folder: Path, expected_bytes: int) -> None:
-    """Raises OSError when the shards will hardly fit. (It is a rough guess; each shard is checked as it begins.)"""
+    """Raises OSError if the shards will hardly fit. (This is a rough estimate; each shard is checked as it begins.)"""
     free = shutil.disk_usage(folder).free
     if free < 0.8 * expected_bytes:
         raise OSError(f"the disk of {DATA_DIR}/ has {free:,} bytes free, and about {expected_bytes:,} are to be "
                       "written: free some space, or work on another disk")
 
 
-def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Save a tokenizer in a folder that appears when it is complete, unless it is there."""
     if folder.exists():
         return
@@ -271,7 +272,7 @@ def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def texts(parts: list[Part], config: PrepareConfig, max_bytes: float = float("inf")) -> Iterator[str]:
-    """The texts of a source, up to so many bytes."""
+    """The texts of a source, up to `max_bytes`."""
     num_bytes = 0
     for part in parts:
         for record in part.read():
@@ -286,17 +287,17 @@ def texts(parts: list[Part], config: PrepareConfig, max_bytes: float = float("in
                 return
 
 
-def earlier_digests(config: PrepareConfig, mine: list[Part], site: Unfinished) -> set[bytes]:
-    """The digests of all documents that lower ranks have: of what is in several ranks' files, the lowest keeps it.
-    Every rank reads its files once for that, before it tokenizes them."""
-    own, earlier = site.work / "all_digests", set()
+def earlier_digests(config: PrepareConfig, mine: list[Part], folder: StagingFolder) -> set[bytes]:
+    """The digests of all documents in the files of lower ranks: the lowest rank keeps a document that several have.
+    For that, every rank reads its files once before it tokenizes them."""
+    own, earlier = folder.work / "all_digests", set()
     if not own.exists():
-        hidden = site.work / "all_digests.tmp"
+        hidden = folder.work / "all_digests.tmp"
         with files.named_errors(own):
             hidden.write_bytes(b"".join(digest_of(text.encode()) for text in texts(mine, config)))
         os.replace(hidden, own)
-    for rank in range(site.rank):
-        path = site.rank_folder(rank) / "all_digests"
+    for rank in range(folder.rank):
+        path = folder.rank_folder(rank) / "all_digests"
         wait_for(lambda path=path: [] if path.exists() else [f"the digests of {path.parent.name}"])
         earlier |= read_digests(path)
     return earlier

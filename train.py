@@ -434,7 +434,7 @@ def adapt(model: LanguageModel, config: TrainConfig, given: Mapping[str, str], d
               and getattr(config.model, key) != getattr(model.config, key)]
     if model.config.vocab_size < data.vocab_size:
         faults.append(f"its vocabulary is {model.config.vocab_size}, and {config.data.dataset} has {data.vocab_size}")
-    elif data.tokenizer and not inference.has_the_ids(
+    elif data.tokenizer and not inference.same_vocabulary(
             inference.known_tokenizer(weights.resolve(config.init_from), model.config.vocab_size), data):
         faults.append(f"its tokenizer gives other ids than that of {config.data.dataset}: prepare the data with "
                       f"--tokenizer={weights.full_name(config.init_from)}")

@@ -68,8 +68,9 @@ import torch.nn.functional as F
 
 from flatgpt.data import sources
 from flatgpt.data.loader import MixedOrder, TrainOrder, plan_batches
+from flatgpt.data.records import text_of
 from flatgpt.data.shards import Split, open_dataset
-from flatgpt.data.sources import SourceConfig, text_of
+from flatgpt.data.sources import SourceConfig
 from flatgpt.data.tokenizer import GPT2Tokenizer
 from flatgpt.models.sampling import Sampler
 from flatgpt.options import parse_options, run_script

@@ -19,11 +19,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name on the Hugging Face hub
-MARKS = {codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",  # ahead of UTF-16's, which begin alike
-         codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+BOMS = {codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",  # before UTF-16's, which begin alike
+        codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 HTML = "an HTML page, as a failed download leaves one: download it again"
-SIGNS = {  # how a file begins -> what it is, and what mends it
+MAGIC_BYTES = {  # first bytes of a file -> what it is, and the way out
     LFS_POINTER: "a Git LFS pointer, not the file itself: `git lfs pull` in its folder fetches that",
     b"<!doctype html": HTML, b"<html": HTML,
     b"\x1f\x8b\x08": "compressed: `gzip -d` unpacks it", b"\x28\xb5\x2f\xfd": "compressed: `zstd -d` unpacks it",
@@ -46,7 +46,7 @@ def read_json(path: Path) -> dict:
     try:
         value = json.loads(content)  # in any encoding of Unicode
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is {sign_of(content) or f'not readable JSON: {error}'}") from None
+        raise ValueError(f"{path} is {identify(content) or f'not readable JSON: {error}'}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} should hold a JSON object")
     return value
@@ -54,8 +54,7 @@ def read_json(path: Path) -> dict:
 
 @contextlib.contextmanager
 def reading_values(path: Path) -> Iterator[None]:
-    """Raises ValueError that names the file when something in here trips over a value that is missing in it, or is of
-    another kind than it should be."""
+    """Turn an error in here over a missing value, or one of another kind, into a ValueError that names the file."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
@@ -65,23 +64,23 @@ def reading_values(path: Path) -> Iterator[None]:
 
 
 def decode(data: bytes) -> tuple[str, int]:
-    """Text in the encoding that its byte order mark says, UTF-8 where it has none; and how many of its bytes are no
-    text and were replaced by U+FFFD."""
+    """The text, in the encoding of its byte order mark, else UTF-8; and how many bytes were no text and were replaced
+    by U+FFFD."""
     try:
         return data.decode("utf-8-sig"), 0
     except UnicodeDecodeError:
-        mark = mark_of(data)
-        encoding, data = MARKS.get(mark, "utf-8"), data.removeprefix(mark or codecs.BOM_UTF8)
+        bom = bom_of(data)
+        encoding, data = BOMS.get(bom, "utf-8"), data.removeprefix(bom or codecs.BOM_UTF8)
         return data.decode(encoding, "replace"), len(data) - len(data.decode(encoding, "ignore").encode(encoding))
 
 
-def mark_of(data: bytes) -> bytes:
+def bom_of(data: bytes) -> bytes:
     """The byte order mark of UTF-16 or UTF-32 that data begin with, or b""."""
-    return next((mark for mark in MARKS if data.startswith(mark)), b"")
+    return next((bom for bom in BOMS if data.startswith(bom)), b"")
 
 
 def read_text(path: Path) -> str:
-    """A text that is read whole. Raises OSError, or ValueError for a file that is none."""
+    """The text in a file. Raises OSError, or ValueError for a file that is no text."""
     refuse_pointer(path)
     text, replaced = decode(path.read_bytes())
     if replaced:
@@ -89,25 +88,26 @@ def read_text(path: Path) -> str:
     return text
 
 
-def sign_of(head: bytes) -> str:
-    """What a file is that begins so, with the command that mends it; "" where that does not show."""
+def identify(head: bytes) -> str:
+    """What a file is by its first bytes, with the command that mends it; "" if they do not tell."""
     head = head[:512].removeprefix(codecs.BOM_UTF8).lstrip()
-    return next((what for sign, what in SIGNS.items() if head.startswith(sign) or head.lower().startswith(sign)), "")
+    return next((what for magic, what in MAGIC_BYTES.items()
+                 if head.startswith(magic) or head.lower().startswith(magic)), "")
 
 
 def refuse_pointer(path: Path) -> None:
     """Raises ValueError for a Git LFS pointer in the place of a file."""
     with open(path, "rb") as file:
         if (head := file.read(len(LFS_POINTER))) == LFS_POINTER:
-            raise ValueError(f"{path} is {sign_of(head)}")
+            raise ValueError(f"{path} is {identify(head)}")
 
 
 def broken(path: Path, reason: object, own: bytes = b"") -> str:
-    """One line on a file that cannot be read: what it is instead, where its first bytes tell, else that it is broken.
-    `own` is how a file of its kind begins."""
+    """The message for a file that cannot be read: what it is by its first bytes, else that it is broken. `own` is how a
+    file of its kind begins."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
         head = file.read(512)
-        if (what := sign_of(head)) and not (own and head.startswith(own)):
+        if (what := identify(head)) and not (own and head.startswith(own)):
             return f"{path} is {what}"
     return f"{path} is broken{reason}"
 
@@ -142,7 +142,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write or replace a file: under a hidden name, synced, renamed. Raises OSError that names it."""
+    """Write or replace a file: write it under a hidden name, sync it, rename it. Raises OSError that names it."""
     hidden = path.with_name(f".{path.name}.tmp")
     try:
         with named_errors(path), open(hidden, "wb") as file:
@@ -157,7 +157,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def named_errors(path: Path) -> Iterator[None]:
-    """What fails in here fails with the file's name: a full disk by itself says neither which file nor where."""
+    """Add the file's name to an OSError without one: a full disk does not say which file it is about."""
     try:
         yield
     except OSError as error:
@@ -198,8 +198,8 @@ def code_fingerprint() -> str:
     return digest.hexdigest()
 
 
-def mark(path: Path, edge_bytes: int = 65536) -> str:
-    """A hash of a file's size and its two ends, for files too large to be read whole at every start."""
+def edge_hash(path: Path, edge_bytes: int = 65536) -> str:
+    """A hash of a file's size and its two ends, for files too large to read whole at every start."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         head = file.read(edge_bytes)

@@ -16,8 +16,8 @@ import pytest
 import torch
 import transformers
 from conftest import TINY_RUN, on_ranks, run_process
+from corpus import POINTER
 from pyarrow import parquet
-from test_files import POINTER
 from test_train import headerless
 from test_weights import save_hf, save_nanogpt
 from tokenizers import processors

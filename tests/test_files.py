@@ -1,4 +1,4 @@
-"""files.py: what is written is there whole or not at all, and marks and checksums are those of the content."""
+"""files.py: what is written is there whole or not at all, and hashes and checksums are those of the content."""
 
 import codecs
 import errno
@@ -8,6 +8,7 @@ import os
 import hypothesis
 import pytest
 from conftest import files_of
+from corpus import POINTER
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -58,7 +59,6 @@ def test_the_bytes_that_are_replaced_are_those_that_are_no_text(pieces):
         piece if isinstance(piece, str) else "(x" if b"(" in piece else "x" for piece in pieces)
 
 
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d" * 32 + b"\nsize 12345\n"
 
 
 def test_what_is_no_text_and_no_json_is_called_what_it_is(tmp_path):
@@ -144,17 +144,17 @@ def test_a_checksum_is_that_of_the_whole_file(tmp_path, size):
     assert files.sha256_file(tmp_path / "file") == hashlib.sha256(content).hexdigest()
 
 
-def test_a_mark_changes_with_either_end(tmp_path):
+def test_an_edge_hash_changes_with_either_end(tmp_path):
     content = bytes(1000)
     variants = [content, b"\1" + content[1:], content[:-1] + b"\1", content[:-10] + b"\1" + content[-9:], b"", b"\1"]
-    marks = []
+    hashes = []
     for i, variant in enumerate(variants):
         path = tmp_path / str(i)
         path.write_bytes(variant)
-        marks.append(files.mark(path, edge_bytes=100))
-    assert len(set(marks)) == len(variants)
+        hashes.append(files.edge_hash(path, edge_bytes=100))
+    assert len(set(hashes)) == len(variants)
     (tmp_path / "moved").write_bytes(content)
-    assert files.mark(tmp_path / "moved", edge_bytes=100) == marks[0]
+    assert files.edge_hash(tmp_path / "moved", edge_bytes=100) == hashes[0]
 
 
 def test_files_and_folders_are_synced(tmp_path, monkeypatch):

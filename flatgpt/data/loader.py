@@ -124,9 +124,8 @@ class Mixture:
     def fingerprint(self) -> str:
         """Changes when tokens or shares do."""
         prints = [dataset.fingerprint for dataset in self.datasets.values()]
-        if len(prints) == 1:
-            return prints[0]
-        return hashlib.sha256(repr((prints, quotas(self.shares))).encode()).hexdigest()
+        mixed = repr((prints, quotas(self.shares)))
+        return prints[0] if len(prints) == 1 else hashlib.sha256(mixed.encode()).hexdigest()
 
     def splits(self, name: str) -> dict[str, Split]:
         """A split of each data set. Raises ValueError for one that lacks it."""
@@ -137,9 +136,8 @@ class Mixture:
 
 
 def open_mixture(spec: str, vocab_size: int = 0, tokenizer: str = "auto") -> Mixture:
-    """Open `name`, or a mixture `name:weight,name:weight`; see shards.open_dataset.
-
-    Raises ValueError for a spec that is none, and for data sets whose tokenizers differ."""
+    """Open `name`, or a mixture `name:weight,name:weight`; see shards.open_dataset. Raises ValueError for a spec that
+    is no mixture, and for data sets whose tokenizers differ."""
     weights: dict[str, float] = {}
     is_one = "," not in spec or _is_folder(spec)
     for part in [spec] if is_one else spec.split(","):
@@ -159,22 +157,21 @@ def open_mixture(spec: str, vocab_size: int = 0, tokenizer: str = "auto") -> Mix
     mixture = Mixture({name: open_dataset(name, vocab_size, tokenizer) for name in weights}, shares)
     first, *others = mixture.datasets.values()
     for other in others:
-        if other.vocab_size != first.vocab_size or not _same_tokenizer(first, other):
+        if other.vocab_size != first.vocab_size or not _same_vocabulary(first, other):
             raise ValueError(f"{first.folder} and {other.folder} were made with different tokenizers: their ids mean "
                              "different things")
     return mixture
 
 
 def _is_folder(name: str) -> bool:
-    """Whether a data set has this very name, whatever it holds of a mixture's signs."""
+    """Whether a data set has this very name, even if it looks like a mixture."""
     return (DATA_DIR / name).is_dir() or Path(name).is_dir()
 
 
-def _same_tokenizer(first: Dataset, other: Dataset) -> bool:
-    """Whether ids mean the same; what is not known is taken for the same."""
-    if first.tokenizer is None or other.tokenizer is None:
-        return True
-    return first.tokenizer.hf.get_vocab() == other.tokenizer.hf.get_vocab()
+def _same_vocabulary(first: Dataset, other: Dataset) -> bool:
+    """Whether ids mean the same; data without a tokenizer may be anything."""
+    found = [dataset.tokenizer.hf.get_vocab() for dataset in (first, other) if dataset.tokenizer]
+    return found[:1] == found[1:] or len(found) < 2
 
 
 # The order
@@ -203,11 +200,10 @@ def _feistel(p: np.ndarray, half_bits: int, keys: np.ndarray) -> np.ndarray:
 
 
 def permute(p: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """Where places p (int array, 0 <= p < n) go in a random permutation of [0, n) keyed by (seed, epoch).
+    """The image of places p (int array, 0 <= p < n) in a random permutation of [0, n) keyed by (seed, epoch).
 
     O(1) memory whatever n is: a Feistel network on the next power of four, walked along its cycles until it is back
-    below n (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"); under four rounds a place on average.
-    """
+    below n (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"); under four rounds a place on average."""
     keys = _round_keys(seed, epoch)
     half_bits = max(1, (int(n - 1).bit_length() + 1) // 2)
     out = _feistel(np.atleast_1d(p).astype(np.uint64), half_bits, keys)
@@ -320,7 +316,7 @@ class MixedOrder:
 
 
 def describe_epochs(data: Mixture, order: MixedOrder) -> str:
-    """has 12,000 sequences, or the share and the epoch of each data set of a mixture."""
+    """Returns "has 12,000 sequences", or the share and the length of an epoch of each data set of a mixture."""
     lengths = [int(each.cut(0)[1].sum()) for each in order.orders]
     if len(lengths) == 1:
         return f"has {lengths[0]:,} sequences"
@@ -336,8 +332,7 @@ class EvalOrder:
     behind the one before; those that an earlier one has as targets it only reads, at least T - stride of them.
 
     Example: the targets of 9 tokens in windows of T = 4, those only read in brackets, by stride 4 are 1 2 3 4, 5 6 7 8;
-    by stride 2 they are 1 2 3 4, (3 4) 5 6, (5 6) 7 8.
-    """
+    by stride 2 they are 1 2 3 4, (3 4) 5 6, (5 6) 7 8."""
 
     def __init__(self, split: Split, block_size: int, num_seqs: int = 0, stride: int = 0):
         self.split, self.block_size, self.stride = split, block_size, stride or block_size
@@ -372,9 +367,8 @@ class EvalOrder:
 
 
 def prefetch(make: Callable[[int], T], arguments: Iterable[int], depth: int = 2) -> Iterator[T]:
-    """make(a) for each argument a, in order; a background thread makes up to `depth` of them before they are asked for.
-
-    What `make` raises is raised where its value would have come."""
+    """make(a) for each argument a, in order; a background thread makes up to `depth` of them ahead. An error in `make`
+    is raised in place of its value."""
     with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as thread:
         arguments = iter(arguments)
         ahead = deque(thread.submit(make, a) for a in itertools.islice(arguments, depth))

@@ -1,13 +1,13 @@
 """Records in, shards out: reading, tokenizing in worker processes, writing, all in the order of the source.
 
-Owns the processes, and what is decided about a single document: its split, its tokens, whether it counts. The main
-process reads records and hands them out in batches of about a megabyte; the workers decode, hash, split and tokenize;
-the results come back in the order of reading, and the main process writes them down. Only so many bytes are on their
-way at a time, which bounds the memory whatever the size of the corpus.
+Owns the processes, and what is decided about a single document: its tokens, and whether it is kept. The main process
+reads records and hands them out in batches of about a megabyte; the workers decode, hash, split (splits.py) and
+tokenize; the results come back in the order of reading, and the main process writes them. The number of bytes under
+way is limited, which bounds the memory whatever the size of the corpus.
 
-Invariants: what becomes of a document is a function of its text, the SplitRule and, with `dedupe`, of what came before;
-the number of workers changes nothing. progress.json is true at any moment: a killed run goes on from there, and writes
-what it would have written. Workers end with the process that started them, however that ends.
+Invariants: the tokens of a document are a function of its text, the SplitRule and, with `dedupe`, of the documents
+before it; the number of workers changes nothing. progress.json is true at any moment: a killed run goes on from there,
+and writes the same bytes. Workers end with the process that started them, however that ends.
 
 Example: of the documents "a b" and "", the first falls in val. Its worker gives [eot 64 275] and the outcomes
 [("val", 3)] and []; three tokens go to val_000000.tmp, and one empty document is counted.
@@ -16,7 +16,6 @@ Example: of the documents "a b" and "", the first falls in val. Its worker gives
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -34,16 +33,14 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 
 from flatgpt import files, signals
+from flatgpt.data.records import MAX_NAMED_FILES, Part, Record, text_of
 from flatgpt.data.shards import ShardWriter, narrow, shard_dtype
-from flatgpt.data.sources import NAMED, Part, Record, text_of
+from flatgpt.data.splits import DIGEST_BYTES, SPLITS, SplitRule, digest_of
 from flatgpt.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
-SPLITS = ("train", "test", "val")
 BATCH_BYTES = 1 << 20  # text that a worker is handed at a time
 AHEAD_BYTES = 64 << 20  # text that is on its way at a time, or one document if that is longer
 RESERVE_BYTES = 64 << 20  # of disk that must be free for a shard of a source whose size is not known
-DIGEST_BYTES = 16
-FEW_DOCUMENTS, FEW_BYTES = 1000, 64 << 20  # a source below both is small: see plan_splits
 
 
 @dataclass
@@ -67,86 +64,23 @@ class Cursor(NamedTuple):
     record: int = 0
 
 
-@dataclass
-class SplitRule:
-    """Which split a document falls in: its draw, a number in [0, 1) made of its hash, says so, and nothing else does.
-
-    A source that is one document is cut by position instead, into train, test and val in this order."""
-
-    val_fraction: float
-    test_fraction: float
-    val_below: float  # val if the draw is below this
-    test_below: float  # else test if it is below this, else train
-    by_position: bool = False
-
-    def split(self, text: str, digest: bytes) -> list[tuple[str, str]]:
-        """(split, text) for a text that is not empty."""
-        if not self.by_position:
-            drawn = draw(digest)
-            return [("val" if drawn < self.val_below else "test" if drawn < self.test_below else "train", text)]
-        test_from = int(len(text) * (1 - self.val_fraction - self.test_fraction))
-        val_from = int(len(text) * (1 - self.val_fraction))
-        cut = (("train", text[:test_from]), ("test", text[test_from:val_from]), ("val", text[val_from:]))
-        return [(split, part) for split, part in cut if part]
-
-
-def digest_of(utf8: bytes) -> bytes:
-    """What two documents share only if they are the same: 16 bytes of their text's SHA-256."""
-    return hashlib.sha256(utf8).digest()[:DIGEST_BYTES]
-
-
-def draw(digest: bytes) -> float:
-    return int.from_bytes(digest[:8], "big") / 2**64
-
-
-def plan_splits(parts: list[Part], text_column: str, val_fraction: float, test_fraction: float) -> SplitRule:
-    """The rule for a source. It reads no more than the beginning, and the order of the documents does not matter.
-
-    In a small source too few documents might fall below `val_fraction` by chance, or none: there the documents with
-    the lowest draws are taken, as many as the fraction says, and at least one a split. Raises ValueError for a source
-    without text."""
-    rule = SplitRule(val_fraction, test_fraction, val_fraction, val_fraction + test_fraction)
-    draws, num_bytes, fault = set(), 0, ""
-    for part in parts:
-        for record in part.read():
-            try:
-                text = text_of(record, text_column)[0]
-            except ValueError as error:  # is reported in its turn
-                text, fault = "", fault or str(error)
-            if text:
-                draws.add(draw(digest_of(text.encode())))
-                num_bytes += len(text)
-            if len(draws) >= FEW_DOCUMENTS or (num_bytes >= FEW_BYTES and len(draws) > 1):
-                return rule
-    if not draws:
-        raise ValueError(fault or "the source is empty: there is no text to make tokens of")
-    if len(draws) == 1:
-        rule.by_position = True
-        return rule
-    ordered = sorted(draws) + [1.0]
-    num_val = max(1, round(val_fraction * len(draws)))
-    num_test = max(1, round(test_fraction * len(draws))) if test_fraction else 0
-    rule.val_below, rule.test_below = ordered[num_val], ordered[min(num_val + num_test, len(draws))]
-    return rule
-
-
 NOTED = ("replaced_bytes", "nul_characters", "unknown_tokens")  # of a document that is kept
 
 
 class Outcome(NamedTuple):
-    """What became of a record: how many tokens it gave to which split, in their order. Nothing, if it was empty, or
-    broken: `fault` then says where and how."""
+    """What a record gave: the split and the number of tokens of each span, in order. A record that was empty or broken
+    has none; `fault` says where and how it was broken."""
 
     spans: list[tuple[str, int]]
     num_bytes: int = 0
     digest: bytes = b""
-    noted: Mapping[str, int] = {}  # how often what is in NOTED was found in it
+    noted: Mapping[str, int] = {}  # how often each of NOTED was found in it
     fault: str = ""
 
 
 @dataclass
 class Encoder:
-    """What makes tokens of records; each worker has its own."""
+    """Records -> tokens; each worker has an Encoder."""
 
     kind: str  # the tokenizer's
     folder: Path  # with its tokenizer.json
@@ -162,8 +96,8 @@ class Encoder:
         return shard_dtype(self.tokenizer.vocab_size)
 
     def encode(self, records: list[Record], rule: SplitRule) -> tuple[np.ndarray, list[Outcome]]:
-        """The tokens of all records one after the other, each document's behind an end-of-text token where there is
-        one, and what became of each."""
+        """The tokens of all records one after the other, each document's behind an end-of-text token if there is one,
+        and the outcome of each record."""
         eot_id, unk_id = self.tokenizer.eot_id, self.tokenizer.unk_id
         before = np.array([] if eot_id is None else [eot_id], dtype=np.uint32)
         tokens: list[np.ndarray] = []
@@ -194,7 +128,7 @@ class Encoder:
 
 
 def _place(record: Record, text: str, error: ValueError) -> str:
-    """Where a text cannot be encoded: the record, and the line of it where that says more."""
+    """Where a text cannot be encoded: the record, and its line if the record has several."""
     at = min((text.find(unknown) for unknown in getattr(error, "unknown", [])), default=-1)
     return record.where if at < 0 or record.form == "json" else f"{record.where}, line {text.count(chr(10), 0, at) + 1}"
 
@@ -203,28 +137,28 @@ def _place(record: Record, text: str, error: ValueError) -> str:
 
 
 def start_method(kind: str) -> str:
-    """How worker processes are started: "spawn", as on every system, or "fork" where that is safe. Forking takes no
-    time and shares the tokenizer's tables, but a lock that a library's thread holds would stay locked in the child for
-    ever: it is for Linux, before any of those libraries is there, and not behind a bpe's training or a download."""
+    """How worker processes are started: "fork" if that is safe, else "spawn". Forking takes no time and shares the
+    tokenizer's tables, but a lock that a library's thread holds would stay locked in the child for ever. So it is for
+    Linux alone, before any of those libraries is imported, and not after a bpe's training or a download."""
     alone = threading.active_count() == 1 and not {"pyarrow", "datasets", "torch"} & sys.modules.keys()
     return "fork" if sys.platform == "linux" and alone and kind in ("gpt2", "char", "byte") else "spawn"
 
 
 class Workers:
-    """Processes that tokenize; for one, a thread is enough. They load their tokenizer at once, while the caller does
-    other things. Use it in a `with`."""
+    """Processes that tokenize; a single worker is a thread. They load their tokenizer at once, while the caller does
+    other things. A context manager."""
 
     def __init__(self, count: int, encoder: Encoder):
-        start = {"initializer": _start, "initargs": (encoder,)}
+        start = {"initializer": _init_worker, "initargs": (encoder,)}
         count = min(count, 61) if os.name == "nt" else count  # Windows waits for no more than that
         self.count, method = count, start_method(encoder.kind)
         if method == "fork":
             _ = encoder.tokenizer  # the children share it
         self._pool: Executor = ThreadPoolExecutor(1, **start) if count == 1 else ProcessPoolExecutor(
             count, multiprocessing.get_context(method), **start)
-        with _unheard_ctrl_c():
+        with _ignored_sigint():
             for _ in range(count):
-                self._pool.submit(_load)
+                self._pool.submit(_load_tokenizer)
 
     def submit(self, records: list[Record], rule: SplitRule) -> Future:
         return self._pool.submit(_encode, records, rule)
@@ -237,9 +171,9 @@ class Workers:
 
 
 @contextlib.contextmanager
-def _unheard_ctrl_c() -> Iterator[None]:
-    """Processes that are started in here do not hear Ctrl-C, not even while they import: it is the main process that is
-    interrupted, and ends its workers."""
+def _ignored_sigint() -> Iterator[None]:
+    """Processes that are started in here ignore Ctrl-C, even while they import: the main process is interrupted, and
+    ends its workers."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -250,22 +184,22 @@ def _unheard_ctrl_c() -> Iterator[None]:
 _encoder: Encoder  # a worker's own
 
 
-def _start(encoder: Encoder) -> None:
+def _init_worker(encoder: Encoder) -> None:
     global _encoder
     _encoder = encoder
     if parent := multiprocessing.parent_process():
         signals.prepare_streams()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+        threading.Thread(target=_exit_with_parent, args=(parent.sentinel,), daemon=True).start()
 
 
-def _end_with(parent_sentinel: int) -> None:
-    """A worker whose main process was killed would wait for work for ever."""
+def _exit_with_parent(parent_sentinel: int) -> None:
+    """End a worker whose main process was killed: it would wait for work for ever."""
     multiprocessing.connection.wait([parent_sentinel])
     os._exit(1)
 
 
-def _load() -> None:
+def _load_tokenizer() -> None:
     _ = _encoder.tokenizer  # what goes wrong here is raised by the next `_encode` as well
 
 
@@ -277,8 +211,8 @@ def _encode(records: list[Record], rule: SplitRule) -> tuple[np.ndarray, list[Ou
 
 
 class Batch(NamedTuple):
-    """Records that were tokenized together: where the reader stood behind the last, how much of its part it had read
-    then, which file each is of, and what came of them."""
+    """Records that were tokenized together: the reader's place behind the last, the bytes of its part up to there, the
+    file of each record, the tokens, and the outcome of each."""
 
     cursor: Cursor
     end: int
@@ -288,7 +222,7 @@ class Batch(NamedTuple):
 
 
 def encode_in_order(parts: list[Part], start: Cursor, rule: SplitRule, pool: Workers) -> Iterator[Batch]:
-    """All records from `start` on, tokenized by the workers. Raises OSError when a worker dies."""
+    """All records from `start` on, tokenized by the workers. Raises OSError if a worker dies."""
     ahead: deque[tuple[Cursor, int, list[str], int, Future]] = deque()
     bytes_ahead, max_bytes_ahead = 0, max(AHEAD_BYTES, 2 * pool.count * BATCH_BYTES)
     try:
@@ -326,13 +260,13 @@ def _read_batches(parts: list[Part], start: Cursor) -> Iterator[tuple[Cursor, li
 
 
 def refuse(fault: str, skip_bad: bool) -> None:
-    """Raises ValueError for a broken record, unless those are only to be counted."""
+    """Raises ValueError for a broken record, unless `skip_bad` says that these are only counted."""
     if not skip_bad:
         raise ValueError(f"{fault} (--skip_bad=True counts what is broken, and goes on)")
 
 
 def begin_progress(folder: Path, arguments: dict[str, Any]) -> None:
-    """Make folder one that an Output of these arguments can go on in, unless it is that already."""
+    """Write the first progress.json of a folder, for an Output of these arguments, unless it has one."""
     if not (folder / "progress.json").exists():
         files.write_json(folder / "progress.json", {
             "arguments": arguments, "done": False, "cursor": Cursor(), "counts": {}, "shards": [], "open_tokens": {}})
@@ -368,7 +302,7 @@ class Output:
         return sum(writer.num_tokens for writer in self._writers.values())
 
     def take(self, batch: Batch) -> list[dict[str, Any]]:
-        """Write a batch, but for what is empty, broken, or there already; gives the shards that it filled.
+        """Write a batch without its empty, broken and duplicate documents; return the shards that it filled.
 
         Raises ValueError or OSError."""
         kept: list[tuple[str, int, int]] = []  # split, begin and end in the batch's tokens: neighbours as one
@@ -389,13 +323,13 @@ class Output:
         return filled
 
     def _count(self, outcome: Outcome, file: str) -> bool:
-        """Count a record of a file; whether it is dropped. Raises ValueError for a broken one, or OSError."""
-        is_twin = self._config.dedupe and bool(outcome.spans) and outcome.digest in self.seen
-        if outcome.fault or not outcome.spans or is_twin:
+        """Count a record of a file; return whether it is dropped. Raises ValueError for a broken one, or OSError."""
+        is_duplicate = self._config.dedupe and bool(outcome.spans) and outcome.digest in self.seen
+        if outcome.fault or not outcome.spans or is_duplicate:
             if outcome.fault:
                 refuse(outcome.fault, self._config.skip_bad)
                 self.first_fault = self.first_fault or outcome.fault
-            self._note("bad_records" if outcome.fault else "duplicate_documents" if is_twin else "empty_documents",
+            self._note("bad_records" if outcome.fault else "duplicate_documents" if is_duplicate else "empty_documents",
                        file, 1)
             return True
         if self._config.dedupe:
@@ -412,10 +346,10 @@ class Output:
         return False
 
     def _note(self, what: str, file: str, number: int) -> None:
-        """Count what was dropped or changed, for the first files that it is of by their names as well."""
+        """Count what was dropped or changed, by file for the first MAX_NAMED_FILES files."""
         self.counts[what] += number
         named = self.files.setdefault(what, {})
-        if file in named or len(named) < NAMED:
+        if file in named or len(named) < MAX_NAMED_FILES:
             named[file] = named.get(file, 0) + number
 
     def finish(self) -> None:

@@ -1,21 +1,20 @@
 """Token shards and dataset folders: written, opened, verified.
 
 Owns the shard format and what a dataset folder is, be it ours, nanoGPT's or llm.c's. It makes no text into tokens
-(prepare_data.py does) and draws no batches (data.py does). Our folder, data/<name>/:
+(pipeline.py does) and draws no batches (loader.py does). Our folder, data/<name>/:
 
     train_000000.bin ... val_000000.bin ...    256 header words (int32: magic, version, token count), then the tokens
     tokenizer.json  tokenizer_config.json      the tokenizer, in Hugging Face's format
     dataset.json                               what made it, and per shard its split, tokens and SHA-256
 
 Invariants: a shard that bears its name is complete, because it is written as .tmp, synced and renamed; and no token id
-outside the vocabulary leaves this room.
+outside the vocabulary leaves this module.
 
 Example: two documents of 3 and 2 tokens behind end-of-text tokens, cut in shards of 4, are [eot a b c] and [eot d e].
 """
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import hashlib
 import json
@@ -32,27 +31,15 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from flatgpt import files, machine
+from flatgpt.data.nanogpt import MAX_VOCAB_SIZE, characters_of, read_meta, refuse_foreign_bin
 from flatgpt.data.tokenizer import GPT2_VOCAB_SIZE, CharTokenizer, GPT2Tokenizer, Tokenizer, load_tokenizer
-from flatgpt.pickles import load_plain
 
 DATA_DIR = Path("data")
 HEADER_WORDS = 256
-UNKNOWN_VOCAB_SIZE = 2**32
+UNKNOWN_VOCAB_SIZE = MAX_VOCAB_SIZE  # no id lies outside it
 FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # magic -> version, token type
 SHARD_NAME = re.compile(r"(?!\.)(?:.*_)?(?P<split>train|val|test)_\d+\.bin")  # ours, modded-nanogpt's
 LLMC_NAME = re.compile(r"(?!\.).*_(?P<split>train|val|test)\.bin")  # tiny_shakespeare_train.bin
-MANY = 64  # numbers that show what a file without a header holds
-MAX_ID = 1 << 20  # above that of any vocabulary
-SAMPLE_BYTES = 1 << 17
-FOREIGN_FILES = (  # what files of nanoGPT's name have begun with, what that is, and what mends it
-    (b"\x93NUMPY", "was written by np.save, with a header", "convert it with python -c \"import numpy as np; np.load('"
-     "{path}').astype('<u2').tofile('{path}')\""),
-    (b"\x1f\x8b\x08", "is compressed with gzip", "mv '{path}' '{path}.gz' && gunzip '{path}.gz'"),
-    (b"\x28\xb5\x2f\xfd", "is compressed with zstd", "mv '{path}' '{path}.zst' && unzstd '{path}.zst'"),
-    (b"PK\x03\x04", "is a zip archive, as np.savez and torch.save write", "write the ids with ids.astype('<u2').tofile("
-     "'{path}')"))
-FOREIGN_NUMBERS = (("<i8", "64-bit numbers"), ("<i4", "32-bit numbers"), ("<f8", "64-bit floating-point numbers"),
-                   ("<f4", "32-bit floating-point numbers"), (">u2", "big-endian 16-bit numbers"))
 NANOGPT_NAME = re.compile(r"(?P<split>train|val)\.bin")
 
 
@@ -89,7 +76,7 @@ class ShardWriter:
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int, reserve_bytes: float = 0,
                  shards: list[dict[str, Any]] | None = None, open_tokens: int = 0):
-        """A shard is begun only where `reserve_bytes` are free, or what a full shard takes if that is less."""
+        """A shard is begun only if `reserve_bytes` are free, or as many as a full shard takes if that is less."""
         self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
         self._reserve_bytes = int(min(reserve_bytes, HEADER_WORDS * 4 + shard_tokens * dtype.itemsize))
         self.shards = list(shards or [])
@@ -100,11 +87,11 @@ class ShardWriter:
 
     @property
     def num_tokens(self) -> int:
-        """Of all shards, that under way included."""
+        """Tokens in all shards, the open one included."""
         return sum(shard["tokens"] for shard in self.shards) + self.open_tokens
 
     def _begin(self, num_tokens: int = 0) -> None:
-        """Open the next shard, to go on behind its first `num_tokens`."""
+        """Open the next shard, to append behind its first `num_tokens`."""
         free = shutil.disk_usage(self._folder).free
         if not num_tokens and free < self._reserve_bytes:
             raise OSError(f"{self._folder}: the next shard may take {self._reserve_bytes:,} bytes, and {free:,} are "
@@ -120,7 +107,7 @@ class ShardWriter:
         self.open_tokens = num_tokens
 
     def add(self, tokens: np.ndarray) -> list[dict[str, Any]]:
-        """Append tokens, integers that fit the shards' type; gives the shards that they filled. Raises OSError."""
+        """Append tokens, integers that fit the shards' type; return the shards that they filled. Raises OSError."""
         finished = len(self.shards)
         while len(tokens):
             if self._file is None:
@@ -135,7 +122,7 @@ class ShardWriter:
         return self.shards[finished:]
 
     def finish(self) -> None:
-        """Make the shard under way a finished one, if there is one."""
+        """Finish the open shard, if there is one."""
         if self._file is None:
             return
         with files.named_errors(self._path):
@@ -151,16 +138,16 @@ class ShardWriter:
         self._file, self.open_tokens = None, 0
 
     def checkpoint(self) -> None:
-        """Bring the shard under way to the disk as it is."""
+        """Sync the open shard to the disk."""
         if self._file is not None:
             with files.named_errors(self._path):
                 self._file.flush()
                 os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Leave the shard under way as it is."""
+        """Leave the open shard as it is."""
         if self._file is not None:
-            with contextlib.suppress(OSError):  # what is in its buffer is given up
+            with contextlib.suppress(OSError):  # its buffer is given up
                 self._file.close()
 
 
@@ -181,7 +168,7 @@ def open_shard(path: Path) -> np.ndarray:
             raise ValueError(f"{path} is torn: its header counts {count:,} tokens, which takes "
                              f"{offset + count * dtype.itemsize:,} bytes, and it has {size:,}")
     elif NANOGPT_NAME.fullmatch(path.name):
-        _refuse_what_is_foreign(path)
+        refuse_foreign_bin(path)
         offset, dtype = 0, np.dtype("<u2")
         count = size // 2
         if size % 2:
@@ -193,56 +180,6 @@ def open_shard(path: Path) -> np.ndarray:
     if count == 0:
         return np.empty(0, dtype)
     return np.asarray(np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,)))  # sliced faster as such
-
-
-def _refuse_what_is_foreign(path: Path) -> None:
-    """Raises ValueError, with the command that mends it, for a file of nanoGPT's name that is surely something else
-    than 16-bit tokens.
-
-    Of wider numbers every second 16 bits are 0, or next to that, and the others are not. Tokens that are drawn one by
-    one do that in less than one pair of two, so never in MANY of them. The one text that does it, single characters
-    with blanks between them, has few different ones, and never two blanks in a row: that is let pass."""
-    size = path.stat().st_size
-    starts = (0, size // 16 * 8, (size - SAMPLE_BYTES) // 8 * 8) if size > 3 * SAMPLE_BYTES else (0,)
-    sample = b""
-    with open(path, "rb") as file:
-        for start in starts:
-            file.seek(start)
-            sample += file.read(3 * SAMPLE_BYTES // len(starts))
-    for first_bytes, what, mend in FOREIGN_FILES:
-        if sample.startswith(first_bytes):
-            raise ValueError(f"{path} {what}: {mend.format(path=path)}")
-    text = sample[:4096]
-    if len(text) >= MANY and not re.search(rb"[\x00-\x08\x0e-\x1f\x7f]", text):
-        with contextlib.suppress(UnicodeDecodeError):
-            codecs.getincrementaldecoder("utf-8")().decode(text)
-            raise ValueError(f"{path} is a text, not tokens: make a data set of it with python prepare_data.py "
-                             f"--input='{path}' --name=NAME")
-    for dtype, what in FOREIGN_NUMBERS:
-        itemsize = np.dtype(dtype).itemsize
-        values = np.frombuffer(sample[:len(sample) // itemsize * itemsize], dtype)
-        if size % itemsize == 0 and _are_tokens(values):
-            raise ValueError(f"{path} holds {what}, and nanoGPT's layout is 16-bit tokens: " + (
-                f"convert it with python -c \"import numpy as np; np.fromfile('{path}', '{dtype}').astype('<u2')"
-                f".tofile('{path}')\"" if values.max() < 65536 else "ids above 65,535 do not fit those; make the data "
-                "anew with python prepare_data.py, whose shards say how wide their tokens are"))
-
-
-def _are_tokens(values: np.ndarray) -> bool:
-    """Whether numbers, read as one of FOREIGN_NUMBERS, are ids beyond doubt."""
-    held = values[values != 0]
-    is_big_endian = values.itemsize == 2  # if all would be multiples of 256 to a little-endian reader
-    if len(held) < MANY or not (held.min() > 0 and held.max() < (256 if is_big_endian else MAX_ID)):
-        return False
-    ids = np.unique(held)
-    is_monotonous = len(ids) == 1 and len(np.unique(np.diff(np.flatnonzero(values)))) == 1
-    if is_monotonous or (ids != np.floor(ids)).any():
-        return False
-    if is_big_endian or values.dtype.kind == "f":
-        return True
-    if ids[-1] >= 65536:  # a high half that is no 0 belongs to a vocabulary that fills the low one
-        return bool((ids % 65536).max() >= 32768)
-    return len(ids) > MANY or len(held) < len(values)
 
 
 # Folders
@@ -278,7 +215,7 @@ class Dataset:
     vocab_size: int
     tokenizer: Tokenizer | None  # None: the folder does not say, and GPT-2's could not be had
     fingerprint: str  # changes when the tokens do
-    manifest: dict[str, Any]  # dataset.json; {} for folders of others
+    manifest: dict[str, Any]  # dataset.json; {} if there is none
 
 
 def open_dataset(name: str, vocab_size: int = 0, tokenizer: str = "auto") -> Dataset:
@@ -290,7 +227,7 @@ def open_dataset(name: str, vocab_size: int = 0, tokenizer: str = "auto") -> Dat
     """
     folder = find_folder(name)
     paths, manifest = list_shards(folder)
-    own_size = manifest["tokenizer"]["vocab_size"] if manifest else _read_meta(folder).get("vocab_size")
+    own_size = manifest["tokenizer"]["vocab_size"] if manifest else read_meta(folder).get("vocab_size")
     if vocab_size and own_size and vocab_size != own_size:
         raise ValueError(f"vocab_size={vocab_size}, but {folder} has a vocabulary of {own_size}; leave the key out")
     if tokenizer == "gpt2":
@@ -302,13 +239,13 @@ def open_dataset(name: str, vocab_size: int = 0, tokenizer: str = "auto") -> Dat
                              f"{own_size}; leave the key out")
     vocab_size = own_size or vocab_size or _guess_vocab_size(next(iter(paths.values()))[0])
     splits = {split: Split(found, vocab_size) for split, found in paths.items()}
-    room = 256 ** max(shard.itemsize for held in splits.values() for shard in held.shards)
-    if own_size and own_size > room:
-        raise ValueError(f"{folder}/meta.pkl speaks of a vocabulary of {own_size:,}, and ids above {room - 1:,} do not "
-                         "fit the type of its tokens: make the data anew with python prepare_data.py, whose shards are "
-                         "as wide as it takes")
+    max_ids = 256 ** max(shard.itemsize for held in splits.values() for shard in held.shards)
+    if own_size and own_size > max_ids:
+        raise ValueError(f"{folder}/meta.pkl speaks of a vocabulary of {own_size:,}, and ids above {max_ids - 1:,} do "
+                         "not fit the type of its tokens: make the data anew with python prepare_data.py, whose shards "
+                         "are as wide as it takes")
     summary = [[shard["sha256"] for shard in manifest.get("shards", [])],
-               [(split, path.name, int(length), files.mark(path)) for split, held in splits.items()
+               [(split, path.name, int(length), files.edge_hash(path)) for split, held in splits.items()
                 for path, length in zip(held.paths, held.lengths)]]
     fingerprint = hashlib.sha256(json.dumps(summary).encode()).hexdigest()
     found = folder_tokenizer(folder, vocab_size) or (GPT2Tokenizer() if tokenizer == "gpt2" else None)
@@ -316,7 +253,7 @@ def open_dataset(name: str, vocab_size: int = 0, tokenizer: str = "auto") -> Dat
 
 
 def _guess_vocab_size(path: Path) -> int:
-    """Where nothing is said: GPT-2's for 16-bit tokens, else UNKNOWN_VOCAB_SIZE, which no id lies outside of."""
+    """For a folder that does not say: GPT-2's for 16-bit tokens, else UNKNOWN_VOCAB_SIZE."""
     return GPT2_VOCAB_SIZE if open_shard(path).itemsize == 2 else UNKNOWN_VOCAB_SIZE
 
 
@@ -369,7 +306,7 @@ def verify(folder: Path) -> Iterator[tuple[str, list[str]]]:
     """
     paths, manifest = list_shards(folder)
     listed = {shard["file"]: shard for shard in manifest.get("shards", [])}
-    faults, eot_id, vocab_size = [], None, _read_meta(folder).get("vocab_size", 0)
+    faults, eot_id, vocab_size = [], None, read_meta(folder).get("vocab_size", 0)
     if manifest:
         vocab_size = manifest["tokenizer"]["vocab_size"]
         try:
@@ -427,38 +364,14 @@ def _verify_shard(path: Path, vocab_size: int, eot_id: int | None, manifest: dic
     return faults, num_eot
 
 
-def _read_meta(folder: Path) -> dict:
-    """nanoGPT's meta.pkl (vocab_size, stoi, itos), or {} where there is none."""
-    path = folder / "meta.pkl"
-    if not path.is_file():
-        return {}
-    meta = load_plain(path)
-    size = meta.get("vocab_size") if isinstance(meta, dict) else None
-    if type(size) is not int or not 0 < size < UNKNOWN_VOCAB_SIZE:
-        raise ValueError(f"{path} is not nanoGPT's: a dictionary was expected whose 'vocab_size' is a positive whole "
-                         f"number below 2**32" + (f", not {size!r}" if isinstance(meta, dict) else ""))
-    return meta
-
-
-def _characters_of(meta: dict) -> list[str] | None:
-    """The characters that a meta.pkl numbers from 0 on, in that order; None where it holds anything else."""
-    stoi = meta.get("stoi")
-    if not isinstance(stoi, dict) or not all(type(i) is int for i in stoi.values()):
-        return None
-    characters = sorted(stoi, key=stoi.get)
-    is_ours = (sorted(stoi.values()) == list(range(len(stoi))) and 0 < len(stoi) <= meta["vocab_size"] and all(
-        isinstance(c, str) and len(c) == 1 and not "\ud800" <= c <= "\udfff" for c in characters))
-    return characters if is_ours else None
-
-
 def folder_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
     """The tokenizer of a dataset folder: its tokenizer.json, the characters of its meta.pkl, or GPT-2's if it fits.
 
     None for a meta.pkl of words, of other numbers than 0 on, or of whatever else: ids are all that training needs."""
     if (folder / "tokenizer.json").is_file():
         return load_tokenizer(folder)
-    meta = _read_meta(folder)
-    if characters := _characters_of(meta):
+    meta = read_meta(folder)
+    if characters := characters_of(meta):
         return CharTokenizer(characters)
     if meta.keys() & {"stoi", "itos"} or not GPT2_VOCAB_SIZE <= vocab_size <= 65536:
         return None

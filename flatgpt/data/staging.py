@@ -29,9 +29,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from flatgpt import files
-from flatgpt.data.pipeline import SPLITS, begin_progress
+from flatgpt.data.local_files import describe_skipped
+from flatgpt.data.pipeline import begin_progress
+from flatgpt.data.records import MAX_NAMED_FILES
 from flatgpt.data.shards import shard_dtype
-from flatgpt.data.sources import NAMED, describe_left_out
+from flatgpt.data.splits import SPLITS
 from flatgpt.data.tokenizer import has_tokenizer, load_tokenizer
 
 COUNTS = {"documents": "document", "bytes": "byte", "empty_documents": "empty document",
@@ -46,7 +48,7 @@ FILES = {  # of dataset.json -> how it is said of which files
 UNCOMPARED = ("input", "skip_bad")  # arguments that may differ: what they lead to is the same, or was counted
 
 
-class Unfinished:
+class StagingFolder:
     def __init__(self, target: Path, arguments: dict[str, Any], rank: int, world_size: int):
         """`arguments` is what the shards are a function of, and goes into dataset.json."""
         self.target, self.folder = target, hidden_folder(target)
@@ -62,14 +64,14 @@ class Unfinished:
     def _compared(self) -> dict[str, Any]:
         return {key: value for key, value in self.arguments.items() if key not in UNCOMPARED}
 
-    def target_is_there(self) -> bool:
-        """Whether the folder is finished. Raises ValueError when it was made of something else."""
+    def is_published(self) -> bool:
+        """Whether the target is there. Raises ValueError if it was made with other arguments."""
         if self.target.exists():
             self._compare(self.target, self.target / "dataset.json")
         return self.target.exists()
 
-    def check_begun(self) -> None:
-        """Raises ValueError when other arguments, or another number of processes, have finished shards here."""
+    def check_begun_work(self) -> None:
+        """Raises ValueError if a run with other arguments, or another number of processes, has finished shards here."""
         if (self.folder / "dataset.json").exists():
             self._compare(self.folder, self.folder / "dataset.json")
         for begun in self.folder.glob("rank_*"):
@@ -108,8 +110,8 @@ class Unfinished:
             held.release()
 
     def begin(self) -> bool:
-        """Make this rank's folder, with its progress.json. False if meanwhile rank 0 found that all was done, and
-        published it: then nothing is left to do."""
+        """Make this rank's folder, with its progress.json. False if rank 0 has published the target in the meantime:
+        then nothing is left to do."""
         self.work.mkdir(parents=True, exist_ok=True)
         begin_progress(self.work, self.arguments)
         if published := self.target.exists():
@@ -124,8 +126,8 @@ class Unfinished:
         return (self.folder / "dataset.json").exists() or is_done(self.work)
 
     def publish(self, files_read: int, left_out: dict[str, Any]) -> dict[str, Any]:
-        """As rank 0, wait for all ranks and turn their shards into the target; returns its dataset.json. A kill in
-        between loses nothing: what was moved is found moved. Raises ValueError when there is nothing to train on."""
+        """As rank 0, wait for all ranks and make the target of their shards; returns its dataset.json. A kill in
+        between loses nothing: the next run finds what was moved. Raises ValueError if there is nothing to train on."""
         folders = [self.rank_folder(rank) for rank in range(self.world_size)]
         if not (self.folder / "dataset.json").exists():
             wait_for(lambda: [folder.name for folder in folders if not is_done(folder)])
@@ -138,7 +140,7 @@ class Unfinished:
         return files.read_json(self.target / "dataset.json")
 
     def _join(self, states: list[dict[str, Any]], about: dict[str, Any]) -> None:
-        """Move the ranks' shards up under new numbers, and write dataset.json, with what `about` says as well."""
+        """Move the ranks' shards up under new numbers, and write dataset.json, to which `about` is added."""
         counts: Counter[str] = sum((Counter(state["counts"]) for state in states), Counter())
         if not counts["train_documents"]:
             shutil.rmtree(self.folder)
@@ -159,7 +161,7 @@ class Unfinished:
         named = {what: sorted(item for state in states for item in state.get("files", {}).get(what, {}).items())
                  for what in FILES if counts[what]}
         about |= {key: counts[key] for key in COUNTS | FILES} | {
-            "files": {what: dict(found[:NAMED]) for what, found in named.items()},
+            "files": {what: dict(found[:MAX_NAMED_FILES]) for what, found in named.items()},
             "first_fault": next((state["first_fault"] for state in states if state.get("first_fault")), "")}
         splits = {split: {"documents": counts[f"{split}_documents"],
                           "tokens": sum(shard["tokens"] for shard in listed if shard["split"] == split)}
@@ -169,8 +171,8 @@ class Unfinished:
             "dtype": shard_dtype(vocab_size).name, **about, "splits": splits,
             "arguments": self.arguments, "shards": listed})
 
-    def tidy(self) -> None:
-        """After a failure, say what is kept; leave nothing behind if that is nothing."""
+    def clean_up(self) -> None:
+        """After a failure, say what is kept; if no shard is finished, remove the folder."""
         if any(self.folder.rglob("*.bin")):
             if self.rank == 0:
                 print(f"what is finished is kept in {self.folder}: the same command goes on from there", flush=True)
@@ -183,8 +185,8 @@ def hidden_folder(target: Path) -> Path:
 
 
 def recorded_commit(target: Path, source: str, revision: str, rank: int) -> str | None:
-    """The commit of a hub data set that was written down when this work on target began, which rank 0 does first; None
-    if there was no such work yet and this is rank 0."""
+    """The commit of a hub data set that was recorded when this work on target began. Rank 0 records it, and gets None
+    if it has not done so; the others wait for it."""
     def found() -> list[str]:
         records = [target / "dataset.json", hidden_folder(target) / "dataset.json",
                    *hidden_folder(target).glob("rank_00000_of_*/progress.json")]
@@ -205,7 +207,7 @@ def is_done(rank_folder: Path) -> bool:
 
 
 def arguments_in(record: Path) -> dict[str, Any]:
-    """What a dataset.json or progress.json says that the folder was made with. Raises ValueError."""
+    """The arguments in a dataset.json or progress.json. Raises ValueError if they are no object."""
     arguments = files.read_json(record).get("arguments", {})
     if not isinstance(arguments, dict):
         raise ValueError(f"{record}: 'arguments' should be an object, not {arguments!r}")
@@ -213,7 +215,7 @@ def arguments_in(record: Path) -> dict[str, Any]:
 
 
 def wait_for(missing: Callable[[], list[str]]) -> None:
-    """Return when nothing is missing any more; says now and then what is."""
+    """Return when nothing is missing any more; print now and then what is."""
     began = said = time.monotonic()
     while what := missing():
         if time.monotonic() - said > 30:
@@ -227,13 +229,13 @@ def plural(count: int, word: str) -> str:
 
 
 def describe(target: Path, manifest: dict[str, Any]) -> str:
-    """What is in a dataset folder, and what is missing in it."""
+    """The summary of a dataset folder, with its warnings, a line each."""
     counts = [plural(manifest[key], word) for key, word in COUNTS.items() if manifest.get(key)]
     lines = [f"{target}: {', '.join(counts)}; tokenizer {manifest['tokenizer']['kind']} with "
              f"{manifest['tokenizer']['vocab_size']:,} tokens; "
              + ", ".join(f"{split} {held['tokens']:,}" for split, held in manifest["splits"].items()) + " tokens"]
     if left_out := manifest.get("left_out"):
-        lines.append(f"left out: {describe_left_out(left_out)}")
+        lines.append(f"left out: {describe_skipped(left_out)}")
     for what, named in manifest.get("files", {}).items():
         first = dict(list(named.items())[:3])
         others = manifest[what] - sum(first.values())

@@ -79,7 +79,7 @@ def tokenizer_to_save(path: Path | None, vocab_size: int, data: Mixture) -> Toke
     """The tokenizer for a checkpoint of a model that was trained on data: that which lies beside the model at path,
     where it comes from, since the data's need not know its special tokens and chat template; else the data's."""
     known = known_tokenizer(path, vocab_size) if path and path.is_dir() else None
-    return known if known and has_the_ids(known, data) else data.tokenizer
+    return known if known and same_vocabulary(known, data) else data.tokenizer
 
 
 def find_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
@@ -96,7 +96,7 @@ def find_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     raise ValueError(f"no tokenizer for the model's {vocab_size} tokens, so they cannot be read as text: {why}")
 
 
-def has_the_ids(tokenizer: Tokenizer | None, data: Mixture) -> bool:
+def same_vocabulary(tokenizer: Tokenizer | None, data: Mixture) -> bool:
     """Whether the data's tokens mean the same to a model with this tokenizer; what is not known is taken for the same.
     The model's may have more, one for padding say."""
     if tokenizer is None or data.tokenizer is None:
@@ -115,7 +115,7 @@ def open_data(path: Path, dataset: str, vocab_size: int, tokenizer: Tokenizer | 
         data = open_mixture(str(run["dataset"]), run.get("vocab_size", 0), run.get("tokenizer", "auto"))
     else:
         raise ValueError(f"{path} does not say what data it was trained on: add --dataset=NAME")
-    if data.vocab_size > vocab_size or not has_the_ids(tokenizer, data):
+    if data.vocab_size > vocab_size or not same_vocabulary(tokenizer, data):
         raise ValueError(f"{' and '.join(data.datasets)}: made with another tokenizer than the model's, so that the "
                          "ids mean different things; name another --dataset")
     return data

@@ -1,135 +1,27 @@
 """pipeline.py: what becomes of a document, the same for any number of workers, and so many on their way at a time."""
 
-import hashlib
 import itertools
 import multiprocessing
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
 import hypothesis
 import numpy as np
 import pytest
+from corpus import FAULT, part_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flatgpt.data import pipeline, tokenizer
-from flatgpt.data.pipeline import (
-    SPLITS,
-    Cursor,
-    Encoder,
-    SplitRule,
-    Workers,
-    digest_of,
-    draw,
-    encode_in_order,
-    plan_splits,
-    refuse,
-)
-from flatgpt.data.sources import Part, Record
-from flatgpt.data.tokenizer import EOT, KINDS, cut_text, make_tokenizer
+from flatgpt.data import pipeline
+from flatgpt.data.pipeline import Cursor, Encoder, Workers, encode_in_order, refuse
+from flatgpt.data.records import Record
+from flatgpt.data.splits import SplitRule, plan_splits
+from flatgpt.data.tokenizer import EOT, KINDS, make_tokenizer
 
 quick = hypothesis.settings(max_examples=60, deadline=None,
                             suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
-
-
-def part_of(texts: list[str], name: str = "part", read: Callable[[], None] = lambda: None) -> Part:
-    """A part of these documents in memory; `read` is called as each is read."""
-    def records() -> Iterator[Record]:
-        for i, text in enumerate(texts, 1):
-            read()
-            yield Record(f"{name}:{i}", "text", text, i)
-
-    return Part(name, len(texts), "", 0, records)
-
-
-FAULT = Part("bad", 1, "", 0, lambda: iter([Record("bad:1", "fault", "bad:1 is broken", 1)]))
-
-
-def splits_of(texts: list[str], rule: SplitRule) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for text in texts:
-        for split, part in rule.split(text, digest_of(text.encode())):
-            found[split].append(part)
-    return found
-
-
-# Splits
-
-
-def test_a_document_is_drawn_by_its_sha256():
-    digest = hashlib.sha256("ü".encode()).digest()
-    assert digest_of("ü".encode()) == digest[:16]
-    assert draw(digest_of("ü".encode())) == pytest.approx(int(digest.hex()[:16], 16) / 16**16)
-    draws = [draw(digest_of(f"{i}".encode())) for i in range(4000)]
-    assert np.histogram(draws, 10, (0, 1))[0].min() > 320  # of 400; 4 standard deviations are 76
-
-
-@quick
-@given(count=st.integers(3, 60), val=st.floats(0.001, 0.45), test=st.floats(0, 0.45), seed=st.integers(0, 99))
-def test_a_small_source_has_just_the_shares_asked_for_and_no_empty_split(count, val, test, seed):
-    texts = [f"{seed} {i}" for i in range(count)]
-    found = splits_of(texts, plan_splits([part_of(texts)], "text", val, test))
-    num_test = max(1, round(test * count)) if test else 0
-    assert len(found["val"]) == max(1, round(val * count))
-    assert len(found["test"]) == num_test
-    assert len(found["train"]) == count - len(found["val"]) - num_test > 0
-    assert sorted(itertools.chain(*found.values())) == sorted(texts)
-
-
-@quick
-@given(order=st.randoms(use_true_random=False), cut=st.integers(0, 40), few=st.sampled_from([10, 1000]))
-def test_neither_the_order_nor_the_files_nor_empty_and_broken_documents_matter(order, cut, few):
-    texts = [f"document {i}" for i in range(40)]
-    shuffled = [*texts, "", "document 3"]
-    order.shuffle(shuffled)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "FEW_DOCUMENTS", few)
-        rules = [plan_splits(parts, "text", 0.2, 0.1) for parts in (
-            [part_of(texts)], [part_of(shuffled[:cut]), FAULT, part_of(shuffled[cut:])])]
-    assert rules[0] == rules[1]
-    assert rules[0].val_below == pytest.approx(0.2, abs=0.2)
-    assert (rules[0].val_below == 0.2) == (few == 10)
-
-
-@pytest.mark.parametrize("limit", [("FEW_DOCUMENTS", 50), ("FEW_BYTES", 50 * len("document 0000"))])
-def test_of_a_large_source_no_more_than_the_beginning_is_read(monkeypatch, limit):
-    monkeypatch.setattr(pipeline, *limit)
-    texts = [f"document {i:04d}" for i in range(3000)]
-    count = itertools.count()
-    rule = plan_splits([part_of(texts, read=lambda: next(count))], "text", 0.1, 0.05)
-    assert rule == SplitRule(0.1, 0.05, 0.1, 0.1 + 0.05)
-    assert next(count) == 50
-    found = splits_of(texts, rule)
-    assert [len(found[split]) for split in SPLITS] == pytest.approx([2550, 150, 300], abs=60)
-
-
-def test_one_long_document_before_others_is_no_source_of_one(monkeypatch):
-    monkeypatch.setattr(pipeline, "FEW_BYTES", 1000)
-    assert not plan_splits([part_of(["long " * 1000, "short"])], "text", 0.1, 0.0).by_position
-    assert plan_splits([part_of(["long " * 1000, "", "long " * 1000])], "text", 0.1, 0.0).by_position
-
-
-@quick
-@given(text=st.text(min_size=1), val=st.floats(0.01, 0.49), test=st.floats(0, 0.49))
-def test_a_source_of_one_document_is_cut_by_position(text, val, test):
-    rule = plan_splits([part_of([text])], "text", val, test)
-    cut = rule.split(text, digest_of(text.encode()))
-    assert "".join(part for _, part in cut) == text
-    assert [split for split, _ in cut] == [split for split in SPLITS if split in dict(cut)]
-    assert all(part for _, part in cut)
-    for split, share in (("val", val), ("test", test)):
-        assert len(dict(cut).get(split, "")) == pytest.approx(share * len(text), abs=1)
-
-
-@pytest.mark.parametrize(("parts", "words"), [
-    ([], "the source is empty"), ([part_of(["", ""])], "the source is empty"),
-    ([FAULT, part_of([""])], "bad:1 is broken")])
-def test_a_source_without_text_is_refused(parts, words):
-    with pytest.raises(ValueError, match=words):
-        plan_splits(parts, "text", 0.1, 0.0)
 
 
 # Tokens
@@ -177,51 +69,6 @@ def test_parts_cut_by_position_each_stand_behind_an_end_of_text():
     tokens, [outcome] = Encoder("byte", Path("unused"), "text").encode([Record("a", "text", "abcd", 1)], rule)
     assert tokens.tolist() == [256, 97, 98, 256, 99, 256, 100]
     assert outcome.spans == [("train", 3), ("test", 2), ("val", 2)]
-
-
-# Long texts, in pieces
-
-
-WORDS = st.text(st.characters(exclude_categories=["Cs", "Z", "Cc"]), min_size=1, max_size=5) | st.sampled_from(
-    ["don't", "'s", "1234", "é", "🎉", "...", "日本", "ſ", "<|e"])
-GAPS = st.sampled_from([" ", "\n", "  ", "\n\n", " \n", "\n  ", " \t", "\n\u00a0 ", " \u3000", "   \n"])
-
-
-@pytest.fixture(params=["gpt2", "bpe"])
-def made(request) -> tokenizer.Tokenizer:
-    if request.param == "gpt2":
-        return request.getfixturevalue("gpt2_tokenizer")
-    return make_tokenizer("bpe", ["the words of a text, and  spaces\n\n in  between; don't 1234 日本 🎉\n"] * 3, 400)
-
-
-@quick
-@given(text=st.lists(st.tuples(WORDS, GAPS), min_size=20).map(lambda pairs: "".join(map("".join, pairs))))
-def test_a_text_encoded_in_pieces_has_the_ids_of_the_whole(made, text):
-    whole = made.encode(text)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer, "PIECE_CHARACTERS", 16)  # a word and a gap are shorter
-        pieces = list(cut_text(text))
-        assert len(pieces) >= len(text) / 32
-        assert made.encode(text).tolist() == whole.tolist()
-    assert "".join(pieces) == text
-    assert made.decode(whole) == text
-
-
-@quick
-@given(text=st.text("ab \n\t", max_size=200), size=st.integers(1, 20))
-def test_pieces_are_neither_long_nor_lost(text, size):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer, "PIECE_CHARACTERS", size)
-        pieces = list(cut_text(text))
-    assert "".join(pieces) == text
-    assert all(size <= len(piece) <= 2 * size for piece in pieces[:-1])
-    assert len(pieces[-1]) <= 2 * size
-    assert all(pieces) or text == ""
-
-
-def test_a_text_of_a_single_word_is_cut_all_the_same(made, monkeypatch):
-    monkeypatch.setattr(tokenizer, "PIECE_CHARACTERS", 10)
-    assert made.decode(made.encode("x" * 1005)) == "x" * 1005
 
 
 # Workers

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, normalizers, processors
 
+from flatgpt.data import hf_tokenizer
 from flatgpt.data.tokenizer import (
     EOT,
     GPT2_FILES,
     KINDS,
     WORD_CHARACTERS,
-    ByteTokenizer,
     GPT2Tokenizer,
     Tokenizer,
     cut_words,
@@ -318,13 +318,6 @@ def test_vocab_and_merges_of_an_older_gpt2_give_the_ids_that_transformers_gives(
         load_tokenizer(tmp_path)
 
 
-def test_transformers_4_is_told_which_inputs_there_are(tmp_path):
-    """Its default for this class has token_type_ids, which a GPT-2 embeds with the token table."""
-    ByteTokenizer().save(tmp_path)
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert config["model_input_names"] == ["input_ids", "attention_mask"]
-
-
 def test_a_tokenizer_comes_from_a_folder_a_run_or_the_hubs_cache(tmp_path, monkeypatch):
     learned = train_bpe([TEXT * 20], 300)
     run = tmp_path / "run" / "checkpoints" / "latest"
@@ -342,12 +335,52 @@ def test_a_tokenizer_comes_from_a_folder_a_run_or_the_hubs_cache(tmp_path, monke
         make_tokenizer("owner/other", [], 0)
 
 
-def test_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="'word' is none of gpt2, char, byte, bpe"):
-        make_tokenizer("word", [TEXT], 300)
-
-
 def test_an_empty_prompt_starts_from_the_end_of_text_a_newline_or_token_0():
     for kind, text, start in (("byte", "", 256), ("bpe", "ab", 0), ("char", "b\na", 0), ("char", "\tb\na", 1),
                               ("char", "ab", 0)):
         assert make_tokenizer(kind, [text], 300).start_id == start
+
+
+# Long texts, in pieces
+
+
+WORDS = st.text(st.characters(exclude_categories=["Cs", "Z", "Cc"]), min_size=1, max_size=5) | st.sampled_from(
+    ["don't", "'s", "1234", "é", "🎉", "...", "日本", "ſ", "<|e"])
+GAPS = st.sampled_from([" ", "\n", "  ", "\n\n", " \n", "\n  ", " \t", "\n\u00a0 ", " \u3000", "   \n"])
+
+
+@pytest.fixture(params=["gpt2", "bpe"])
+def made(request) -> hf_tokenizer.Tokenizer:
+    if request.param == "gpt2":
+        return request.getfixturevalue("gpt2_tokenizer")
+    return make_tokenizer("bpe", ["the words of a text, and  spaces\n\n in  between; don't 1234 日本 🎉\n"] * 3, 400)
+
+
+@quick
+@given(text=st.lists(st.tuples(WORDS, GAPS), min_size=20).map(lambda pairs: "".join(map("".join, pairs))))
+def test_a_text_encoded_in_pieces_has_the_ids_of_the_whole(made, text):
+    whole = made.encode(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hf_tokenizer, "PIECE_CHARACTERS", 16)  # a word and a gap are shorter
+        pieces = list(hf_tokenizer.cut_text(text))
+        assert len(pieces) >= len(text) / 32
+        assert made.encode(text).tolist() == whole.tolist()
+    assert "".join(pieces) == text
+    assert made.decode(whole) == text
+
+
+@quick
+@given(text=st.text("ab \n\t", max_size=200), size=st.integers(1, 20))
+def test_pieces_are_neither_long_nor_lost(text, size):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hf_tokenizer, "PIECE_CHARACTERS", size)
+        pieces = list(hf_tokenizer.cut_text(text))
+    assert "".join(pieces) == text
+    assert all(size <= len(piece) <= 2 * size for piece in pieces[:-1])
+    assert len(pieces[-1]) <= 2 * size
+    assert all(pieces) or text == ""
+
+
+def test_a_text_of_a_single_word_is_cut_all_the_same(made, monkeypatch):
+    monkeypatch.setattr(hf_tokenizer, "PIECE_CHARACTERS", 10)
+    assert made.decode(made.encode("x" * 1005)) == "x" * 1005

@@ -11,8 +11,8 @@ import pytest
 import torch
 import transformers
 from conftest import TINY_RUN
+from corpus import POINTER
 from safetensors.torch import load_file, save_file
-from test_files import POINTER
 
 from flatgpt.models import weights
 from model import GPT, GPTConfig

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
-from flatgpt.data import tokenizer as room
-from flatgpt.data.tokenizer import Tokenizer, UnknownText, load_tokenizer
+from flatgpt.data import hf_tokenizer
+from flatgpt.data.hf_tokenizer import Tokenizer, UnknownText
+from flatgpt.data.tokenizer import load_tokenizer
 
 few = hypothesis.settings(max_examples=15, deadline=None,
                           suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
@@ -279,14 +280,14 @@ def test_what_is_stored_of_truncation_padding_and_dropout_changes_no_ids(source,
 def test_a_text_in_pieces_has_the_ids_of_the_whole(ours, text, size):
     whole = ours.encode(text).tolist()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "PIECE_CHARACTERS", size)
+        patch.setattr(hf_tokenizer, "PIECE_CHARACTERS", size)
         assert ours.encode(text).tolist() == whole
 
 
 def test_long_texts_are_cut(ours, monkeypatch):
     text = "the words of a text and " * 100
-    monkeypatch.setattr(room, "PIECE_CHARACTERS", 100)
-    pieces = list(room.cut_text(text, ours._resume))
+    monkeypatch.setattr(hf_tokenizer, "PIECE_CHARACTERS", 100)
+    pieces = list(hf_tokenizer.cut_text(text, ours._next_start))
     assert len(pieces) > 10
     assert ours.encode(text).tolist() == [i for piece in pieces for i in ours._encode_piece(piece).tolist()]
 
@@ -315,7 +316,7 @@ def test_texts_of_tokens_that_reach_over_words_are_not_cut(monkeypatch):
     tokenizer, text = Tokenizer(hf), "of the words of the text of the words " * 40
     whole = tokenizer.encode(text).tolist()
     assert any(" " in token.strip() for token in hf.get_vocab())
-    monkeypatch.setattr(room, "PIECE_CHARACTERS", 16)
+    monkeypatch.setattr(hf_tokenizer, "PIECE_CHARACTERS", 16)
     assert tokenizer.encode(text).tolist() == whole
 
 
