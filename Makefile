@@ -21,7 +21,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
 
 soak: .venv/.dev
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal -m "soak or not soak" tests/test_faults.py tests/test_compile.py tests/training/test_distributed.py tests/training/test_hosts.py
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal -m "soak or not soak" tests/test_faults.py tests/training/test_compile.py tests/training/test_distributed.py tests/training/test_hosts.py
 
 test-gpu: .venv/.dev
 	$(PY) -m pytest -m gpu tests/test_gpu.py

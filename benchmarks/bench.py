@@ -399,7 +399,7 @@ def bench_startup(bench: BenchConfig) -> dict:
         dataset = bench_dataset(config, folder)
         # Its last words before it builds the optimiser and begins say what saving will take.
         return rounds(bench, {"train.py": partial(time_until, "saving: ", bench, dataset, folder),
-                              "import torch and build": partial(time_of, "bench.py", "build", bench),
+                              "import torch and build": partial(time_of, "benchmarks/bench.py", "build", bench),
                               "train.py --help": partial(time_of, "train.py", "--help", None)}, ("seconds",))
 
 

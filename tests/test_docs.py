@@ -1,4 +1,5 @@
-"""docs/models.md: its numbers are what docs/examples.py prints, and what it points at exists."""
+"""The documents hold to the code: the numbers of docs/models.md are what docs/examples.py prints, links lead somewhere,
+and the maps name the modules that there are."""
 
 import importlib
 import importlib.util
@@ -13,9 +14,24 @@ SHELL = "".join(re.findall(r"```sh\n(.*?)```", PAGE, re.S)).replace("\\\n", " ")
 COMMANDS = re.findall(r"^python (\w+)\.py(.*)$", SHELL, re.M)
 
 
-def anchor(heading: str) -> str:
-    """What GitHub makes of a heading."""
-    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+PAGES = [*map(ROOT.joinpath, ("README.md", "ARCHITECTURE.md", "BENCHMARKS.md", "CONTRIBUTING.md")),
+         *sorted(DOCS.glob("*.md"))]
+FOLDERS = sorted(init.parent for init in (ROOT / "flatgpt").rglob("__init__.py"))
+COMING = {"language_model.py", "fused.py", "generate.py", "positions.py"}  # model.py is about to be split into these
+
+
+def without_code(page: str) -> str:
+    return re.sub(r"```.*?```", "", page, flags=re.S)
+
+
+def anchors(page: str) -> set[str]:
+    """What GitHub makes of a page's headings."""
+    return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+            for heading in re.findall(r"^#+ (.*)$", without_code(page), re.M)}
+
+
+def modules_named(text: str) -> set[str]:
+    return set(re.findall(r"\b\w+\.py\b", text))
 
 
 def test_every_block_of_numbers_is_what_the_script_prints():
@@ -50,16 +66,36 @@ def test_what_a_link_names_exists(name, target):
         found = getattr(found, part, None)
 
 
-def test_links_lead_somewhere():
-    anchors = {anchor(heading) for heading in re.findall(r"^#+ (.*)$", PAGE, re.M)}
-    targets = re.findall(r"\]\(([^)]+)\)", PAGE)
-    assert len(targets) > 40
-    for target in targets:
-        if target.startswith("#"):
-            assert target[1:] in anchors, target
-        elif not target.startswith("https://"):
-            assert (DOCS / target).exists(), target
-    assert "](docs/models.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)]+)\)", without_code(text)):
+        path, _, heading = target.partition("#")
+        if path.startswith("https://"):
+            continue
+        found = page.parent / path if path else page
+        assert found.exists(), target
+        assert not heading or heading in anchors(found.read_text(encoding="utf-8")), target
+
+
+def test_the_readme_is_short_and_leads_to_every_page():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 180
+    assert [page.name for page in PAGES[1:] if f"]({page.relative_to(ROOT)})" not in text] == []
+
+
+def test_architecture_names_modules_that_exist():
+    there = {path.name for folder in ("", "benchmarks", "docs", "tests") for path in (ROOT / folder).glob("*.py")}
+    there |= {path.name for folder in FOLDERS for path in folder.glob("*.py")}
+    assert modules_named((ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")) - there - COMING == set()
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_the_map_of_a_folder_names_its_modules(folder):
+    there = {path.name for path in folder.glob("*.py")} - {"__init__.py"}
+    named = modules_named((folder / "__init__.py").read_text(encoding="utf-8"))
+    assert there <= named
+    assert named - there <= {"model.py"}  # the one that stands at the top
 
 
 @pytest.mark.parametrize(("script", "arguments"), COMMANDS)

@@ -1,4 +1,4 @@
-"""The whole job as a user runs it: the README's commands, `make demo`, and torchrun against one process."""
+"""The whole job as a user runs it: the documents' commands, `make demo`, and torchrun against one process."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from test_faults import start_ranks
 
 from model import GPT
 
-# README commands that cannot run here: they need a network (GPT-2's ranks are on it), a GPU, or eight of them.
+# Commands that cannot run here: they need a network (GPT-2's ranks are on it), a GPU, or eight of them.
 ELSEWHERE = re.compile(r"^(git|cd|make|pip) |gpt2|nproc_per_node=8|finetune|config/shakespeare_char\.py|ckpt\.pt"
                        r"|fineweb|--hf=|python_source|--push=")
 
@@ -54,7 +54,9 @@ def test_a_config_with_the_clock_in_it_trains_on_any_number_of_processes(tiny_da
 @pytest.fixture
 def clone(tmp_path) -> Path:
     """What a user has after `git clone`: the project without what was built in it."""
-    shutil.copytree(ROOT, tmp_path / "flatgpt", ignore=shutil.ignore_patterns(".*", "data", "out*", "__pycache__"))
+    everywhere, at_the_top = (shutil.ignore_patterns(*names) for names in ((".*", "__pycache__"), ("data", "out*")))
+    shutil.copytree(ROOT, tmp_path / "flatgpt", ignore=lambda folder, names: everywhere(folder, names) | (
+        at_the_top(folder, names) if Path(folder) == ROOT else set()))  # flatgpt/data is code
     return tmp_path / "flatgpt"
 
 
@@ -67,8 +69,11 @@ def shell(command: str, cwd: Path) -> str:
     return done.stdout
 
 
-def readme_commands() -> list[str]:
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+def documented_commands() -> list[str]:
+    """Those of the README, then of docs/, whose pages go on with what these made."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    blocks = [block for page in pages if page.name != "models.md"  # whose commands test_docs.py looks at
+              for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.S)]
     lines = "".join(blocks).replace("\\\n", "").splitlines()
     return [command for line in lines if (command := line.partition("  #")[0].strip())]
 
@@ -80,7 +85,7 @@ SHORT = " --max_iters=20 --eval_interval=20 --eval_iters=2 --warmup_iters=2 --lr
 @pytest.mark.parametrize("is_whole", [False, pytest.param(True, marks=pytest.mark.soak)])
 def test_readmes_commands_run_and_shakespeare_reaches_its_loss(clone, shakespeare, is_whole):
     run = []
-    for command in readme_commands():
+    for command in documented_commands():
         if ELSEWHERE.search(command):
             continue
         run.append(command)
