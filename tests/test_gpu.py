@@ -172,7 +172,7 @@ def test_replayed_graphs_write_what_the_plain_way_writes(compiled, rows, options
         tokens = torch.stack(list(model.stream(idx.to(CUDA), 50, Sampler(temperature=0), cache=cache)), dim=1)
         assert torch.equal(tokens.cpu(), wanted[:, 7:57])
     assert cache.decoder.graph is not None
-    assert (cache.decoder.run is not Block.forward) == compiled
+    assert (cache.decoder.block_forward is not Block.forward) == compiled
     assert torch.equal(model.generate(idx.to(CUDA), 150, temperature=0).cpu(), wanted)  # past block_size
 
 

@@ -1,6 +1,6 @@
 """Other people's names and layouts: Hugging Face's GPT-2 and Llama, folders and hub ids, nanoGPT's ckpt.pt.
 
-Owns the translation between `(GPTConfig, state dict)` of model.py and files. It never builds a model, and nothing it
+Owns the translation between `(GPTConfig, state dict)` of model.py and files. It returns no model, and nothing it
 loads can run code: safetensors hold numbers only, and ckpt.pt goes through torch's weights-only unpickler.
 
 A parameter's way, taking the first MLP matrix of GPT-2 small:
@@ -41,8 +41,9 @@ from flatgpt.files import (
     write_json,
 )
 from flatgpt.models.baselines import build_empty
+from flatgpt.models.positions import HIGH_FREQ_FACTOR, LOW_FREQ_FACTOR
 from flatgpt.pickles import STAND_INS
-from model import HIGH_FREQ_FACTOR, LOW_FREQ_FACTOR, GPTConfig
+from model import GPTConfig
 
 HUB_ALIASES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
