@@ -8,15 +8,15 @@ mlp=swiglu bias=False` it is a Llama.
 This file owns the layers and how they are put together. What every model has, a GPT or a baseline, is in
 flatgpt/models/language_model.py: `forward` with the loss, `generate`, `from_pretrained`, `num_params`. Beside it,
 positions.py has the formulas of positions, fused.py the loss in chunks, and generate.py the cache of keys and values.
-The optimizer of nanoGPT's `configure_optimizers` is flatgpt.training.optim.build_optimizer. Nothing here knows about
-files, devices or processes.
+nanoGPT's `configure_optimizers` is flatgpt.training.optim.build_optimizer, and what its `estimate_mfu` counts is
+flatgpt.training.metrics.flops_per_token. Nothing here knows about files, devices or processes.
 
 Letters: B sequences, T positions, S positions that can be seen (those in a cache and the T new ones), C channels
 (n_embd), H heads, K heads of keys and values, D channels a head, V vocabulary, N = B * T rows.
 
 Invariants:
 - A position sees itself and those before it, never a later one, with a cache or without.
-- The names and shapes of parameters are those that checkpoints have: a new option leaves them alone unless it is used.
+- Parameters have the names and shapes that checkpoints have. An option that is not used changes neither.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 Owns two autograd functions, the activations, and the sizes of the chunks. It knows tensors and layers, but no model.
 
+Letters: as in model.py; F is the width of what an activation reads.
+
 Invariants:
 - The logits of a training batch never exist as a whole (LinearCrossEntropy).
 - Softmax and loss are float32, whatever number type the matrix products have.

@@ -9,9 +9,8 @@ then it reads d alone, which gives those of e. e is never read.
 Letters: as in model.py.
 
 Invariants:
-- A cache changes the time that a token takes, never which token it is.
-- Past block_size a model whose positions end reads the last block_size // 2 tokens again, as a fresh window. This is
-  the definition, with a cache or without.
+- A cache changes the time that a token takes, never which token it is. `stream` without a cache is the definition.
+- The prompt, once read, can be continued again from the same cache, until a fresh window overwrites it.
 """
 
 from __future__ import annotations
@@ -86,7 +85,14 @@ class KVCache(Cache):
 @torch.no_grad()
 def stream(model: LanguageModel, idx: torch.Tensor, max_new_tokens: int, sampler: SamplerFn, use_cache: bool = True,
            cache: Cache | None = None) -> Iterator[torch.Tensor]:
-    """Yield the next tokens (B,) of each row of idx (B, T). See LanguageModel.stream."""
+    """Yield the next tokens (B,) of each row of idx (B, T). `sampler`, a sampling.Sampler, gets logits (B, V) and all
+    tokens so far, and returns the next (B, 1).
+
+    A model whose positions end reads a window, at first the last block_size tokens of the prompt. When the window is
+    full, its last block_size // 2 tokens are read again as a fresh window, which bounds the cost of a token. Other
+    models just go on. `use_cache=False` recomputes every position for every token, and gives the same tokens. A `cache`
+    that an earlier call with the same prompt has used saves reading the prompt again. Raises ValueError for T = 0.
+    """
     if idx.size(1) == 0:
         raise ValueError("the prompt is empty: generation needs at least one token to start from")
     limit, seen = model.config.max_positions, idx

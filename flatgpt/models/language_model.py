@@ -13,16 +13,15 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from flatgpt.models import generate
+from flatgpt.models import generate as generation
 from flatgpt.models.fused import ChunkLoss, LinearCrossEntropy
-from flatgpt.models.generate import Cache, SamplerFn
+from flatgpt.models.generate import Cache
 from flatgpt.models.sampling import Sampler
 
 if TYPE_CHECKING:
@@ -116,22 +115,10 @@ class LanguageModel(nn.Module):
         tokens = self.stream(idx, max_new_tokens, Sampler(temperature, top_k, **options), use_cache)
         return torch.cat([idx, *(token.unsqueeze(1) for token in tokens)], dim=1)
 
-    def stream(self, idx: torch.Tensor, max_new_tokens: int, sampler: SamplerFn, use_cache: bool = True,
-               cache: Cache | None = None) -> Iterator[torch.Tensor]:
-        """Yield the next tokens (B,) of each row of idx (B, T). `sampler`, a sampling.Sampler, gets logits (B, V) and
-        all tokens so far, and returns the next (B, 1).
-
-        A model whose positions end reads a window, at first the last block_size tokens of the prompt. When the window
-        is full, its last block_size // 2 tokens are read again as a fresh window, which bounds the cost of a token.
-        Other models just go on. `use_cache=False` recomputes every position for every token, and gives the same tokens.
-        A `cache` that an earlier call with the same prompt has used saves reading the prompt again.
-        """
-        return generate.stream(self, idx, max_new_tokens, sampler, use_cache, cache)
-
-    def next_token_logits(self, idx: torch.Tensor, cache: Cache | None) -> torch.Tensor:
-        """Logits (B, V) of the token after idx (B, T), which follows the tokens in the cache. FSDP gathers the weights
-        for this call: see distributed._shard."""
-        return generate.next_token_logits(self, idx, cache)
+    # Functions of generate.py whose first argument is a model: as methods they get this one. FSDP gathers the weights
+    # for next_token_logits as it does for `forward` (see distributed._shard).
+    stream = generation.stream
+    next_token_logits = generation.next_token_logits
 
     # Files
 
