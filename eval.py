@@ -45,11 +45,11 @@ from flatgpt.data.loader import EvalOrder, Mixture
 from flatgpt.data.shards import Split
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.models import inference
+from flatgpt.models.language_model import LanguageModel
 from flatgpt.training import checkpoint, distributed
 from flatgpt.training.device import DeviceConfig, pick_numerics
 from flatgpt.training.distributed import Job
 from flatgpt.training.metrics import validation_loss
-from model import LanguageModel
 
 Row = tuple[list[int], int]  # the ids of a question and an answer, and how many of the last of them are the answer's
 

@@ -30,13 +30,13 @@ from flatgpt.data.shards import Dataset
 from flatgpt.data.sources import SOURCES
 from flatgpt.data.tokenizer import load_tokenizer
 from flatgpt.models import weights
+from flatgpt.models.language_model import LanguageModel
 from flatgpt.options import parse_options, run_script
 from flatgpt.training import checkpoint
 from flatgpt.training.checkpoint import RunConfig
 from flatgpt.training.device import one_line
 from flatgpt.training.metrics import LogConfig, summarize
 from flatgpt.training.plots import PICTURES, Run, picture_of, render
-from model import LanguageModel
 
 PARTS = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 UNSHOWN = {"dataset", "init_from", "eval_only", "max_minutes", "backend", "timeout_s"}  # options; the card has its own

@@ -38,11 +38,12 @@ import torch
 
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.models import inference
+from flatgpt.models.generate import Cache
+from flatgpt.models.language_model import LanguageModel
 from flatgpt.models.sampling import Sampler, Stage, table
 from flatgpt.training import checkpoint, distributed
 from flatgpt.training.device import DeviceConfig, pick_numerics
 from flatgpt.training.distributed import Job
-from model import Cache, LanguageModel
 
 
 @dataclass

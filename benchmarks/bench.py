@@ -223,7 +223,7 @@ def train_plainly(bench: BenchConfig) -> dict[str, float]:
     torch.set_float32_matmul_precision("high" if on_cuda else "highest")
 
     def cross_entropy(rows: torch.Tensor) -> torch.Tensor:
-        logits = F.linear(model._hidden(rows[:, :-1]), model.wte.weight)
+        logits = F.linear(model.hidden_states(rows[:, :-1]), model.wte.weight)
         return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
 
     if on_cuda:

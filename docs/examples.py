@@ -18,15 +18,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-import model as gpt
 from flatgpt.data.loader import TrainOrder
 from flatgpt.data.shards import open_dataset
 from flatgpt.data.tokenizer import Tokenizer, make_tokenizer, train_bpe
 from flatgpt.models.baselines import build as build_model
 from flatgpt.models.baselines import count_pairs, fit_bigram
+from flatgpt.models.fused import activation
+from flatgpt.models.generate import KVCache
+from flatgpt.models.language_model import LanguageModel
+from flatgpt.models.positions import alibi_slopes, apply_rope, rope_cos_sin
 from flatgpt.models.sampling import Sampler
 from flatgpt.training.optim import OptimConfig, build_optimizer, learning_rate
-from model import GPT, GPTConfig, attend
+from model import GPT, GPTConfig, attend, make_norm
 
 TEXT = """\
 the sea is wide and the sea is deep.
@@ -84,7 +87,7 @@ def merges() -> Lines:
         yield f"{count:>3}  {shown(tokenizer, tokenizer.encode('the ship').tolist())}"
 
 
-def bigram() -> gpt.LanguageModel:
+def bigram() -> LanguageModel:
     """A bigram model of TEXT's characters, fitted by counting."""
     tokenizer, ids = characters()
     model = build_model(GPTConfig(model="bigram", vocab_size=tokenizer.vocab_size))
@@ -196,7 +199,7 @@ def norms() -> Lines:
     for label, values in (("x", x), ("x + 7", x + 7)):
         yield row(label, values[0].tolist())
         for kind in ("layernorm", "rmsnorm"):
-            yield row("  " + kind, gpt.make_norm(GPTConfig(norm=kind), 4)(values)[0].tolist())
+            yield row("  " + kind, make_norm(GPTConfig(norm=kind), 4)(values)[0].tolist())
 
 
 def activations() -> Lines:
@@ -204,9 +207,9 @@ def activations() -> Lines:
     x = torch.tensor([-3.0, -1.0, -0.3, 0.0, 0.3, 1.0, 3.0])
     yield row("h", x.tolist())
     for name in ("relu", "relu2", "gelu"):
-        yield row(name, gpt.activation(name)(x).tolist())
+        yield row(name, activation(name)(x).tolist())
     gated = torch.cat([x, torch.full_like(x, 2.0)])
-    yield row("swiglu, 2", gpt.activation("swiglu")(gated).tolist())
+    yield row("swiglu, 2", activation("swiglu")(gated).tolist())
 
 
 def parameters() -> Lines:
@@ -233,11 +236,11 @@ def positions() -> Lines:
     yield row("key at", ["0", "5", "100", "0"])
     scores = []
     for i, j in ((2, 0), (7, 5), (102, 100), (7, 0)):
-        turned_q = gpt.rotate(q, *gpt.rotation(torch.tensor([i]), 8, 10000.0))
-        turned_k = gpt.rotate(k, *gpt.rotation(torch.tensor([j]), 8, 10000.0))
+        turned_q = apply_rope(q, *rope_cos_sin(torch.tensor([i]), 8, 10000.0))
+        turned_k = apply_rope(k, *rope_cos_sin(torch.tensor([j]), 8, 10000.0))
         scores.append((turned_q * turned_k).sum().item() / math.sqrt(8))
     yield row("rope, q.k", scores)
-    slopes = gpt.alibi_slopes(8)
+    slopes = alibi_slopes(8)
     for head in (0, 7):
         yield row(f"alibi, {head + 1}", (-slopes[head] * torch.tensor([2, 2, 2, 7])).tolist())
 
@@ -301,7 +304,7 @@ def cached() -> Lines:
         yield f"{'with' if use_cache else 'without'} the cache: {read} positions computed"
     yield f"the same tokens: {'yes' if torch.equal(*written) else 'no'}"
     for label, heads in (("12 heads of keys and values", 0), ("4 of them", 4)):
-        cache = gpt.KVCache(GPTConfig(n_kv_head=heads), 1, 1024, torch.device("meta"), torch.bfloat16)
+        cache = KVCache(GPTConfig(n_kv_head=heads), 1, 1024, torch.device("meta"), torch.bfloat16)
         size = (cache.k.numel() + cache.v.numel()) * cache.k.element_size() / 2**20
         yield f"GPT-2 small, 1,024 tokens in bfloat16, {label}: {size:.0f} MiB"
 

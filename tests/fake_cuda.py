@@ -27,10 +27,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from flatgpt.models.generate import Decoder
 from flatgpt.models.sampling import Sampler
 from flatgpt.training.distributed import Job
 from flatgpt.training.optim import OptimConfig, build_optimizer
-from model import GPT, Decoder, GPTConfig
+from model import GPT, GPTConfig
 
 CUDA = torch.device("cuda", 0)
 SHAPE = {"block_size": 64, "vocab_size": 300, "n_layer": 2, "n_head": 4, "n_embd": 128}

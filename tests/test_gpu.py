@@ -382,7 +382,7 @@ def test_replayed_graphs_write_what_the_plain_way_writes(compiled, options):
             tokens = torch.stack([*model.stream(idx.to(CUDA), count, Sampler(0), cache=cache)], dim=1).cpu()
             assert tokens.tolist() == wanted[:, :count].tolist()
     assert cache.decoder.graph is not None, "a step should have been recorded"
-    assert (cache.decoder.run is not Block.forward) == compiled
+    assert (cache.decoder.block_forward is not Block.forward) == compiled
 
 
 def test_a_seed_repeats_its_samples():

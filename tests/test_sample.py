@@ -259,7 +259,7 @@ def test_show_probs_shows_what_each_token_was_drawn_from_and_changes_no_sample(c
             assert {len(row) for row in rows} == {len(head)}
             seen = torch.from_numpy(tokenizer.encode(text[:i]).astype("int64"))[None]
             with torch.no_grad():
-                stages = Sampler(0.8, 6, 0.8, 0.1, 1.3).stages(model.eval()._next_logits(seen, None), seen)
+                stages = Sampler(0.8, 6, 0.8, 0.1, 1.3).stages(model.eval().next_token_logits(seen, None), seen)
                 probs = torch.cat([stage.probs() for stage in stages])
             drawn = []
             for row in rows[:-1]:

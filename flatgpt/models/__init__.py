@@ -1,7 +1,13 @@
 """Batches -> loss; weights in and out; text. The GPT itself is model.py at the top.
 
-    baselines.py  bigram, MLP and recurrent models to measure a GPT against
-    weights.py    other people's layouts: Hugging Face's GPT-2 and Llama, nanoGPT's ckpt.pt
-    sampling.py   logits -> the next token
-    inference.py  a model that the options name, with its tokenizer, and what it is given to read
+    language_model.py  what every model has: loss, generation, files
+    fused.py           the head and its loss in chunks, the recomputed activation: less memory, the same results
+    positions.py       the formulas of RoPE, ALiBi and sinusoids
+    generate.py        caches, the loop that streams tokens, the decoding step as a CUDA graph
+    sampling.py        logits -> the next token
+    baselines.py       bigram, MLP and recurrent models to measure a GPT against; build, which makes any model
+    weights.py         other people's layouts: Hugging Face's GPT-2 and Llama, nanoGPT's ckpt.pt
+    inference.py       a model that the options name, with its tokenizer, and what it is given to read
+
+model.py imports the first four, which do not import it; baselines.py and weights.py build on it.
 """

@@ -1,12 +1,12 @@
-"""Bigram, MLP and recurrent language models behind model.py's interface: what a GPT is to be measured against.
+"""Bigram, MLP and recurrent language models, which a GPT is to be measured against, and `build`, which makes any model.
 
-They train, resume, save and write text as the GPT does, and look back differently far: one token, `window` tokens, and
-all of them through a state of fixed size. None has a limit of positions. Their parameters have names of their own, and
-their files are read by flatGPT alone.
+Owns these models. They train, resume, save and write text as the GPT does, because LanguageModel (language_model.py)
+does that for all. They differ in what they see: one token, `window` tokens, or all of them through a state of fixed
+size. None has a limit of positions. Only flatGPT reads their files.
 
-The bigram's best table is known without training: `count_pairs` and `fit_bigram`. On the text "abab", a text of two
-letters, ab comes twice and ba once; with k = 1 added to each of the four counts, a is followed by b with probability
-(2 + 1) / (2 + 2), and b by a with (1 + 1) / (1 + 2).
+The best table of a bigram model is known without training: `count_pairs` and `fit_bigram`. In the text "abab", which
+has a vocabulary of two letters, ab comes twice and ba once. With k = 1 added to each of the four counts, a is followed
+by b with probability (2 + 1) / (2 + 2), and b by a with (1 + 1) / (1 + 2).
 
 Letters: as in model.py, and F the width of the MLP's hidden layer.
 """
@@ -23,7 +23,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from model import GPT, Cache, GPTConfig, LanguageModel, activation, make_norm
+from flatgpt.models.fused import activation
+from flatgpt.models.generate import Cache
+from flatgpt.models.language_model import LanguageModel
+from model import GPT, GPTConfig, make_norm
 
 CHUNK_TOKENS = 2**20  # that are counted at a time
 CHUNK_CELLS = 2**22  # of a table that are smoothed at a time
@@ -37,24 +40,23 @@ def build(config: GPTConfig) -> LanguageModel:
 
 
 def build_empty(config: GPTConfig) -> LanguageModel:
-    """The same on the meta device: names and shapes, no values."""
-    with torch.device("meta"), _NothingDrawn():
+    """The same model on the meta device: names and shapes, no values."""
+    with torch.device("meta"), _SkipNormal():
         return build(config)
 
 
-class _NothingDrawn(TorchFunctionMode):
-    """What would fill a parameter leaves it alone: on the meta device torch imports its compiler to draw, a second and
-    a half for nothing."""
+class _SkipNormal(TorchFunctionMode):
+    """Skips `normal_`, for which torch imports its compiler on the meta device: half as long again as importing torch
+    itself, at each start of a script."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.Tensor.normal_ or getattr(func, "__module__", "") == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
+        if getattr(func, "__name__", "") == "normal_":  # a tensor's, or torch.nn.init's
+            return [*args, *(kwargs or {}).values()][0]
+        return func(*args, **(kwargs or {}))
 
 
 class Bigram(LanguageModel):
-    """A row of logits for each token: what follows depends on nothing before it. V^2 parameters."""
+    """A row of logits for each token: the next token depends on the last one alone. V^2 parameters."""
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)
@@ -63,24 +65,24 @@ class Bigram(LanguageModel):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Zero: the first loss is ln V. The loss is convex, so that no start is better than another."""
+        """Zero, so that the first loss is ln V. The loss is convex: no start is better than another."""
         self.table.weight.zero_()
 
     @property
     def head(self) -> torch.Tensor:
         return self.table.weight
 
-    def _hidden(self, idx: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+    def hidden_states(self, idx: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """The tokens (B, T) themselves."""
         if cache is not None:
             cache.length += idx.size(1)
         return idx
 
-    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+    def compute_logits(self, x: torch.Tensor) -> torch.Tensor:
         return self.table(x)[..., :self.config.vocab_size]
 
-    def _loss(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = self._logits(x).flatten(0, 1).float()  # whole: there is no product to save
+    def summed_loss(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = self.compute_logits(x).flatten(0, 1).float()  # in one piece: there is no product to save
         return F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="sum")
 
     def num_params(self, non_embedding: bool = True) -> int:
@@ -90,7 +92,7 @@ class Bigram(LanguageModel):
 def count_pairs(shards: Iterable[np.ndarray], vocab_size: int) -> np.ndarray:
     """How often a token (row) was followed by another (column) within a shard: (V, V) int64, from integer arrays.
 
-    Reads a chunk at a time. Raises ValueError for a vocabulary whose table is beyond reason, and for an id outside it.
+    Reads a chunk at a time. Raises ValueError for a vocabulary whose table is too large, and for an id outside it.
     """
     if vocab_size**2 > MAX_CELLS:
         raise ValueError(f"vocab_size={vocab_size}: a table of {vocab_size} x {vocab_size} counts takes "
@@ -108,8 +110,8 @@ def count_pairs(shards: Iterable[np.ndarray], vocab_size: int) -> np.ndarray:
 
 @torch.no_grad()
 def fit_bigram(model: Bigram, counts: np.ndarray, k: float) -> float:
-    """Make the table the logarithms of (counts + k) / (their row's sum), with k > 0, which leaves no pair impossible;
-    the smaller it is, the better the counted pairs are fitted. Gives their mean loss, in nats."""
+    """Make the table the logarithms of (counts + k) / (their row's sum). k > 0 keeps every pair possible; a smaller k
+    fits the counted pairs better. Returns the mean loss of these pairs, in nats."""
     loss, size = 0.0, len(counts)
     for start in range(0, size, max(1, CHUNK_CELLS // size)):
         rows = counts[start:start + max(1, CHUNK_CELLS // size)]
@@ -120,7 +122,7 @@ def fit_bigram(model: Bigram, counts: np.ndarray, k: float) -> float:
 
 
 class VectorModel(LanguageModel):
-    """Tokens become vectors of C channels, and what is made of them is compared with the rows of the head."""
+    """Tokens become vectors of C channels; a subclass turns them into vectors that the head compares with its rows."""
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)
@@ -150,8 +152,8 @@ class WindowMLP(VectorModel):
         self.c_proj = nn.Linear(config.hidden, config.n_embd, bias=config.bias)
         self.init_weights()
 
-    def _hidden(self, idx: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
-        """With a cache, whose state are the last window - 1 tokens (B, <= window - 1)."""
+    def hidden_states(self, idx: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+        """The cache's state is the last window - 1 tokens (B, <= window - 1)."""
         window, tokens, T = self.config.window, idx, idx.size(1)
         if cache is not None:
             if cache.state is not None:
@@ -178,8 +180,8 @@ class Recurrent(VectorModel):
         self.ln_f = make_norm(config, config.n_embd)
         self.init_weights()
 
-    def _hidden(self, idx: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
-        """With a cache, whose state has for each layer its hidden state (1, B, C), and an LSTM's cell state."""
+    def hidden_states(self, idx: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+        """The cache's state is, for each layer, its hidden state (1, B, C), and an LSTM's cell state."""
         states = [None] * len(self.layers)
         if cache is not None:
             states, cache.length = cache.state or states, cache.length + idx.size(1)
@@ -194,11 +196,11 @@ class Recurrent(VectorModel):
         return self.ln_f(x)
 
     def _run_layer(self, layer: nn.RNNBase, x: torch.Tensor, state: list[torch.Tensor] | None) -> list[torch.Tensor]:
-        """(B, T, C) and the state before it -> (B, T, C) and the state behind it, in the number type of the weights:
-        what is carried through thousands of positions needs more digits than bfloat16 has."""
+        """(B, T, C) and the state before it -> (B, T, C) and the state after it, in the number type of the weights: a
+        state that goes through thousands of positions needs more digits than bfloat16 has."""
         if state is None:
             state = [x.new_zeros(1, x.size(0), x.size(2))] * (2 if self.config.model == "lstm" else 1)
-        # torch's function, not the module, which keeps a list of its weights that FSDP does not know to renew.
+        # torch's function, not the module: the module keeps a list of its weights, which FSDP would have to renew.
         with torch.autocast(x.device.type, enabled=False):
             return self.run(x, state if len(state) > 1 else state[0], list(layer.parameters()), self.config.bias,
                             1, 0.0, torch.is_grad_enabled(), False, True)

@@ -1,6 +1,6 @@
 """Other people's names and layouts: Hugging Face's GPT-2 and Llama, folders and hub ids, nanoGPT's ckpt.pt.
 
-Owns the translation between `(GPTConfig, state dict)` of model.py and files. It never builds a model, and nothing it
+Owns the translation between `(GPTConfig, state dict)` of model.py and files. It returns no model, and nothing it
 loads can run code: safetensors hold numbers only, and ckpt.pt goes through torch's weights-only unpickler.
 
 A parameter's way, taking the first MLP matrix of GPT-2 small:
@@ -41,8 +41,9 @@ from flatgpt.files import (
     write_json,
 )
 from flatgpt.models.baselines import build_empty
+from flatgpt.models.positions import HIGH_FREQ_FACTOR, LOW_FREQ_FACTOR
 from flatgpt.pickles import STAND_INS
-from model import HIGH_FREQ_FACTOR, LOW_FREQ_FACTOR, GPTConfig
+from model import GPTConfig
 
 HUB_ALIASES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
@@ -105,26 +106,24 @@ def load_huggingface(folder: Path) -> tuple[GPTConfig, State]:
     with an index). Raises ValueError for a model of another type, or with a part that model.py does not have."""
     folder = Path(folder)
     with reading_values(folder / "config.json"):
-        return _load_huggingface(folder, read_json(folder / "config.json"))
-
-
-def _load_huggingface(folder: Path, settings: dict) -> tuple[GPTConfig, State]:
-    kinds = {"gpt2": (_gpt2_config, _from_gpt2), "llama": (_llama_config, _from_llama),
-             "flatgpt": (_own_config, lambda config, state: state)}
-    if settings.get("model_type") not in kinds:
-        raise ValueError(f"{folder}: model_type is {settings.get('model_type')!r}, and only gpt2 and llama can be "
-                         "loaded")
-    read_config, rename = kinds[settings["model_type"]]
-    values, faults = read_config(settings)
-    if faults:
-        raise ValueError(f"{folder}/config.json asks for what there is not here: {', '.join(faults)}")
-    config = _make_config(folder / "config.json", values)
-    state = rename(config, {name: tensor.float() for name, tensor in _read_safetensors(folder).items()})
-    if settings["model_type"] == "gpt2":
-        config.bias = (settings.get("flatgpt") or {}).get("bias", True) or _any_bias(state)
-        if not config.bias:
-            state = {name: tensor for name, tensor in state.items() if not name.endswith(".bias")}
-    return config, _finish(config, state, folder)
+        settings = read_json(folder / "config.json")
+        kinds = {"gpt2": (_gpt2_config, _from_gpt2), "llama": (_llama_config, _from_llama),
+                 "flatgpt": (_own_config, lambda config, state: state)}
+        if settings.get("model_type") not in kinds:
+            raise ValueError(f"{folder}: model_type is {settings.get('model_type')!r}, and only gpt2 and llama can be "
+                             "loaded")
+        read_config, rename = kinds[settings["model_type"]]
+        values, faults = read_config(settings)
+        if faults:
+            raise ValueError(f"{folder}/config.json asks for what there is not here: {', '.join(faults)}")
+        config = _make_config(folder / "config.json", values)
+        state = rename(config, {name: tensor.float() for name, tensor in _read_safetensors(folder).items()})
+        if settings["model_type"] == "gpt2":
+            config.bias = (settings.get("flatgpt") or {}).get("bias", True) or any(
+                name.endswith(".bias") and bool(tensor.any()) for name, tensor in state.items())
+            if not config.bias:
+                state = {name: tensor for name, tensor in state.items() if not name.endswith(".bias")}
+        return config, _finish(config, state, folder)
 
 
 def _gpt2_config(settings: dict) -> tuple[dict[str, Any], list[str]]:
@@ -212,17 +211,13 @@ def load_nanogpt(path: Path) -> tuple[GPTConfig, State]:
     """nanoGPT's ckpt.pt: `model_args`, and `model` with the prefixes that torch.compile leaves."""
     checkpoint = read_nanogpt(path)
     with reading_values(path):
-        return _load_nanogpt(path, checkpoint)
-
-
-def _load_nanogpt(path: Path, checkpoint: dict) -> tuple[GPTConfig, State]:
-    args = checkpoint["model_args"]
-    config = _make_config(path, {"mlp": "gelu"} | {key: args[key] for key in (
-        "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias") if key in args})
-    state = {name.removeprefix("_orig_mod.").removeprefix("transformer."): tensor.float()
-             for name, tensor in checkpoint["model"].items()}
-    state = {name: tensor for name, tensor in state.items() if not ATTENTION_MASKS.fullmatch(name)}
-    return config, _finish(config, state, path)
+        args = checkpoint["model_args"]
+        config = _make_config(path, {"mlp": "gelu"} | {key: args[key] for key in (
+            "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias") if key in args})
+        state = {name.removeprefix("_orig_mod.").removeprefix("transformer."): tensor.float()
+                 for name, tensor in checkpoint["model"].items()}
+        state = {name: tensor for name, tensor in state.items() if not ATTENTION_MASKS.fullmatch(name)}
+        return config, _finish(config, state, path)
 
 
 def read_nanogpt(path: Path) -> dict:
@@ -265,10 +260,6 @@ def _read_safetensors(folder: Path) -> State:
         except SafetensorError as error:
             raise ValueError(broken(file, f": {error}")) from None
     return state
-
-
-def _any_bias(state: State) -> bool:
-    return any(name.endswith(".bias") and bool(tensor.any()) for name, tensor in state.items())
 
 
 def _finish(config: GPTConfig, state: State, path: Path) -> State:

@@ -153,7 +153,7 @@ def stand_in(model: nn.Module, here: Job) -> nn.Module:
     with torch.no_grad():
         for p in trial.parameters():
             p.zero_()
-    trial.set_attention(model.h[0].attn.how if model.h else "sdpa")
+    trial.set_attention(model.h[0].attn.backend if model.h else "sdpa")
     return trial
 
 
@@ -177,7 +177,7 @@ def _shard(model: nn.Module, mesh: DeviceMesh, here: Job) -> None:
     for block in model.h:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)
-    register_fsdp_forward_method(model, "_next_logits")  # generation does not come through `forward`
+    register_fsdp_forward_method(model, "next_token_logits")  # generation does not come through `forward`
 
 
 def wrap(model: nn.Module, here: Job, batch_size: int) -> nn.Module:

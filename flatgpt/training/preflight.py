@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-import model as gpt
 from flatgpt import launcher
 from flatgpt.data.loader import BatchPlan
 from flatgpt.machine import free_memory_bytes, resident_bytes
+from flatgpt.models import fused
 from flatgpt.training import distributed
 from flatgpt.training.checkpoint import RunFolder
 from flatgpt.training.device import memory_bytes
@@ -225,8 +225,8 @@ def _activation_bytes_without_blocks(model: LanguageModel, rows: int, here: Job)
 
 def _head_bytes(model: LanguageModel, rows: int, here: Job) -> int:
     """Of the head's gradient, and of the logits that exist at a time."""
-    chunk = gpt.LOGITS_CHUNK_BYTES_CUDA if here.device.type == "cuda" else gpt.LOGITS_CHUNK_BYTES
-    softmax = 4 * gpt.SOFTMAX_ELEMENTS if here.device.type == "cpu" else 3 * chunk
+    chunk = fused.LOGITS_CHUNK_BYTES_CUDA if here.device.type == "cuda" else fused.LOGITS_CHUNK_BYTES
+    softmax = 4 * fused.SOFTMAX_ELEMENTS if here.device.type == "cpu" else 3 * chunk
     return 4 * model.head.numel() + min(chunk + softmax, 8 * rows * model.config.padded_vocab_size)
 
 

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from conftest import ROOT, TINY_RUN, on_ranks, records_of, run_process
 
 from flatgpt.models.baselines import build, build_empty, count_pairs, fit_bigram
+from flatgpt.models.fused import activation
 from flatgpt.training import distributed
 from flatgpt.training.device import DeviceConfig
 from flatgpt.training.distributed import ParallelConfig
-from model import GPTConfig, LanguageModel, activation
+from model import GPTConfig, LanguageModel
 
 MODELS = ("bigram", "mlp", "rnn", "lstm", "gru")
 RECURRENT = ("rnn", "lstm", "gru")
@@ -112,10 +113,10 @@ def test_the_cache_changes_nothing_far_past_block_size_either(kind, prompt_token
     with torch.no_grad():
         for part in (idx, tokens(2, 9), tokens(2, 1)):
             state, before = cache.state, copy.deepcopy(cache.state)
-            behind = model._hidden(part, cache)
+            behind = model.hidden_states(part, cache)
             if state is not None:  # a mark holds it
                 torch.testing.assert_close(state, before, atol=0, rtol=0)
-        whole = model._hidden(torch.cat([idx, tokens(2, 9), tokens(2, 1)], dim=1))
+        whole = model.hidden_states(torch.cat([idx, tokens(2, 9), tokens(2, 1)], dim=1))
     assert cache.length == prompt_tokens + 10
     torch.testing.assert_close(behind, whole[:, -1:], atol=1e-5, rtol=1e-5)
     draws = [model.generate(idx, 30, 5.0, use_cache=use_cache, generator=torch.Generator().manual_seed(3))

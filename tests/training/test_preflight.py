@@ -64,7 +64,7 @@ def test_activations_are_about_what_autograd_keeps(checkpointing, dtype):
     here = Job(0, 1, torch.device("cpu"), dtype)
     tokens = torch.ones(16, 64, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), here.autocast():
-        x = model._hidden(tokens)
+        x = model.hidden_states(tokens)
     really = sum(num_bytes for num_bytes, _ in kept.values()) + x.nbytes
     estimate = preflight.activation_bytes(model, 16, here)
     head = 4 * (model.wte.weight.numel() + 2 * 16 * 64 * model.config.padded_vocab_size)
@@ -229,7 +229,7 @@ def test_a_full_gpu_names_the_keys_to_turn(refused, tiny_data, monkeypatch):
     def overflow(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore of it.")
 
-    monkeypatch.setattr("model.LinearCrossEntropy.apply", overflow)
+    monkeypatch.setattr("flatgpt.models.fused.LinearCrossEntropy.apply", overflow)
     line = refused("train", *TINY_RUN)
     assert "the memory of cpu is full: lower --batch_size (now 4; " in line
     assert "--activation_checkpointing=True" in line
