@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from flatgpt import machine
-from flatgpt.options import closest, parse_options, run_script
+from flatgpt.options import check_options, closest, failed_rules, parse_options, run_script
 
 if __name__ == "__main__":
     machine.warn_of_little_memory()
@@ -70,6 +70,19 @@ class EvalConfig:
     json: bool = False  # print one JSON object, and nothing else
     where: DeviceConfig = field(default_factory=DeviceConfig)
 
+    def validate(self) -> list[str]:
+        faults = failed_rules(
+            self, ("block_size", self.block_size >= 0, "0 (the model's) or more"),
+            ("stride", self.stride >= 0, "0 (block_size) or more"),
+            ("eval_iters", self.eval_iters >= 0, "0 (all) or more"),
+            ("batch_size", 1 <= self.batch_size <= 10**6, "1 to 1,000,000"))
+        names = task_names(self)
+        faults += [f"there is no task {name!r}; {closest(name, TASKS) or 'there is ' + ', '.join(TASKS)}"
+                   for name in names if name not in TASKS]
+        faults += [f"{name}_file={questions_file(self, name)} is for --tasks={name}" for name in TASKS
+                   if questions_file(self, name) and name not in names]
+        return faults
+
 
 def main(argv: list[str]) -> None:
     config, _ = parse_options(EvalConfig, argv, usage=__doc__)
@@ -80,23 +93,6 @@ def main(argv: list[str]) -> None:
         except torch.OutOfMemoryError as error:
             raise ValueError(f"the memory of {here.device} is full: lower --batch_size (now {config.batch_size}) "
                              f"({str(error).splitlines()[0]})") from None
-
-
-def check_options(config: EvalConfig) -> None:
-    """Raises ValueError that lists all faults."""
-    faults = [f"{key}={getattr(config, key)} must be {what}" for key, ok, what in (
-        ("block_size", config.block_size >= 0, "0 (the model's) or more"),
-        ("stride", config.stride >= 0, "0 (block_size) or more"),
-        ("eval_iters", config.eval_iters >= 0, "0 (all) or more"),
-        ("batch_size", 1 <= config.batch_size <= 10**6, "1 to 1,000,000"),
-    ) if not ok]
-    names = task_names(config)
-    faults += [f"there is no task {name!r}; {closest(name, TASKS) or 'there is ' + ', '.join(TASKS)}"
-               for name in names if name not in TASKS]
-    faults += [f"{name}_file={questions_file(config, name)} is for --tasks={name}" for name in TASKS
-               if questions_file(config, name) and name not in names]
-    if faults:
-        raise ValueError("; ".join(faults))
 
 
 def evaluate(config: EvalConfig, here: Job) -> None:

@@ -30,7 +30,7 @@ from flatgpt.data.shards import Dataset
 from flatgpt.data.sources import SOURCES
 from flatgpt.data.tokenizer import load_tokenizer
 from flatgpt.models import weights
-from flatgpt.options import parse_options, run_script
+from flatgpt.options import check_options, parse_options, run_script
 from flatgpt.training import checkpoint
 from flatgpt.training.checkpoint import RunConfig
 from flatgpt.training.device import one_line
@@ -50,6 +50,24 @@ class ExportConfig:
     push: str = ""  # upload the folder to this repository on the Hugging Face hub: owner/name
     public: bool = False  # make that repository public; else it is private
 
+    def validate(self) -> list[str]:
+        faults = []
+        if not self.to:
+            faults.append("--to=FOLDER says where the model folder is to be made")
+        elif os.path.lexists(self.to):
+            faults.append(f"{self.to} exists already: choose another --to, or remove it")
+        if self.public and not self.push:
+            faults.append("public=True is for --push=owner/name")
+        if self.push and not files.HUB_ID.fullmatch(self.push):
+            faults.append(f"push={self.push!r} is no name of a repository: owner/name")
+        elif self.push:
+            from huggingface_hub import get_token
+
+            if not get_token():
+                faults.append("pushing needs a token of the Hugging Face hub that may write: run `hf auth login`, or "
+                              "set HF_TOKEN")
+        return faults
+
 
 def main(argv: list[str]) -> None:
     config, _ = parse_options(ExportConfig, argv, usage=__doc__)
@@ -61,25 +79,6 @@ def main(argv: list[str]) -> None:
     print(f"{to}: step {checkpoint.step_of(folder):,} of {run}, a model folder; its README.md still needs a licence")
     if config.push:
         print(f"pushed to {push(to, config.push, config.public)}")
-
-
-def check_options(config: ExportConfig) -> None:
-    """Raises ValueError for options that cannot work, before anything is written."""
-    if not config.to:
-        raise ValueError("--to=FOLDER says where the model folder is to be made")
-    if os.path.lexists(config.to):
-        raise ValueError(f"{config.to} exists already: choose another --to, or remove it")
-    if config.public and not config.push:
-        raise ValueError("public=True is for --push=owner/name")
-    if not config.push:
-        return
-    if not files.HUB_ID.fullmatch(config.push):
-        raise ValueError(f"push={config.push!r} is no name of a repository: owner/name")
-    from huggingface_hub import get_token
-
-    if not get_token():
-        raise ValueError("pushing needs a token of the Hugging Face hub that may write: run `hf auth login`, or set "
-                         "HF_TOKEN")
 
 
 def find_checkpoint(run: Path, which: str) -> Path:

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from flatgpt import machine
-from flatgpt.options import flatten, parse_options, run_script
+from flatgpt.options import check_options, failed_rules, flatten, parse_options, run_script
 
 if __name__ == "__main__":
     machine.warn_of_little_memory()
@@ -79,6 +79,9 @@ class ModelConfig(GPTConfig):
 
     vocab_size: int = 0  # vocabulary; 0 = the data set's own (50257 where it does not say)
 
+    def validate(self) -> list[str]:
+        return []  # TrainConfig, which knows whether they make a model by themselves, has them checked
+
 
 # What only rank 0 acts on is marked {"rank": 0}: the ranks need not agree, rank 0's value counts for all.
 @dataclass
@@ -102,6 +105,22 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig, metadata={"rank": 0})
     where: DeviceConfig = field(default_factory=DeviceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def validate(self) -> list[str]:
+        faults = failed_rules(
+            self, ("seed", 0 <= self.seed < 2**63, "0 or more, below 2**63"),
+            ("max_iters", self.max_iters >= 0, "0 or more"), ("eval_interval", self.eval_interval > 0, "positive"),
+            ("eval_iters", self.eval_iters >= 0, "0 or more"), ("bigram_k", self.bigram_k > 0, "positive"),
+            ("max_minutes", self.max_minutes >= 0, "0 or more"))
+        if self.bigram_counts and (self.model.model != "bigram" or self.init_from != "scratch"):
+            faults.append(f"bigram_counts=True counts the table of --model=bigram --init_from=scratch, not of model="
+                          f"{self.model.model}, init_from={self.init_from}")
+        if self.init_from == "scratch":
+            try:
+                GPTConfig(**asdict(self.model) | {"vocab_size": self.model.vocab_size or 1}).validate()
+            except ValueError as error:
+                faults.append(str(error))
+        return faults
 
 
 def main(argv: list[str]) -> None:
@@ -312,46 +331,6 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
                 report.went_back(now.step, now.rollbacks, now.skipped, now.next_seq)
         distributed.on_rank0(partial(finish, run, report, now, stopped_by, data.tokenizer is not None), here)
     return stopped_by
-
-
-def check_options(config: TrainConfig) -> None:
-    """Raises ValueError that lists all faults which the options show by themselves."""
-    o = config.optim
-    faults = [f"{name}={value} must be {what}" for name, value, ok, what in (
-        ("seed", config.seed, 0 <= config.seed < 2**63, "0 or more, below 2**63"),
-        ("max_iters", config.max_iters, config.max_iters >= 0, "0 or more"),
-        ("eval_interval", config.eval_interval, config.eval_interval > 0, "positive"),
-        ("eval_iters", config.eval_iters, config.eval_iters >= 0, "0 or more"),
-        ("log_interval", config.log.log_interval, config.log.log_interval > 0, "positive"),
-        ("sample_interval", config.log.sample_interval, config.log.sample_interval >= 0, "0 or more"),
-        ("sample_tokens", config.log.sample_tokens, config.log.sample_tokens > 0, "positive"),
-        ("save_interval", config.run.save_interval, config.run.save_interval >= 0, "0 or more"),
-        ("keep_last", config.run.keep_last, config.run.keep_last >= 0, "0 or more"),
-        ("keep_every", config.run.keep_every, config.run.keep_every >= 0, "0 or more"),
-        ("bigram_k", config.bigram_k, config.bigram_k > 0, "positive"),
-        ("max_minutes", config.max_minutes, config.max_minutes >= 0, "0 or more"),
-        ("timeout_s", config.parallel.timeout_s, config.parallel.timeout_s > 0, "positive"),
-        ("learning_rate", o.learning_rate, o.learning_rate > 0, "positive"),
-        ("muon_lr", o.muon_lr, o.muon_lr > 0, "positive"),
-        ("min_lr", o.min_lr, o.min_lr >= 0, "0 or more"),
-        ("beta1", o.beta1, 0 <= o.beta1 < 1, "at least 0 and below 1"),
-        ("beta2", o.beta2, 0 <= o.beta2 < 1, "at least 0 and below 1"),
-        ("muon_momentum", o.muon_momentum, 0 <= o.muon_momentum < 1, "at least 0 and below 1"),
-        ("decay_fraction", o.decay_fraction, 0 < o.decay_fraction <= 1, "above 0 and at most 1"),
-        ("grad_clip", o.grad_clip, o.grad_clip >= 0, "0 or more"),
-        ("weight_decay", o.weight_decay, o.weight_decay >= 0, "0 or more"),
-        ("spike_sigma", o.spike_sigma, o.spike_sigma >= 0, "0 or more"),
-        ("max_bad_steps", o.max_bad_steps, o.max_bad_steps > 0, "positive"),
-    ) if not ok]
-    if config.run.overwrite and config.run.resume != "never":
-        faults.append("overwrite=True needs resume=never, which says that the old run is to go")
-    if o.schedule != "cosine" and not o.decay_lr:
-        faults.append(f"schedule={o.schedule} needs decay_lr=True; decay_lr=False is learning_rate throughout")
-    if config.bigram_counts and (config.model.model != "bigram" or config.init_from != "scratch"):
-        faults.append(f"bigram_counts=True counts the table of --model=bigram --init_from=scratch, not of model="
-                      f"{config.model.model}, init_from={config.init_from}")
-    if faults:
-        raise ValueError("; ".join(faults))
 
 
 def check_same_run(config: TrainConfig, trainer: Mapping[str, Any], now: Mapping[str, Any], report: Reporter) -> None:

@@ -45,6 +45,7 @@ from flatgpt import files, launcher
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.files import read_trainer, step_of
 from flatgpt.models import weights
+from flatgpt.options import failed_rules
 from flatgpt.training import distributed, optim
 from flatgpt.training.distributed import Job
 from flatgpt.training.optim import StepJudge
@@ -67,6 +68,14 @@ class RunConfig:
     always_save_checkpoint: bool = True  # False: of the evaluations, only those with the best val loss save
     keep_last: int = 3  # checkpoints kept besides the best; 0 = all
     keep_every: int = 0  # keep those of every so many steps as well; 0 = no more than keep_last says
+
+    def validate(self) -> list[str]:
+        faults = failed_rules(
+            self, ("save_interval", self.save_interval >= 0, "0 or more"),
+            ("keep_last", self.keep_last >= 0, "0 or more"), ("keep_every", self.keep_every >= 0, "0 or more"))
+        if self.overwrite and self.resume != "never":
+            faults.append("overwrite=True needs resume=never, which says that the old run is to go")
+        return faults
 
 
 def load_model(source: str, **overrides: Any) -> LanguageModel:

@@ -34,6 +34,7 @@ from flatgpt.data.loader import EvalOrder, pin, prefetch
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.files import EVENTS, read_records, write_records
 from flatgpt.models.sampling import Sampler
+from flatgpt.options import failed_rules
 from flatgpt.training import trackers
 from flatgpt.training.distributed import Job, eager, reshard, sum_over_ranks
 from model import LanguageModel
@@ -57,6 +58,11 @@ class LogConfig:
     tensorboard: bool = False  # write event files for TensorBoard to out_dir/tensorboard as well
     sample_interval: int = 0  # steps between samples of what the model writes by itself; 0 = never
     sample_tokens: int = 100  # tokens in each
+
+    def validate(self) -> list[str]:
+        return failed_rules(self, ("log_interval", self.log_interval > 0, "positive"),
+                            ("sample_interval", self.sample_interval >= 0, "0 or more"),
+                            ("sample_tokens", self.sample_tokens > 0, "positive"))
 
 
 def flops_per_token(model: LanguageModel) -> int:

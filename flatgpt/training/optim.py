@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 import torch.nn as nn
 
+from flatgpt.options import failed_rules
+
 
 @dataclass
 class OptimConfig:
@@ -37,6 +39,19 @@ class OptimConfig:
     min_lr: float = 6e-5  # learning rate at the end of the decay; usually learning_rate / 10
     spike_sigma: float = 0.0  # skip an update whose gradient norm is so many deviations above the usual; 0 = never
     max_bad_steps: int = 10  # skipped updates in a row after which the run goes back to its last good checkpoint
+
+    def validate(self) -> list[str]:
+        faults = failed_rules(
+            self, ("learning_rate", self.learning_rate > 0, "positive"), ("muon_lr", self.muon_lr > 0, "positive"),
+            ("min_lr", self.min_lr >= 0, "0 or more"), ("beta1", 0 <= self.beta1 < 1, "at least 0 and below 1"),
+            ("beta2", 0 <= self.beta2 < 1, "at least 0 and below 1"),
+            ("muon_momentum", 0 <= self.muon_momentum < 1, "at least 0 and below 1"),
+            ("decay_fraction", 0 < self.decay_fraction <= 1, "above 0 and at most 1"),
+            ("grad_clip", self.grad_clip >= 0, "0 or more"), ("weight_decay", self.weight_decay >= 0, "0 or more"),
+            ("spike_sigma", self.spike_sigma >= 0, "0 or more"), ("max_bad_steps", self.max_bad_steps > 0, "positive"))
+        if self.schedule != "cosine" and not self.decay_lr:
+            faults.append(f"schedule={self.schedule} needs decay_lr=True; decay_lr=False is learning_rate throughout")
+        return faults
 
 
 def learning_rate(step: int, config: OptimConfig) -> float:
