@@ -40,12 +40,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from flatgpt import run_folder
 from flatgpt.data import sources
 from flatgpt.data.loader import EvalOrder, Mixture
 from flatgpt.data.shards import Split
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.models import inference
-from flatgpt.training import checkpoint, distributed
+from flatgpt.training import distributed
 from flatgpt.training.device import DeviceConfig, pick_numerics
 from flatgpt.training.distributed import Job
 from flatgpt.training.metrics import validation_loss
@@ -99,7 +100,7 @@ def evaluate(config: EvalConfig, here: Job) -> None:
     """Print what was asked for, on rank 0; every rank takes its share of the work."""
     asked = {name: load_questions(name, questions_file(config, name)) for name in task_names(config)}
     path, called = inference.find_model(config.init_from, config.out_dir)
-    with checkpoint.reading(path):
+    with run_folder.reading(path):
         model = load_model(config, path, here)
         find = inference.find_tokenizer if config.text or asked else inference.known_tokenizer
         tokenizer = find(path, model.config.vocab_size)
@@ -140,7 +141,7 @@ def evaluate(config: EvalConfig, here: Job) -> None:
 
 def load_model(config: EvalConfig, path: Path, here: Job) -> LanguageModel:
     """The model at path on this rank's device, its context length as asked for. Raises ValueError or OSError."""
-    model = checkpoint.load_model(str(path)).to(here.device).eval()
+    model = inference.load_model(str(path)).to(here.device).eval()
     if config.block_size:
         model.crop_block_size(config.block_size)
     if config.stride > model.config.block_size:

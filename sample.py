@@ -35,10 +35,11 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
+from flatgpt import run_folder
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.models import inference
 from flatgpt.models.sampling import Sampler, Stage, table
-from flatgpt.training import checkpoint, distributed
+from flatgpt.training import distributed
 from flatgpt.training.device import DeviceConfig, pick_numerics
 from flatgpt.training.distributed import Job
 from model import Cache, LanguageModel
@@ -99,8 +100,8 @@ def sample(config: SampleConfig, here: Job) -> None:
     """Print the samples, and the speed they were written at."""
     prompt = inference.read(config.prompt)
     path, name = inference.find_model(config.init_from, config.out_dir)
-    with checkpoint.reading(path):
-        model = checkpoint.load_model(str(path))
+    with run_folder.reading(path):
+        model = inference.load_model(str(path))
         tokenizer = inference.find_tokenizer(path, model.config.vocab_size)
     numerics, _ = pick_numerics(model, config.where.dtype, "sdpa", here.device, 1, inference.options_of(path),
                                 training=False)

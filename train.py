@@ -362,7 +362,7 @@ def build_model(config: TrainConfig, given: Mapping[str, str], data: Mixture, tr
         if trainer["folder"]:  # its checksums were verified when it was found
             made.append(LanguageModel.from_pretrained(trainer["folder"], dropout=dropout))
         elif config.init_from != "scratch":
-            made.append(adapt(checkpoint.load_model(config.init_from, dropout=dropout), config, given, data))
+            made.append(adapt(inference.load_model(config.init_from, dropout=dropout), config, given, data))
         else:
             shape = GPTConfig(**asdict(config.model) | {"vocab_size": data.vocab_size})
             made.append(count_bigram(shape, data, config.bigram_k, report) if config.bigram_counts else build(shape))

@@ -30,8 +30,8 @@ import prepare_data
 import train
 from flatgpt import files, signals
 from flatgpt.options import run_script
+from flatgpt.run_folder import read_trainer, verify
 from flatgpt.training import checkpoint, metrics
-from flatgpt.training.checkpoint import read_trainer, verify
 from flatgpt.training.distributed import Job
 
 OPTIONS = (*TINY_RUN, "--max_iters=100", "--lr_decay_iters=100", "--eval_interval=50", "--save_interval=20",

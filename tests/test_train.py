@@ -19,8 +19,9 @@ import train
 from flatgpt.data.loader import TrainOrder
 from flatgpt.data.shards import open_dataset
 from flatgpt.data.tokenizer import ByteTokenizer, load_tokenizer
+from flatgpt.run_folder import read_trainer
 from flatgpt.training import checkpoint
-from flatgpt.training.checkpoint import RunConfig, RunFolder, read_trainer
+from flatgpt.training.checkpoint import RunConfig, RunFolder
 from flatgpt.training.distributed import Job
 from model import GPT
 

@@ -31,7 +31,8 @@ import numpy as np
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
-from flatgpt.files import HUB_ID, fetch_snapshot, follow_link, newest_checkpoint, read_json, write_json
+from flatgpt.files import HUB_ID, fetch_snapshot, read_json, write_json
+from flatgpt.run_folder import follow_link, newest_checkpoint
 
 EOT = "<|endoftext|>"
 KINDS = ("gpt2", "char", "byte", "bpe")

@@ -1,6 +1,7 @@
-"""What a model is given to read: text as its tokenizer encodes it, or windows of the data that it was trained on.
+"""A model from a file, folder or hub id, and what it is given to read: text as its tokenizer encodes it, or windows of
+the data that it was trained on.
 
-Owns how a model and its tokenizer, and a model and its data, find each other. It loads no model.
+Owns how a model is found and verified, and how a model and its tokenizer, and a model and its data, find each other.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flatgpt import files
+from flatgpt import files, run_folder
 from flatgpt.data.loader import MixedOrder, Mixture, TrainOrder, open_mixture
 from flatgpt.data.shards import DATA_DIR, UNKNOWN_VOCAB_SIZE, folder_tokenizer
 from flatgpt.data.tokenizer import (
@@ -24,6 +25,7 @@ from flatgpt.data.tokenizer import (
     no_tokenizer,
 )
 from flatgpt.models import weights
+from model import LanguageModel
 
 NANOGPT_VOCAB_SIZE = 50304  # GPT-2's 50,257 tokens, rounded up
 
@@ -37,6 +39,14 @@ def find_model(init_from: str, out_dir: str) -> tuple[Path, str]:
     source = out_dir if init_from == "resume" else init_from
     path = weights.resolve(source)
     return path, f"{source} ({path.name})" if path.parent.name == "checkpoints" else source
+
+
+def load_model(source: str, **overrides: Any) -> LanguageModel:
+    """LanguageModel.from_pretrained, after the checksums of a folder that has them were verified."""
+    path = weights.resolve(source)
+    if (path / "SHA256SUMS").is_file():
+        run_folder.verify(path)
+    return LanguageModel.from_pretrained(str(path), **overrides)
 
 
 def read(prompt: str) -> str:

@@ -7,7 +7,7 @@
         metrics.jsonl           metrics.py's
         checkpoints/
             latest -> step_00000500     links for people and other programs, on disks that have links; a script
-            best   -> step_00000250     here goes by the step folders and their trainer.json (files.best_checkpoint)
+            best   -> step_00000250     here goes by the step folders and their trainer.json (run_folder.py)
             step_00000250/      a Hugging Face model folder:
                 config.json  generation_config.json  model.safetensors  tokenizer.json  tokenizer_config.json
                 SHA256SUMS      of every other file here (`sha256sum -c SHA256SUMS` reads it)
@@ -43,9 +43,9 @@ from safetensors.torch import load_file
 
 from flatgpt import files, launcher
 from flatgpt.data.tokenizer import Tokenizer
-from flatgpt.files import read_trainer, step_of
 from flatgpt.models import weights
 from flatgpt.options import failed_rules
+from flatgpt.run_folder import LINKS, best_checkpoint, read_trainer, step_folders, step_of, verify
 from flatgpt.training import distributed, optim
 from flatgpt.training.distributed import Job
 from flatgpt.training.optim import StepJudge
@@ -76,40 +76,6 @@ class RunConfig:
         if self.overwrite and self.resume != "never":
             faults.append("overwrite=True needs resume=never, which says that the old run is to go")
         return faults
-
-
-def load_model(source: str, **overrides: Any) -> LanguageModel:
-    """LanguageModel.from_pretrained, after the checksums of a folder that has them were verified."""
-    path = weights.resolve(source)
-    if (path / "SHA256SUMS").is_file():
-        verify(path)
-    return LanguageModel.from_pretrained(str(path), **overrides)
-
-
-@contextlib.contextmanager
-def reading(folder: Path) -> Iterator[None]:
-    """What fails in here because a run under way has deleted the checkpoint, an older one by now, says so."""
-    try:
-        yield
-    except (OSError, ValueError):
-        if folder.exists():
-            raise
-        raise FileNotFoundError(f"{folder} was deleted meanwhile by the run that goes on there: the same command again "
-                                "finds a newer checkpoint") from None
-
-
-def verify(folder: Path) -> None:
-    """Raises ValueError unless every file of SHA256SUMS is there with the content it had when it was saved."""
-    sums = files.read_sums(folder) if (folder / "SHA256SUMS").is_file() else {}
-    if not sums:
-        raise ValueError(f"checkpoint {folder} has no SHA256SUMS: it is incomplete or not ours")
-    for name, digest in sums.items():
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"checkpoint {folder} is damaged: {name} is missing")
-        if files.sha256_file(path) != digest:
-            files.refuse_pointer(path)
-            raise ValueError(f"checkpoint {folder} is damaged: {name} is not what was saved (its checksum differs)")
 
 
 @dataclass
@@ -155,7 +121,7 @@ class RunFolder:
         """The trainer's state to start from, the same on every rank, with `folder`, the checkpoint that it and the
         weights come from, or None. Raises as `find` does, and ValueError when rank 0's is not the newest checkpoint."""
         # Without a shared disk the run lies on rank 0's, and torchrun may have given that rank to another node.
-        newest = distributed.gather(max(files.step_folders(self.path), default=-1), self._here)
+        newest = distributed.gather(max(step_folders(self.path), default=-1), self._here)
         self._launch = distributed.gather(launcher.launch(), self._here)
         if self.config.resume != "never" and max(newest) > newest[0]:
             there = f"that of step {newest[0]}" if newest[0] >= 0 else "none"
@@ -216,7 +182,7 @@ class RunFolder:
     def _make_room_for_links(self) -> None:
         """What a copy that followed the links has put in their places: a checkpoint whose step's folder is missing
         becomes that, one that is there twice goes, and what is no checkpoint moves aside."""
-        for path in (self.checkpoints / name for name in files.LINKS):
+        for path in (self.checkpoints / name for name in LINKS):
             if path.is_symlink() or not path.is_dir():
                 continue
             with contextlib.suppress(OSError):  # then the link cannot be made, which will be said
@@ -253,7 +219,7 @@ class RunFolder:
 
     def steps(self) -> list[Path]:
         """Checkpoint folders, oldest first."""
-        return [*files.step_folders(self.path).values()]
+        return [*step_folders(self.path).values()]
 
     def newest_valid(self, is_wanted: Callable[[Path], bool] = lambda folder: True) -> Path | None:
         """The newest wanted checkpoint whose checksums hold, None when there is no checkpoint at all.
@@ -329,7 +295,7 @@ class RunFolder:
         """Publish a checkpoint of the copies. Raises OSError, with all that was there untouched, when the disk is
         full."""
         final = self.checkpoints / _name(trainer["step"])
-        best = final if is_best else files.best_checkpoint(self.path, before=trainer["step"])
+        best = final if is_best else best_checkpoint(self.path, before=trainer["step"])
         hidden = self.checkpoints / f".{final.name}"
         model, optimizer = self._host
         _remove(hidden)

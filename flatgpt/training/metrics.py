@@ -32,9 +32,9 @@ from tqdm import tqdm
 
 from flatgpt.data.loader import EvalOrder, pin, prefetch
 from flatgpt.data.tokenizer import Tokenizer
-from flatgpt.files import EVENTS, read_records, write_records
 from flatgpt.models.sampling import Sampler
 from flatgpt.options import failed_rules
+from flatgpt.run_folder import EVENTS, read_records, write_records
 from flatgpt.training import trackers
 from flatgpt.training.distributed import Job, eager, reshard, sum_over_ranks
 from model import LanguageModel
