@@ -111,8 +111,7 @@ def export(run: Path, folder: Path, to: Path, name: str) -> None:
         if curve:
             files.write_bytes(hidden / "loss.png", render(curve, "png"))
         files.write_text(hidden / "README.md", card(folder, name, model, records, curve is not None))
-        for path in [*hidden.iterdir(), hidden]:
-            files.sync(path)
+        files.sync_tree(hidden)
         os.rename(hidden, to)
     except BaseException:
         shutil.rmtree(hidden)

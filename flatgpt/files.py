@@ -185,3 +185,9 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """The same of a folder with all that is in it."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)

@@ -306,7 +306,7 @@ def test_the_number_type_of_a_trial_is_kept_from_the_first_step_on(cli, tiny_dat
     """Over a kill before there is a checkpoint, and over a resume, whatever another trial would say."""
     faster(monkeypatch, first)
     with monkeypatch.context() as killed:
-        killed.setattr("train.prefetch", lambda *args: (_ for _ in ()).throw(OSError("killed")))
+        killed.setattr("flatgpt.data.loader.prefetch", lambda *args: (_ for _ in ()).throw(OSError("killed")))
         assert "killed" in cli("train", *BY_TRIAL).err
     assert not list(Path("out/tiny/checkpoints").iterdir())
     faster(monkeypatch, then)

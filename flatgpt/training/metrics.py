@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ import torch
 from tqdm import tqdm
 
 from flatgpt.data.loader import EvalOrder, pin, prefetch
+from flatgpt.data.shards import Split
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.models.sampling import Sampler
 from flatgpt.options import failed_rules
@@ -139,6 +141,25 @@ def validation_losses(model: LanguageModel, orders: Mapping[str, EvalOrder], sha
     mean = sum(share * loss for share, loss in zip(shares, losses.values()))
     each = {f"val/loss/{name}": loss for name, loss in losses.items()} if len(losses) > 1 else {}
     return {"val/loss": mean, **each}
+
+
+class Validation:
+    """The validation losses of a run: of the same sample of the split each time, so that its checkpoints can be
+    compared, and of the whole split."""
+
+    def __init__(self, model: LanguageModel, splits: Mapping[str, Split], shares: list[float], num_seqs: int,
+                 batch_size: int, here: Job):
+        """`num_seqs` windows are the sample, spaced evenly; 0 means all."""
+        self._sample, self._whole = ({name: EvalOrder(split, model.config.block_size, count)
+                                      for name, split in splits.items()} for count in (num_seqs, 0))
+        self.sample_is_whole = all(order.is_whole for order in self._sample.values())
+        self._losses = partial(validation_losses, model, shares=shares, batch_size=batch_size, here=here)
+
+    def sample(self) -> dict[str, float]:
+        return self._losses(self._sample)
+
+    def whole(self) -> dict[str, float]:
+        return self._losses(self._whole)
 
 
 def describe_losses(losses: Mapping[str, float]) -> str:

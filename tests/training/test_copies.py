@@ -23,7 +23,8 @@ def scripted(monkeypatch):
 
     def script(at: int) -> None:
         left = iter(LOSSES[at:])
-        monkeypatch.setattr("train.validation_losses", lambda *args, **kwargs: {"val/loss": next(left, 9.0)})
+        monkeypatch.setattr("flatgpt.training.metrics.validation_losses",
+                            lambda *args, **kwargs: {"val/loss": next(left, 9.0)})
 
     return script
 
