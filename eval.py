@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from flatgpt import machine
-from flatgpt.options import closest, parse_options, run_script
+from flatgpt.options import check_options, closest, failed_rules, parse_options, run_script
 
 if __name__ == "__main__":
     machine.warn_of_little_memory()
@@ -40,13 +40,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from flatgpt import run_folder
 from flatgpt.data import local_files, records
 from flatgpt.data.loader import EvalOrder, Mixture
 from flatgpt.data.shards import Split
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.models import inference
 from flatgpt.models.language_model import LanguageModel
-from flatgpt.training import checkpoint, distributed
+from flatgpt.training import distributed
 from flatgpt.training.device import DeviceConfig, pick_numerics
 from flatgpt.training.distributed import Job
 from flatgpt.training.metrics import validation_loss
@@ -70,6 +71,19 @@ class EvalConfig:
     json: bool = False  # print one JSON object, and nothing else
     where: DeviceConfig = field(default_factory=DeviceConfig)
 
+    def validate(self) -> list[str]:
+        faults = failed_rules(
+            self, ("block_size", self.block_size >= 0, "0 (the model's) or more"),
+            ("stride", self.stride >= 0, "0 (block_size) or more"),
+            ("eval_iters", self.eval_iters >= 0, "0 (all) or more"),
+            ("batch_size", 1 <= self.batch_size <= 10**6, "1 to 1,000,000"))
+        names = task_names(self)
+        faults += [f"there is no task {name!r}; {closest(name, TASKS) or 'there is ' + ', '.join(TASKS)}"
+                   for name in names if name not in TASKS]
+        faults += [f"{name}_file={questions_file(self, name)} is for --tasks={name}" for name in TASKS
+                   if questions_file(self, name) and name not in names]
+        return faults
+
 
 def main(argv: list[str]) -> None:
     config, _ = parse_options(EvalConfig, argv, usage=__doc__)
@@ -82,28 +96,11 @@ def main(argv: list[str]) -> None:
                              f"({str(error).splitlines()[0]})") from None
 
 
-def check_options(config: EvalConfig) -> None:
-    """Raises ValueError that lists all faults."""
-    faults = [f"{key}={getattr(config, key)} must be {what}" for key, ok, what in (
-        ("block_size", config.block_size >= 0, "0 (the model's) or more"),
-        ("stride", config.stride >= 0, "0 (block_size) or more"),
-        ("eval_iters", config.eval_iters >= 0, "0 (all) or more"),
-        ("batch_size", 1 <= config.batch_size <= 10**6, "1 to 1,000,000"),
-    ) if not ok]
-    names = task_names(config)
-    faults += [f"there is no task {name!r}; {closest(name, TASKS) or 'there is ' + ', '.join(TASKS)}"
-               for name in names if name not in TASKS]
-    faults += [f"{name}_file={questions_file(config, name)} is for --tasks={name}" for name in TASKS
-               if questions_file(config, name) and name not in names]
-    if faults:
-        raise ValueError("; ".join(faults))
-
-
 def evaluate(config: EvalConfig, here: Job) -> None:
     """Print what was asked for, on rank 0; every rank takes its share of the work."""
     asked = {name: load_questions(name, questions_file(config, name)) for name in task_names(config)}
     path, called = inference.find_model(config.init_from, config.out_dir)
-    with checkpoint.reading(path):
+    with run_folder.reading(path):
         model = load_model(config, path, here)
         find = inference.find_tokenizer if config.text or asked else inference.known_tokenizer
         tokenizer = find(path, model.config.vocab_size)
@@ -144,7 +141,7 @@ def evaluate(config: EvalConfig, here: Job) -> None:
 
 def load_model(config: EvalConfig, path: Path, here: Job) -> LanguageModel:
     """The model at path on this rank's device, its context length as asked for. Raises ValueError or OSError."""
-    model = checkpoint.load_model(str(path)).to(here.device).eval()
+    model = inference.load_model(str(path)).to(here.device).eval()
     if config.block_size:
         model.crop_block_size(config.block_size)
     if config.stride > model.config.block_size:

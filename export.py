@@ -24,15 +24,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-from flatgpt import files
+from flatgpt import files, run_folder
 from flatgpt.data.loader import Mixture, open_mixture
 from flatgpt.data.shards import Dataset
 from flatgpt.data.sources import SOURCES
 from flatgpt.data.tokenizer import load_tokenizer
-from flatgpt.models import weights
+from flatgpt.models import inference, weights
 from flatgpt.models.language_model import LanguageModel
-from flatgpt.options import parse_options, run_script
-from flatgpt.training import checkpoint
+from flatgpt.options import check_options, parse_options, run_script
 from flatgpt.training.checkpoint import RunConfig
 from flatgpt.training.device import one_line
 from flatgpt.training.metrics import LogConfig, summarize
@@ -50,44 +49,43 @@ class ExportConfig:
     push: str = ""  # upload the folder to this repository on the Hugging Face hub: owner/name
     public: bool = False  # make that repository public; else it is private
 
+    def validate(self) -> list[str]:
+        faults = []
+        if not self.to:
+            faults.append("--to=FOLDER says where the model folder is to be made")
+        elif os.path.lexists(self.to):
+            faults.append(f"{self.to} exists already: choose another --to, or remove it")
+        if self.public and not self.push:
+            faults.append("public=True is for --push=owner/name")
+        if self.push and not files.HUB_ID.fullmatch(self.push):
+            faults.append(f"push={self.push!r} is no name of a repository: owner/name")
+        elif self.push:
+            from huggingface_hub import get_token
+
+            if not get_token():
+                faults.append("pushing needs a token of the Hugging Face hub that may write: run `hf auth login`, or "
+                              "set HF_TOKEN")
+        return faults
+
 
 def main(argv: list[str]) -> None:
     config, _ = parse_options(ExportConfig, argv, usage=__doc__)
     check_options(config)
     run, to = Path(config.run), Path(config.to)
     folder = find_checkpoint(run, config.checkpoint)
-    with checkpoint.reading(folder):
+    with run_folder.reading(folder):
         export(run, folder, to, config.push or to.name)
-    print(f"{to}: step {checkpoint.step_of(folder):,} of {run}, a model folder; its README.md still needs a licence")
+    print(f"{to}: step {run_folder.step_of(folder):,} of {run}, a model folder; its README.md still needs a licence")
     if config.push:
         print(f"pushed to {push(to, config.push, config.public)}")
 
 
-def check_options(config: ExportConfig) -> None:
-    """Raises ValueError for options that cannot work, before anything is written."""
-    if not config.to:
-        raise ValueError("--to=FOLDER says where the model folder is to be made")
-    if os.path.lexists(config.to):
-        raise ValueError(f"{config.to} exists already: choose another --to, or remove it")
-    if config.public and not config.push:
-        raise ValueError("public=True is for --push=owner/name")
-    if not config.push:
-        return
-    if not files.HUB_ID.fullmatch(config.push):
-        raise ValueError(f"push={config.push!r} is no name of a repository: owner/name")
-    from huggingface_hub import get_token
-
-    if not get_token():
-        raise ValueError("pushing needs a token of the Hugging Face hub that may write: run `hf auth login`, or set "
-                         "HF_TOKEN")
-
-
 def find_checkpoint(run: Path, which: str) -> Path:
     """The checkpoint of a run that is meant. Raises ValueError that names those there are."""
-    steps = files.step_folders(run)
+    steps = run_folder.step_folders(run)
     if not steps:
         raise ValueError(f"{run} is no run folder with checkpoints: --run names the --out_dir of train.py")
-    there = {"best": files.best_checkpoint(run), "latest": files.newest_checkpoint(run)} | {
+    there = {"best": run_folder.best_checkpoint(run), "latest": run_folder.newest_checkpoint(run)} | {
         f"step_{step}": folder for step, folder in steps.items()}
     if folder := there.get(re.sub("^step_0+(?=[0-9])", "step_", which)):
         return folder
@@ -98,7 +96,7 @@ def find_checkpoint(run: Path, which: str) -> Path:
 def export(run: Path, folder: Path, to: Path, name: str) -> None:
     """Make `to` out of a checkpoint; `name` is what its card calls it. Raises ValueError when the checkpoint is
     damaged, OSError when the folder cannot be written."""
-    model = checkpoint.load_model(str(folder))  # its checksums are verified there
+    model = inference.load_model(str(folder))  # its checksums are verified there
     to.parent.mkdir(parents=True, exist_ok=True)
     hidden = to.with_name(f".{to.name}.tmp")
     shutil.rmtree(hidden, ignore_errors=True)  # what a killed export left
@@ -108,13 +106,12 @@ def export(run: Path, folder: Path, to: Path, name: str) -> None:
             if (folder / part).is_file():
                 with files.named_errors(to / part):
                     shutil.copyfile(folder / part, hidden / part)
-        records = files.read_records(run / "metrics.jsonl")
+        records = run_folder.read_records(run / "metrics.jsonl")
         curve = picture_of(PICTURES[0], [Run(name, run, records, {}, None)])
         if curve:
             files.write_bytes(hidden / "loss.png", render(curve, "png"))
         files.write_text(hidden / "README.md", card(folder, name, model, records, curve is not None))
-        for path in [*hidden.iterdir(), hidden]:
-            files.sync(path)
+        files.sync_tree(hidden)
         os.rename(hidden, to)
     except BaseException:
         shutil.rmtree(hidden)
@@ -146,7 +143,7 @@ def push(folder: Path, repo_id: str, public: bool) -> str:
 
 def card(folder: Path, name: str, model: LanguageModel, records: list[dict[str, Any]], has_curve: bool) -> str:
     """README.md, in Markdown, with the header that the hub reads."""
-    trainer = checkpoint.read_trainer(folder)
+    trainer = run_folder.read_trainer(folder)
     options = trainer["options"]
     data = open_data(options, trainer)
     is_ours = files.read_json(folder / "config.json")["model_type"] == "flatgpt"

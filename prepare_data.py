@@ -33,7 +33,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,8 +61,8 @@ from flatgpt.data.shards import DATA_DIR
 from flatgpt.data.sources import SOURCES, SourceConfig
 from flatgpt.data.splits import digest_of, plan_splits
 from flatgpt.data.staging import StagingFolder, describe, plural, wait_for
-from flatgpt.data.tokenizer import Tokenizer, check_kind, load_tokenizer, make_tokenizer
-from flatgpt.options import closest, parse_options, run_script
+from flatgpt.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
+from flatgpt.options import changed_keys, check_options, parse_options, run_script
 
 BPE_BYTES = 500 << 20  # text that a bpe is trained on, at most
 TOKENS_PER_BYTE = {"gpt2": 0.25, "bpe": 0.25, "char": 1.0, "byte": 1.0}  # about, to know the disk space ahead
@@ -79,11 +79,25 @@ class PrepareConfig:
     verify: Annotated[str, "path"] = ""  # only check every checksum, count and token id of this dataset folder
     info: Annotated[str, "path"] = ""  # only show what is in this dataset folder
 
+    def validate(self) -> list[str]:
+        source, changed, faults = self.source, changed_keys(self), []
+        if looking := [key for key in ("verify", "info") if key in changed]:
+            if others := [f"--{key}" for key in changed if key != looking[0]]:
+                faults.append(f"--{looking[0]} only looks into a folder: leave out {' '.join(others)}")
+        elif not (source.dataset or source.input or source.hf):
+            faults.append(f"nothing to read: name a source ({', '.join(SOURCES)}), a data set of the hub "
+                          "(--hf=OWNER/NAME) or --input=FILE_OR_FOLDER")
+        if self.show_merges and not looking and (kind := tokenizer_kind(self)) != "bpe":
+            faults.append(f"show_merges: the {kind} tokenizer learns no merges from the text, --tokenizer=bpe does")
+        if self.name and not FOLDER_NAME.fullmatch(self.name):
+            faults.append(f"name={self.name!r} must be a plain folder name of letters, digits and .-+_")
+        return faults
+
 
 def main(argv: list[str]) -> None:
     """Make a dataset folder; or verify one, or show what is in it."""
-    config, given = parse_options(PrepareConfig, argv, usage=__doc__, bare_word="dataset")
-    check_options(config, given)
+    config, _ = parse_options(PrepareConfig, argv, usage=__doc__, bare_word="dataset")
+    check_options(config)
     if config.verify:
         return verify(shards.find_folder(config.verify))
     if config.info:
@@ -106,44 +120,6 @@ def tokenizer_kind(config: PrepareConfig) -> str:
     """The tokenizer asked for, else the source's own."""
     kind, source = config.tokens.tokenizer, SOURCES.get(config.source.dataset, sources.Source())
     return source.tokenizer if kind == "auto" else kind
-
-
-def check_options(config: PrepareConfig, given: Mapping[str, str]) -> None:
-    """Raises ValueError that lists all faults."""
-    source, tokens, faults = config.source, config.tokens, []
-    if looking := [key for key in ("verify", "info") if key in given]:
-        if others := [f"--{key}" for key in given if key != looking[0]]:
-            faults.append(f"--{looking[0]} only looks into a folder: leave out {' '.join(others)}")
-    elif not (source.dataset or source.input or source.hf):
-        faults.append(f"nothing to read: name a source ({', '.join(SOURCES)}), a data set of the hub (--hf=OWNER/NAME) "
-                      "or --input=FILE_OR_FOLDER")
-    if source.dataset and source.dataset not in SOURCES:
-        hint = closest(source.dataset, SOURCES) or f"the sources are {', '.join(SOURCES)}"
-        faults.append(f"no source {source.dataset!r}; {hint} (your own text: --input=FILE_OR_FOLDER --name=NAME)")
-    elif source.hf and (source.input or source.dataset):
-        faults.append(f"--hf={source.hf} is a source of its own: leave out "
-                      + ("--input" if source.input else f"the name {source.dataset}"))
-    elif not looking and not sources.hub_name(source):
-        faults += [f"{key} is for data sets of the hub" for key in ("subset", "split", "revision") if key in given]
-    val, test = tokens.val_fraction, tokens.test_fraction
-    if val is not None and not (val > 0 and test >= 0 and val + test < 1):
-        faults.append(f"val_fraction={val} must be above 0, test_fraction={test} not below, and both together below 1")
-    elif not 0 <= test < 0.9:
-        faults.append(f"test_fraction={test} must be at least 0 and below 0.9")
-    if not 0 < tokens.shard_tokens < 2**31:
-        faults.append(f"shard_tokens={tokens.shard_tokens} must be positive, and below 2**31, which its header can say")
-    if config.show_merges and not looking and (kind := tokenizer_kind(config)) != "bpe":
-        faults.append(f"show_merges: the {kind} tokenizer learns no merges from the text, --tokenizer=bpe does")
-    try:
-        check_kind(tokenizer_kind(config))
-    except ValueError as error:
-        faults.append(str(error))
-    if tokens.workers < 0:
-        faults.append(f"workers={tokens.workers} must be 0 or more")
-    if "name" in given and not FOLDER_NAME.fullmatch(config.name):
-        faults.append(f"name={config.name!r} must be a plain folder name of letters, digits and .-+_")
-    if faults:
-        raise ValueError("; ".join(faults))
 
 
 def prepare(config: PrepareConfig, rank: int, world_size: int) -> None:

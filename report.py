@@ -28,7 +28,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from flatgpt import files
-from flatgpt.options import parse_options, run_script
+from flatgpt.options import check_options, parse_options, run_script
 from flatgpt.training.plots import (
     COLOURS,
     PICTURES,
@@ -50,15 +50,18 @@ class ReportConfig:
     runs: Annotated[tuple[str, ...], "path"] = ()  # run folders to compare; words without -- are run folders as well
     out: Annotated[str, "path"] = "report.html"  # page to write; its pictures go beside it, into NAME_files/
 
+    def validate(self) -> list[str]:
+        faults = [] if self.runs else ["no run is named; write: python report.py --runs out/a out/b"]
+        if Path(self.out).suffix not in (".html", ".htm"):
+            faults.append(f"--out={self.out}: the name of the page has to end in .html")
+        return faults
+
 
 def main(argv: list[str]) -> None:
     """Write the page, and its pictures beside it."""
     config, _ = parse_options(ReportConfig, argv, usage=__doc__, bare_word="runs")
+    check_options(config)
     out = Path(config.out)
-    if not config.runs:
-        raise ValueError("no run is named; write: python report.py --runs out/a out/b")
-    if out.suffix not in (".html", ".htm"):
-        raise ValueError(f"--out={out}: the name of the page has to end in .html")
     folders = list({Path(folder).resolve(): Path(folder) for folder in config.runs}.values())
     runs = read_runs(folders)
     figures = {picture: figure for picture in PICTURES if (figure := picture_of(picture, runs))}

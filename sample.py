@@ -22,13 +22,12 @@ import contextlib
 import itertools
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 from flatgpt import machine
-from flatgpt.options import parse_options, run_script
+from flatgpt.options import changed_keys, check_options, failed_rules, parse_options, run_script
 
 if __name__ == "__main__":
     machine.warn_of_little_memory()
@@ -36,12 +35,13 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
+from flatgpt import run_folder
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.models import inference
 from flatgpt.models.generate import Cache
 from flatgpt.models.language_model import LanguageModel
 from flatgpt.models.sampling import Sampler, Stage, table
-from flatgpt.training import checkpoint, distributed
+from flatgpt.training import distributed
 from flatgpt.training.device import DeviceConfig, pick_numerics
 from flatgpt.training.distributed import Job
 
@@ -67,10 +67,32 @@ class SampleConfig:
     compile: Literal["auto", "True", "False"] = "auto"  # torch.compile the step of a token; auto = on CUDA only
     where: DeviceConfig = field(default_factory=DeviceConfig)
 
+    def validate(self) -> list[str]:
+        faults = failed_rules(
+            self, ("num_samples", self.num_samples >= 1, "at least 1"),
+            ("max_new_tokens", self.max_new_tokens >= 0, "0 or more"),
+            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
+            ("show_probs", self.show_probs >= 0, "0 (none) or more"),
+            ("prompt_tokens", self.prompt_tokens >= 0, "0 (half of block_size) or more"),
+            ("seed", 0 <= self.seed < 2**63, "0 or more, below 2**63"))
+        try:
+            make_sampler(self)
+        except ValueError as error:
+            faults.append(str(error))
+        why, unwanted = "--dataset and --prompt_tokens are for --split=train, val or test", ("dataset", "prompt_tokens")
+        if self.interactive:
+            why, unwanted = "--interactive reads its prompts line by line, and continues each once", (
+                "prompt", "split", "dataset", "prompt_tokens", "num_samples")
+        elif self.split:
+            why, unwanted = f"--split={self.split} takes its prompts from the data", ("prompt",)
+        if found := [f"--{key}" for key in unwanted if key in changed_keys(self)]:
+            faults.append(f"{why}: leave out {' '.join(found)}")
+        return faults
+
 
 def main(argv: list[str]) -> None:
-    config, given = parse_options(SampleConfig, argv, usage=__doc__, aliases={"start": "prompt"})
-    check_options(config, given)
+    config, _ = parse_options(SampleConfig, argv, usage=__doc__, aliases={"start": "prompt"})
+    check_options(config)
     with distributed.job(config.where, alone=True) as here:
         sample(config, here)
 
@@ -79,8 +101,8 @@ def sample(config: SampleConfig, here: Job) -> None:
     """Print the samples, and the speed they were written at."""
     prompt = inference.read(config.prompt)
     path, name = inference.find_model(config.init_from, config.out_dir)
-    with checkpoint.reading(path):
-        model = checkpoint.load_model(str(path))
+    with run_folder.reading(path):
+        model = inference.load_model(str(path))
         tokenizer = inference.find_tokenizer(path, model.config.vocab_size)
     numerics, _ = pick_numerics(model, config.where.dtype, "sdpa", here.device, 1, inference.options_of(path),
                                 training=False)
@@ -103,32 +125,6 @@ def sample(config: SampleConfig, here: Job) -> None:
     if not config.interactive:  # there most of the time is the user's
         seconds = time.perf_counter() - began
         print(f"{config.num_samples * config.max_new_tokens / seconds:.1f} tokens/s")
-
-
-def check_options(config: SampleConfig, given: Mapping[str, str]) -> None:
-    """Raises ValueError that lists all faults."""
-    faults = [f"{key}={getattr(config, key)} must be {what}" for key, ok, what in (
-        ("num_samples", config.num_samples >= 1, "at least 1"),
-        ("max_new_tokens", config.max_new_tokens >= 0, "0 or more"),
-        ("top_k", config.top_k >= 0, "0 (all tokens) or more"),
-        ("show_probs", config.show_probs >= 0, "0 (none) or more"),
-        ("prompt_tokens", config.prompt_tokens >= 0, "0 (half of block_size) or more"),
-        ("seed", 0 <= config.seed < 2**63, "0 or more, below 2**63"),
-    ) if not ok]
-    try:
-        make_sampler(config)
-    except ValueError as error:
-        faults.append(str(error))
-    why, unwanted = "--dataset and --prompt_tokens are for --split=train, val or test", ("dataset", "prompt_tokens")
-    if config.interactive:
-        why, unwanted = "--interactive reads its prompts line by line, and continues each once", (
-            "prompt", "split", "dataset", "prompt_tokens", "num_samples")
-    elif config.split:
-        why, unwanted = f"--split={config.split} takes its prompts from the data", ("prompt",)
-    if found := [f"--{key}" for key in unwanted if key in given]:
-        faults.append(f"{why}: leave out {' '.join(found)}")
-    if faults:
-        raise ValueError("; ".join(faults))
 
 
 def make_sampler(config: SampleConfig) -> Sampler:

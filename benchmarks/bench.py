@@ -74,11 +74,12 @@ from flatgpt.data.sources import SourceConfig
 from flatgpt.data.tokenizer import GPT2Tokenizer
 from flatgpt.models.sampling import Sampler
 from flatgpt.options import parse_options, run_script
-from flatgpt.training.checkpoint import Progress, RunConfig, RunFolder
+from flatgpt.training.checkpoint import RunConfig, RunFolder
 from flatgpt.training.device import pick_device, pick_dtype, pick_numerics
 from flatgpt.training.distributed import Job, compile_parts
 from flatgpt.training.metrics import peak_memory_gb
 from flatgpt.training.optim import OptimConfig, build_optimizer
+from flatgpt.training.resume import Progress
 from model import GPT, GPTConfig
 from train import TrainConfig
 

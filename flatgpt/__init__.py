@@ -4,6 +4,7 @@
     models/     batches -> loss; weights in and out; text
     training/   what a run needs around the model
     options.py  config files and --key=value arguments -> validated dataclasses; files.py, small files on disk;
+    run_folder.py, a run's records and checkpoints, for all who read them;
     signals.py, streams and what asks a process to stop; launcher.py, what started it; machine.py, memory and cores;
     pickles.py, other people's pickles without running them
 

@@ -1,10 +1,7 @@
-"""Files on disk: small ones that are replaced whole, records a line each, checksums, syncing, the hub's cache, and the
-checkpoints of a run folder.
+"""Files on disk: small ones that are replaced whole, checksums, syncing, the hub's cache.
 
 Owns how small files are written so that a kill or a full disk leaves the old one or the new one, never half of either;
-which encoding a text has; what a file is by its first bytes, for those that are not what their name says; and how the
-newest and the best checkpoint of a run are found, by all who read them. The links `latest` and `best` are for people: a
-copy may have lost them, or have folders or text files in their places.
+which encoding a text has; and what a file is by its first bytes, for those that are not what their name says.
 """
 
 from __future__ import annotations
@@ -15,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name on the Hugging Face hub
@@ -29,15 +26,6 @@ MAGIC_BYTES = {  # first bytes of a file -> what it is, and the way out
     b"\x1f\x8b\x08": "compressed: `gzip -d` unpacks it", b"\x28\xb5\x2f\xfd": "compressed: `zstd -d` unpacks it",
     b"BZh91AY&SY": "compressed: `bzip2 -d` unpacks it", b"\xfd7zXZ\0": "compressed: `xz -d` unpacks it",
     b"PK\x03\x04": "a ZIP archive: `unzip` unpacks it", b"%PDF-": "a PDF: `pdftotext` makes text of it"}
-LINKS = ("latest", "best")  # in a run's checkpoints/
-NUMBER = int | float
-TRAINER = {  # trainer.json's keys, and of what kind their values are
-    **dict.fromkeys(("step", "next_seq", "bad_steps", "skipped", "rollbacks", "tokens"), int), "best_step": int | None,
-    "best_val_loss": NUMBER | None, "elapsed_s": NUMBER, "options": dict, "judge": dict, "scaler": dict | None}
-RECORD = {  # the same for the records of metrics.jsonl; what is not named here are losses, or another version's
-    **dict.fromkeys(("tokens", "elapsed_s", "lr", "grad_norm", "tokens_per_sec", "mfu", "memory_gb", "skipped",
-                     "rollbacks", "next_seq"), NUMBER | None), "batch_hash": str, "fault": str, "samples": list}
-EVENTS = {"fault": "skipped step", "rollbacks": "rollback", "resumed": "restart"}  # key of a record -> what it is of
 
 
 def read_json(path: Path) -> dict:
@@ -110,25 +98,6 @@ def broken(path: Path, reason: object, own: bytes = b"") -> str:
         if (what := identify(head)) and not (own and head.startswith(own)):
             return f"{path} is {what}"
     return f"{path} is broken{reason}"
-
-
-def read_records(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl; none when there is no such file. Lines that are none are left out, since a kill,
-    or a run that is just writing, leaves one torn; and so are values of another kind than a run writes."""
-    records = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                record = json.loads(line)
-                if isinstance(record, dict) and isinstance(record.get("step"), int):
-                    records.append({key: value for key, value in record.items()
-                                    if isinstance(value, RECORD.get(key, NUMBER | None if "/" in key else object))})
-    return records
-
-
-def write_records(path: Path, records: list[dict]) -> None:
-    """See `write_text`."""
-    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -218,96 +187,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-# The checkpoints of a run folder
-
-
-def step_folders(run: Path) -> dict[int, Path]:
-    """Step -> checkpoint folder, oldest first, whole or not. Where a copy has a folder in a link's place, that one
-    stands for its step if the step's own folder is missing or lacks files."""
-    found = {}
-    for path in sorted((run / "checkpoints").glob("step_*")):
-        if re.fullmatch("step_[0-9]+", path.name) and path.is_dir():
-            found[step_of(path)] = path
-    for path in (run / "checkpoints" / name for name in LINKS):
-        step = step_of(path) if path.is_dir() and not path.is_symlink() else None
-        if step is not None and (step not in found or (is_whole(path) and not is_whole(found[step]))):
-            found[step] = path
-    return dict(sorted(found.items()))
-
-
-def step_of(folder: Path) -> int | None:
-    """The step of a checkpoint, which its name says, or else its trainer.json; None where neither does."""
-    if found := re.fullmatch("step_([0-9]+)", folder.name):
-        return int(found[1])
-    with contextlib.suppress(OSError, ValueError):
-        return read_trainer(folder)["step"]
-    return None
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether a checkpoint has all its files; half a copy has not. What is in them is for `checkpoint.verify`."""
-    try:
-        names = read_sums(folder)
-        return bool(names) and all((folder / name).is_file() for name in names)
-    except OSError:
-        return False
-
-
-def newest_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint that is whole. Where none is, the newest of them, for its reader to say what it lacks; or
-    what `latest` or `best` lead to."""
-    folders = [*step_folders(run).values()]
-    others = [path for name in LINKS if (path := run / "checkpoints" / name).is_dir()]
-    return next(filter(is_whole, reversed(folders)), (folders[-1:] or others or [None])[0])
-
-
-def best_checkpoint(run: Path, before: int | None = None) -> Path | None:
-    """The checkpoint with the best validation loss, of those before a step where one is given; None where none is
-    known to be the best.
-
-    The newest whose trainer.json can be read says which it is. Where it does not, because it is older than that record,
-    the link says so; and where that checkpoint is not here, it is taken from the losses: each checkpoint carries the
-    best of the run so far, and an improvement always saves, so that the first with the lowest is the best."""
-    folders = {step: folder for step, folder in step_folders(run).items() if before is None or step < before}
-    trainers = _readable_trainers(reversed(folders.values()))
-    newest, trainer = next(trainers, (run, {"best_step": None}))
-    best, link = trainer.get("best_step"), run / "checkpoints" / "best"
-    if "best_step" not in trainer:
-        best = step_of(Path(os.readlink(link))) if link.is_symlink() else None
-    elif best is None:
-        return None
-    if best in folders:
-        return folders[best]
-    losses = {folder: trainer["best_val_loss"] for folder, trainer in [(newest, trainer), *trainers]
-              if trainer.get("best_val_loss") is not None}
-    return min(reversed(losses), key=losses.get, default=None)
-
-
-def _readable_trainers(folders: Iterable[Path]) -> Iterator[tuple[Path, dict]]:
-    for folder in folders:
-        with contextlib.suppress(OSError, ValueError):
-            yield folder, read_trainer(folder)
-
-
-def follow_link(path: Path) -> Path:
-    """The path itself; but where it names a run's `best` or `latest`, and no folder is there, that checkpoint."""
-    if path.name not in LINKS or path.parent.name != "checkpoints" or path.is_dir():
-        return path
-    find = best_checkpoint if path.name == "best" else newest_checkpoint
-    return find(path.parent.parent) or path
-
-
-def read_trainer(folder: str | Path) -> dict:
-    """trainer.json of a checkpoint. Raises FileNotFoundError, or ValueError for one that a run cannot go on from."""
-    path = Path(folder) / "training" / "trainer.json"
-    trainer = read_json(path)
-    for key, kinds in TRAINER.items():
-        if not isinstance(trainer.get(key), kinds) and (key in trainer or key == "step"):
-            raise ValueError(f"{path} holds what is not expected there: {key} is {trainer.get(key)!r:.50}")
-    return trainer
-
-
-def read_sums(folder: Path) -> dict[str, str]:
-    """A checkpoint's files and their checksums, as SHA256SUMS has them. Raises FileNotFoundError."""
-    lines = (folder / "SHA256SUMS").read_text(encoding="utf-8", errors="replace").splitlines()
-    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+def sync_tree(folder: Path) -> None:
+    """The same of a folder with all that is in it."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)

@@ -1,7 +1,8 @@
 """Options: config files and --key=value arguments -> a validated dataclass.
 
-Owns how options are written down, not which there are: each room has a dataclass of its own, a script composes them,
-and all keys are flat, so no key may exist twice. A command line reads
+Owns how options are written down, not which there are: each module has a dataclass of its own, which tells its faults
+(`validate() -> list[str]`), a script composes them, and all keys are flat, so no key may exist twice. A command line
+reads
 
     train.py [config/file.py ...] [--key=value ...]
 
@@ -120,6 +121,29 @@ def flatten(options: Any) -> dict[str, Any]:
         value = getattr(options, field.name)
         flat |= flatten(value) if dataclasses.is_dataclass(value) else {field.name: value}
     return flat
+
+
+def check_options(options: Any) -> None:
+    """Raises one ValueError that lists all faults which options, and those nested in them, show by themselves."""
+    if faults := _faults(options):
+        raise ValueError("; ".join(faults))
+
+
+def _faults(options: Any) -> list[str]:
+    values = [getattr(options, field.name) for field in dataclasses.fields(options)]
+    nested = [fault for value in values if dataclasses.is_dataclass(value) for fault in _faults(value)]
+    return options.validate() + nested
+
+
+def failed_rules(options: Any, *rules: tuple[str, bool, str]) -> list[str]:
+    """`key=value must be ...` for each rule (key, whether it holds, what the value must be) that does not hold."""
+    return [f"{key}={getattr(options, key)} must be {what}" for key, holds, what in rules if not holds]
+
+
+def changed_keys(options: Any) -> list[str]:
+    """The keys, flat, whose values are not the defaults."""
+    defaults = flatten(type(options)())
+    return [key for key, value in flatten(options).items() if value != defaults[key]]
 
 
 def _expand(argv: list[str], bare_word: str, known: dict[str, Any]) -> list[Argument]:

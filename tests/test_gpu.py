@@ -24,14 +24,15 @@ from conftest import ROOT, TINY_RUN, Result, records_of, run_process, torchrun
 from safetensors.torch import load_file
 
 from flatgpt.data.loader import pin
-from flatgpt.files import read_trainer
 from flatgpt.models.baselines import build
 from flatgpt.models.sampling import Sampler
+from flatgpt.run_folder import read_trainer
 from flatgpt.training import distributed, preflight
-from flatgpt.training.checkpoint import Progress, RunConfig, RunFolder, read_optimizer
+from flatgpt.training.checkpoint import RunConfig, RunFolder
 from flatgpt.training.device import pick_attention, pick_dtype
 from flatgpt.training.distributed import Job
 from flatgpt.training.optim import OptimConfig, build_optimizer, optimizer_state
+from flatgpt.training.resume import Progress, read_optimizer
 from model import GPT, Block, Decoder, GPTConfig, LanguageModel
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -20,7 +20,7 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flatgpt.options import field_types, flatten, parse_options, run_script
+from flatgpt.options import changed_keys, check_options, field_types, flatten, parse_options, run_script
 from train import TrainConfig
 
 quick = hypothesis.settings(max_examples=25, deadline=None,
@@ -486,3 +486,34 @@ def test_help_may_be_read_only_in_part():
     command = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'train.py'))} --help | true"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# Faults that options show by themselves
+
+
+def test_all_faults_of_options_and_of_those_nested_in_them_are_one_error():
+    argv = ["--seed=-1", "--keep_last=-1", "--batch_size=-2", "--n_head=5", "--min_lr=-1", "--log_interval=0",
+            "--device=tpu", "--timeout_s=0"]
+    with pytest.raises(ValueError, match="seed=-1 must be 0 or more") as caught:
+        check_options(parse_options(TrainConfig, argv)[0])
+    for key in ("keep_last=-1", "batch_size=-2", "n_head=5", "min_lr=-1.0", "log_interval=0", "'tpu'", "timeout_s=0"):
+        assert key in str(caught.value)
+
+
+def test_a_model_from_elsewhere_is_not_judged_by_the_part_of_its_shape_that_is_given():
+    check_options(parse_options(TrainConfig, ["--init_from=gpt2", "--n_embd=100"])[0])
+    with pytest.raises(ValueError, match="n_embd=100 is not divisible by n_head=12"):
+        check_options(parse_options(TrainConfig, ["--n_embd=100"])[0])
+
+
+@pytest.mark.parametrize("script", ["train", "sample", "eval", "prepare_data", "export", "report"])
+def test_every_dataclass_of_options_tells_its_faults(script):
+    module = importlib.import_module(script)
+    classes = [value for name, value in vars(module).items() if name.endswith("Config") and name != "GPTConfig"]
+    assert classes
+    for options in classes:
+        assert isinstance(options().validate(), list), options
+
+
+def test_what_is_set_to_its_default_has_not_changed():
+    assert changed_keys(parse_options(Options, ["--num_steps=10", "--depth=3"])[0]) == ["depth"]

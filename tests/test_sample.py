@@ -146,7 +146,7 @@ def test_a_checkpoint_that_a_run_deletes_meanwhile_is_called_that(refused, train
         shutil.rmtree(folder)
         return GPT.from_pretrained(source)
 
-    monkeypatch.setattr("flatgpt.training.checkpoint.load_model", load_late)
+    monkeypatch.setattr("flatgpt.models.inference.load_model", load_late)
     line = refused("sample", "--out_dir=out/tiny")
     assert f"{folder} was deleted meanwhile by the run that goes on there" in line
 

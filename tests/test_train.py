@@ -20,8 +20,9 @@ import train
 from flatgpt.data.loader import TrainOrder
 from flatgpt.data.shards import open_dataset
 from flatgpt.data.tokenizer import ByteTokenizer, load_tokenizer
+from flatgpt.run_folder import read_trainer
 from flatgpt.training import checkpoint
-from flatgpt.training.checkpoint import RunConfig, RunFolder, read_trainer
+from flatgpt.training.checkpoint import RunConfig, RunFolder
 from flatgpt.training.distributed import Job
 from model import GPT
 
@@ -330,7 +331,7 @@ def test_the_number_type_of_a_trial_is_kept_from_the_first_step_on(cli, tiny_dat
     """Over a kill before there is a checkpoint, and over a resume, whatever another trial would say."""
     faster(monkeypatch, first)
     with monkeypatch.context() as killed:
-        killed.setattr("train.prefetch", lambda *args: (_ for _ in ()).throw(OSError("killed")))
+        killed.setattr("flatgpt.data.loader.prefetch", lambda *args: (_ for _ in ()).throw(OSError("killed")))
         assert "killed" in cli("train", *BY_TRIAL).err
     assert not list(Path("out/tiny/checkpoints").iterdir())
     faster(monkeypatch, then)

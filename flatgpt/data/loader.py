@@ -34,6 +34,7 @@ import torch
 
 from flatgpt.data.shards import DATA_DIR, Dataset, Split, open_dataset
 from flatgpt.data.tokenizer import Tokenizer
+from flatgpt.options import check_options, failed_rules
 
 T = TypeVar("T")
 BLOCK_SEQS = 1024  # sequences whose windows are found together
@@ -49,6 +50,15 @@ class DataConfig:
     gradient_accumulation_steps: int = 40  # micro-batches a step, summed over the ranks
     batch_size: int = 12  # sequences a micro-batch, the most that a device takes at a time; 0 = as many as fit it
     total_batch_size: int = 0  # tokens a step over all ranks; 0 = gradient_accumulation_steps * batch_size * block_size
+
+    def validate(self) -> list[str]:
+        faults = failed_rules(
+            self, ("batch_size", self.batch_size >= 0, "0 or more"),
+            ("gradient_accumulation_steps", self.gradient_accumulation_steps >= 1, "positive"))
+        if self.batch_size == 0 and not self.total_batch_size:
+            faults.append("batch_size=0 fits the micro-batch to the device, so the batch of a step has to be said in "
+                          "tokens: add --total_batch_size=N")
+        return faults
 
 
 @dataclass
@@ -75,13 +85,9 @@ def plan_batches(config: DataConfig, given: Mapping[str, str], block_size: int, 
     """S from the options, cut for W ranks. `given` holds the keys that the user set. Raises ValueError.
 
     A batch_size of 0 becomes what `fit(seqs_per_rank)` says: the most sequences that the device takes at a time."""
-    for key, value, least in (("batch_size", config.batch_size, 0), ("block_size", block_size, 1),
-                              ("gradient_accumulation_steps", config.gradient_accumulation_steps, 1)):
-        if value < least:
-            raise ValueError(f"{key}={value} must be {'positive' if least else '0 or more'}")
-    if config.batch_size == 0 and not config.total_batch_size:
-        raise ValueError("batch_size=0 fits the micro-batch to the device, so the batch of a step has to be said in "
-                         "tokens: add --total_batch_size=N")
+    check_options(config)
+    if block_size < 1:
+        raise ValueError(f"block_size={block_size} must be positive")
     seqs = config.gradient_accumulation_steps * config.batch_size
     if config.total_batch_size:
         if config.total_batch_size < 0 or config.total_batch_size % block_size:

@@ -36,7 +36,8 @@ from flatgpt import files, signals
 from flatgpt.data.records import MAX_NAMED_FILES, Part, Record, text_of
 from flatgpt.data.shards import ShardWriter, narrow, shard_dtype
 from flatgpt.data.splits import DIGEST_BYTES, SPLITS, SplitRule, digest_of
-from flatgpt.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
+from flatgpt.data.tokenizer import Tokenizer, check_kind, load_tokenizer, make_tokenizer
+from flatgpt.options import failed_rules
 
 BATCH_BYTES = 1 << 20  # text that a worker is handed at a time
 AHEAD_BYTES = 64 << 20  # text that is on its way at a time, or one document if that is longer
@@ -55,6 +56,23 @@ class TokensConfig:
     skip_bad: bool = False  # count broken lines and files instead of stopping at them
     shard_tokens: int = 100_000_000  # tokens a shard
     workers: int = 0  # processes that tokenize; 0 = one for each core
+
+    def validate(self) -> list[str]:
+        val, test = self.val_fraction, self.test_fraction
+        faults = failed_rules(
+            self, ("shard_tokens", 0 < self.shard_tokens < 2**31, "positive, and below 2**31, which its header can "
+                   "say"), ("workers", self.workers >= 0, "0 or more"))
+        if val is not None and not (val > 0 and test >= 0 and val + test < 1):
+            faults.append(f"val_fraction={val} must be above 0, test_fraction={test} not below, and both together below"
+                          " 1")
+        elif not 0 <= test < 0.9:
+            faults.append(f"test_fraction={test} must be at least 0 and below 0.9")
+        if self.tokenizer != "auto":
+            try:
+                check_kind(self.tokenizer)
+            except ValueError as error:
+                faults.append(str(error))
+        return faults
 
 
 class Cursor(NamedTuple):

@@ -24,6 +24,7 @@ from typing import Annotated, Any
 from flatgpt.data.hub import hub_parts
 from flatgpt.data.local_files import READERS, count_skipped, find_files, local_parts
 from flatgpt.data.records import Part, Record
+from flatgpt.options import changed_keys, closest
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
@@ -39,6 +40,18 @@ class SourceConfig:
     split: str = "train"  # of a hub data set: what is read; the validation and test splits made here are cut from it
     revision: str = ""  # of a hub data set: branch, tag or commit; empty: the newest when the work begins
     text_column: str = "text"  # column of a Parquet file, key of a JSON line, that holds the text
+
+    def validate(self) -> list[str]:
+        if self.dataset and self.dataset not in SOURCES:
+            hint = closest(self.dataset, SOURCES) or f"the sources are {', '.join(SOURCES)}"
+            return [f"no source {self.dataset!r}; {hint} (your own text: --input=FILE_OR_FOLDER --name=NAME)"]
+        if self.hf and (self.input or self.dataset):
+            return [f"--hf={self.hf} is a source of its own: leave out "
+                    + ("--input" if self.input else f"the name {self.dataset}")]
+        if (self.input or self.dataset) and not hub_name(self):
+            return [f"{key} is for data sets of the hub" for key in ("subset", "split", "revision")
+                    if key in changed_keys(self)]
+        return []
 
 
 @dataclass

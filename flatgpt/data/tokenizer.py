@@ -31,7 +31,8 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from flatgpt.data.hf_tokenizer import Tokenizer, UnknownText, byte_alphabet
 from flatgpt.data.tokenizer_config import CLASS_DEFAULTS, EOT, read_config, read_token_ids
-from flatgpt.files import HUB_ID, fetch_snapshot, follow_link, newest_checkpoint, read_json
+from flatgpt.files import HUB_ID, fetch_snapshot, read_json
+from flatgpt.run_folder import follow_link, newest_checkpoint
 
 KINDS = ("gpt2", "char", "byte", "bpe")
 TOKENIZER_FILES = ["tokenizer*.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",

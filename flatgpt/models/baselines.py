@@ -14,8 +14,8 @@ Letters: as in model.py, and F the width of the MLP's hidden layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from flatgpt.models.fused import activation
 from flatgpt.models.generate import Cache
 from flatgpt.models.language_model import LanguageModel
 from model import GPT, GPTConfig, make_norm
+
+if TYPE_CHECKING:
+    from flatgpt.data.shards import Split
 
 CHUNK_TOKENS = 2**20  # that are counted at a time
 CHUNK_CELLS = 2**22  # of a table that are smoothed at a time
@@ -119,6 +122,19 @@ def fit_bigram(model: Bigram, counts: np.ndarray, k: float) -> float:
         loss -= (rows * log_probs).sum()
         model.table.weight[start:start + len(rows), :size] = torch.from_numpy(log_probs)
     return loss / max(1, counts.sum())
+
+
+def counted_bigram(config: GPTConfig, splits: Mapping[str, Split], k: float) -> tuple[LanguageModel, str]:
+    """The bigram whose table fits a data set's train split best, and what was counted, in words. Raises ValueError for
+    a mixture, whose shares are of sequences drawn, not of what there is to count."""
+    if len(splits) > 1:
+        raise ValueError(f"bigram_counts=True counts one data set, not a mixture of {', '.join(splits)}: choose one of "
+                         "them, or train on the mixture without --bigram_counts")
+    split, = splits.values()
+    counts, model = count_pairs(split.shards, config.vocab_size), build(config)
+    loss = fit_bigram(model, counts, k)
+    return model, (f"counted {counts.sum():,} pairs of tokens; with {k:g} added to each count the train loss is "
+                   f"{loss:.4f}")
 
 
 class VectorModel(LanguageModel):

@@ -1,18 +1,21 @@
-"""What a model is given to read: text as its tokenizer encodes it, or windows of the data that it was trained on.
+"""A model from a file, folder or hub id, and what it is given to read: text as its tokenizer encodes it, or windows of
+the data that it was trained on.
 
-Owns how a model and its tokenizer, and a model and its data, find each other. It loads no model.
+Owns how a model is found and verified, how it fits the options and the data of a run that starts from it, and how a
+model and its tokenizer, and a model and its data, find each other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from flatgpt import files
+from flatgpt import files, run_folder
 from flatgpt.data.loader import MixedOrder, Mixture, TrainOrder, open_mixture
 from flatgpt.data.shards import DATA_DIR, UNKNOWN_VOCAB_SIZE, folder_tokenizer
 from flatgpt.data.tokenizer import (
@@ -24,8 +27,10 @@ from flatgpt.data.tokenizer import (
     no_tokenizer,
 )
 from flatgpt.models import weights
+from model import GPTConfig, LanguageModel
 
 NANOGPT_VOCAB_SIZE = 50304  # GPT-2's 50,257 tokens, rounded up
+SHAPE = tuple(field.name for field in fields(GPTConfig) if field.name not in ("vocab_size", "dropout"))
 
 
 def find_model(init_from: str, out_dir: str) -> tuple[Path, str]:
@@ -37,6 +42,42 @@ def find_model(init_from: str, out_dir: str) -> tuple[Path, str]:
     source = out_dir if init_from == "resume" else init_from
     path = weights.resolve(source)
     return path, f"{source} ({path.name})" if path.parent.name == "checkpoints" else source
+
+
+def load_model(source: str, **overrides: Any) -> LanguageModel:
+    """LanguageModel.from_pretrained, after the checksums of a folder that has them were verified."""
+    path = weights.resolve(source)
+    if (path / "SHA256SUMS").is_file():
+        run_folder.verify(path)
+    return LanguageModel.from_pretrained(str(path), **overrides)
+
+
+def load_for_training(init_from: str, shape: GPTConfig, given: Mapping[str, str], data: Mixture) -> LanguageModel:
+    """A model from elsewhere, fitted to a run's data and to those options of its shape that are among the keys `given`.
+    Raises ValueError for what it contradicts."""
+    model = load_model(init_from, dropout=shape.dropout)
+    faults = [f"{key}={getattr(shape, key)} was asked for, and it has {getattr(model.config, key)}"
+              for key in SHAPE if key != "block_size" and key in given
+              and getattr(shape, key) != getattr(model.config, key)]
+    names = ",".join(data.datasets)
+    if model.config.vocab_size < data.vocab_size:
+        faults.append(f"its vocabulary is {model.config.vocab_size}, and {names} has {data.vocab_size}")
+    elif data.tokenizer and not same_vocabulary(
+            known_tokenizer(weights.resolve(init_from), model.config.vocab_size), data):
+        faults.append(f"its tokenizer gives other ids than that of {names}: prepare the data with "
+                      f"--tokenizer={weights.full_name(init_from)}")
+    if faults:
+        raise ValueError(f"init_from={init_from} does not fit: {'; '.join(faults)}")
+    if "block_size" in given:
+        model.crop_block_size(shape.block_size)
+    return model
+
+
+def adopt_shape(shape: GPTConfig, given: Mapping[str, str], found: GPTConfig) -> None:
+    """Make the options that nobody set say what a model from elsewhere is: the batch and a resume go by them."""
+    for key in SHAPE:
+        if key not in given:
+            setattr(shape, key, getattr(found, key))
 
 
 def read(prompt: str) -> str:
@@ -75,9 +116,10 @@ def known_tokenizer(path: Path, vocab_size: int) -> Tokenizer | None:
     return None
 
 
-def tokenizer_to_save(path: Path | None, vocab_size: int, data: Mixture) -> Tokenizer | None:
-    """The tokenizer for a checkpoint of a model that was trained on data: that which lies beside the model at path,
-    where it comes from, since the data's need not know its special tokens and chat template; else the data's."""
+def tokenizer_to_save(source: str, vocab_size: int, data: Mixture) -> Tokenizer | None:
+    """The tokenizer for a checkpoint of a model that was trained on data: that which lies beside the model where it
+    comes from, since the data's need not know its special tokens and chat template; else the data's."""
+    path = None if source == "scratch" else weights.resolve(source)
     known = known_tokenizer(path, vocab_size) if path and path.is_dir() else None
     return known if known and same_vocabulary(known, data) else data.tokenizer
 

@@ -28,21 +28,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from flatgpt.data.tokenizer import TOKENIZER_FILES
-from flatgpt.files import (
-    HUB_ID,
-    best_checkpoint,
-    broken,
-    fetch_snapshot,
-    follow_link,
-    newest_checkpoint,
-    read_json,
-    reading_values,
-    refuse_pointer,
-    write_json,
-)
+from flatgpt.files import HUB_ID, broken, fetch_snapshot, read_json, reading_values, refuse_pointer, write_json
 from flatgpt.models.baselines import build_empty
 from flatgpt.models.positions import HIGH_FREQ_FACTOR, LOW_FREQ_FACTOR
 from flatgpt.pickles import STAND_INS
+from flatgpt.run_folder import best_checkpoint, follow_link, newest_checkpoint
 from model import GPTConfig
 
 HUB_ALIASES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}

@@ -1,4 +1,4 @@
-"""The run folder: lock, save, verify, find, load.
+"""The run folder as train.py holds it: the lock, where a run goes on from, saving, and what is deleted.
 
     out/run/
         .lock                   held by rank 0 while a run writes here; the system frees it when the process dies
@@ -7,7 +7,7 @@
         metrics.jsonl           metrics.py's
         checkpoints/
             latest -> step_00000500     links for people and other programs, on disks that have links; a script
-            best   -> step_00000250     here goes by the step folders and their trainer.json (files.best_checkpoint)
+            best   -> step_00000250     here goes by the step folders and their trainer.json (run_folder.py)
             step_00000250/      a Hugging Face model folder:
                 config.json  generation_config.json  model.safetensors  tokenizer.json  tokenizer_config.json
                 SHA256SUMS      of every other file here (`sha256sum -c SHA256SUMS` reads it)
@@ -29,25 +29,23 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from flatgpt import files, launcher
 from flatgpt.data.tokenizer import Tokenizer
-from flatgpt.files import read_trainer, step_of
 from flatgpt.models import weights
+from flatgpt.options import failed_rules
+from flatgpt.run_folder import LINKS, best_checkpoint, read_trainer, step_folders, step_of, verify
 from flatgpt.training import distributed, optim
 from flatgpt.training.distributed import Job
-from flatgpt.training.optim import StepJudge
+from flatgpt.training.resume import fresh_state
 from model import GPTConfig, LanguageModel
 
 MAX_FAILED_SAVES = 3  # in a row; then a run stops
@@ -68,55 +66,13 @@ class RunConfig:
     keep_last: int = 3  # checkpoints kept besides the best; 0 = all
     keep_every: int = 0  # keep those of every so many steps as well; 0 = no more than keep_last says
 
-
-def load_model(source: str, **overrides: Any) -> LanguageModel:
-    """LanguageModel.from_pretrained, after the checksums of a folder that has them were verified."""
-    path = weights.resolve(source)
-    if (path / "SHA256SUMS").is_file():
-        verify(path)
-    return LanguageModel.from_pretrained(str(path), **overrides)
-
-
-@contextlib.contextmanager
-def reading(folder: Path) -> Iterator[None]:
-    """What fails in here because a run under way has deleted the checkpoint, an older one by now, says so."""
-    try:
-        yield
-    except (OSError, ValueError):
-        if folder.exists():
-            raise
-        raise FileNotFoundError(f"{folder} was deleted meanwhile by the run that goes on there: the same command again "
-                                "finds a newer checkpoint") from None
-
-
-def verify(folder: Path) -> None:
-    """Raises ValueError unless every file of SHA256SUMS is there with the content it had when it was saved."""
-    sums = files.read_sums(folder) if (folder / "SHA256SUMS").is_file() else {}
-    if not sums:
-        raise ValueError(f"checkpoint {folder} has no SHA256SUMS: it is incomplete or not ours")
-    for name, digest in sums.items():
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"checkpoint {folder} is damaged: {name} is missing")
-        if files.sha256_file(path) != digest:
-            files.refuse_pointer(path)
-            raise ValueError(f"checkpoint {folder} is damaged: {name} is not what was saved (its checksum differs)")
-
-
-@dataclass
-class Progress:
-    """The numbers that a run goes on from; trainer.json holds them."""
-
-    step: int = 0  # updates, skipped ones included
-    next_seq: int = 0  # number of the first sequence of the next step
-    best_val_loss: float | None = None
-    bad_steps: int = 0  # skipped updates in a row
-    skipped: int = 0  # skipped updates of the whole run
-    rollbacks: int = 0
-
-    @classmethod
-    def of(cls, trainer: Mapping[str, Any]) -> Progress:
-        return cls(**{f.name: trainer[f.name] for f in fields(cls)})
+    def validate(self) -> list[str]:
+        faults = failed_rules(
+            self, ("save_interval", self.save_interval >= 0, "0 or more"),
+            ("keep_last", self.keep_last >= 0, "0 or more"), ("keep_every", self.keep_every >= 0, "0 or more"))
+        if self.overwrite and self.resume != "never":
+            faults.append("overwrite=True needs resume=never, which says that the old run is to go")
+        return faults
 
 
 class RunFolder:
@@ -146,7 +102,7 @@ class RunFolder:
         """The trainer's state to start from, the same on every rank, with `folder`, the checkpoint that it and the
         weights come from, or None. Raises as `find` does, and ValueError when rank 0's is not the newest checkpoint."""
         # Without a shared disk the run lies on rank 0's, and torchrun may have given that rank to another node.
-        newest = distributed.gather(max(files.step_folders(self.path), default=-1), self._here)
+        newest = distributed.gather(max(step_folders(self.path), default=-1), self._here)
         self._launch = distributed.gather(launcher.launch(), self._here)
         if self.config.resume != "never" and max(newest) > newest[0]:
             there = f"that of step {newest[0]}" if newest[0] >= 0 else "none"
@@ -154,14 +110,12 @@ class RunFolder:
             raise ValueError(f"{holder} finds step {max(newest)}'s checkpoint in {self.path}, {self._here.name(0)}, "
                              f"who is to read it, {there}: copy the folder to rank 0's node, or share it")
 
-        def look() -> dict[str, Any]:
-            folder = self.find(lock)
-            return self.state_in(folder) if folder else fresh_state() | {"options": self._begun()}
+        return distributed.on_rank0(lambda: self.state_in(self.find(lock)), self._here)
 
-        return distributed.on_rank0(look, self._here)
-
-    def state_in(self, folder: Path) -> dict[str, Any]:
-        """What a checkpoint's trainer.json says, and `folder`."""
+    def state_in(self, folder: Path | None) -> dict[str, Any]:
+        """What a checkpoint's trainer.json says, and `folder`; without one, the state of a new run."""
+        if folder is None:
+            return fresh_state() | {"options": self._begun()}
         return fresh_state() | read_trainer(folder) | {"folder": str(folder)}
 
     def find(self, lock: bool) -> Path | None:
@@ -207,7 +161,7 @@ class RunFolder:
     def _make_room_for_links(self) -> None:
         """What a copy that followed the links has put in their places: a checkpoint whose step's folder is missing
         becomes that, one that is there twice goes, and what is no checkpoint moves aside."""
-        for path in (self.checkpoints / name for name in files.LINKS):
+        for path in (self.checkpoints / name for name in LINKS):
             if path.is_symlink() or not path.is_dir():
                 continue
             with contextlib.suppress(OSError):  # then the link cannot be made, which will be said
@@ -244,7 +198,7 @@ class RunFolder:
 
     def steps(self) -> list[Path]:
         """Checkpoint folders, oldest first."""
-        return [*files.step_folders(self.path).values()]
+        return [*step_folders(self.path).values()]
 
     def newest_valid(self, is_wanted: Callable[[Path], bool] = lambda folder: True) -> Path | None:
         """The newest wanted checkpoint whose checksums hold, None when there is no checkpoint at all.
@@ -320,7 +274,7 @@ class RunFolder:
         """Publish a checkpoint of the copies. Raises OSError, with all that was there untouched, when the disk is
         full."""
         final = self.checkpoints / _name(trainer["step"])
-        best = final if is_best else files.best_checkpoint(self.path, before=trainer["step"])
+        best = final if is_best else best_checkpoint(self.path, before=trainer["step"])
         hidden = self.checkpoints / f".{final.name}"
         model, optimizer = self._host
         _remove(hidden)
@@ -333,7 +287,7 @@ class RunFolder:
             files.write_json(hidden / "training" / "trainer.json",
                              trainer | {"best_step": step_of(best) if best else None})
             _write_sums(hidden)
-            _sync(hidden)
+            files.sync_tree(hidden)
         except BaseException:
             _remove(hidden)
             raise
@@ -396,40 +350,6 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def fresh_state() -> dict[str, Any]:
-    """The trainer's state of a run that begins."""
-    return asdict(Progress()) | {"folder": None, "options": {}, "scaler": None, "judge": {}, "elapsed_s": 0.0}
-
-
-def load_weights(trainer: Mapping[str, Any], model: LanguageModel, here: Job) -> None:
-    """Overwrite a model, however it lies over the ranks, with a checkpoint's weights: rank 0 reads."""
-    state = [LanguageModel.from_pretrained(trainer["folder"]).state_dict()] if here.rank == 0 else [None]
-    distributed.on_rank0(lambda: None, here)  # reading may take longer than a rank waits for tensors
-    distributed.fill(model, state[0], here)
-
-
-def load_training_state(trainer: Mapping[str, Any], model: LanguageModel, optimizer: torch.optim.Optimizer,
-                        scaler: torch.amp.GradScaler, judge: StepJudge, here: Job) -> None:
-    """Bring all but the weights to where a checkpoint has it: rank 0 reads, the others get it from there."""
-    state = read_optimizer(trainer["folder"]) if here.rank == 0 else None
-    if distributed.on_rank0(lambda: bool(state), here):
-        optim.load_optimizer_state(optimizer, model, state, partial(distributed.from_rank0, here=here))
-    else:  # no update was made before that checkpoint
-        optimizer.state.clear()
-    if trainer["scaler"]:
-        scaler.load_state_dict(trainer["scaler"])
-    vars(judge).update(trainer["judge"])
-
-
-def read_optimizer(folder: str | Path) -> State:
-    """The optimiser's tensors of a checkpoint, on the host. Raises ValueError for a broken file."""
-    path = Path(folder) / "training" / "optimizer.safetensors"
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is broken: {error}") from None
-
-
 def _copy_to_host(live: Mapping[str, torch.Tensor], host: State, here: Job) -> None:
     """Make `host` whole copies of tensors that may be spread over the ranks; on rank 0 only."""
     if here.rank == 0 and {name: (t.shape, t.dtype) for name, t in live.items()} != {
@@ -458,26 +378,16 @@ def _host_buffers(live: Mapping[str, torch.Tensor]) -> State:
 
 
 def _step_back() -> None:
-    """Give this thread only the processor time that training leaves over, where a thread can be told from its process.
-    """
+    """Give this thread, where it can be told from its process, only the processor time that training leaves over."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "SHA256SUMS")
-
-
 def _write_sums(folder: Path) -> None:
-    lines = [f"{files.sha256_file(path)}  {path.relative_to(folder).as_posix()}\n" for path in _files(folder)]
+    lines = [f"{files.sha256_file(path)}  {path.relative_to(folder).as_posix()}\n"
+             for path in sorted(folder.rglob("*")) if path.is_file()]
     with files.named_errors(folder / "SHA256SUMS"):
         (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
-
-
-def _sync(folder: Path) -> None:
-    """Force files and folders to the disk, so that the rename that follows cannot outrun them in a power cut."""
-    for path in [*folder.rglob("*"), folder]:
-        files.sync(path)
 
 
 def _remove(path: Path) -> None:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from flatgpt import machine
+from flatgpt.options import check_options
 
 if TYPE_CHECKING:
     from model import LanguageModel
@@ -41,13 +42,16 @@ class DeviceConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto = 16 bits where faster
     deterministic: bool = False  # the same bits on every run on CUDA too, for some speed (a CPU always gives them)
 
+    def validate(self) -> list[str]:
+        is_device = re.fullmatch(r"auto|cpu|mps|cuda(:\d\d?)?", self.device)
+        return [] if is_device else [f"device={self.device!r} is not a device: use cuda, cuda:N, mps, cpu or auto"]
+
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """The device called `name`; `auto` and `cuda` mean this process's own GPU. Raises ValueError."""
+    check_options(DeviceConfig(name))
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|mps|cuda(:\d\d?)?", name):  # torch takes cuda:256 for cuda:0
-        raise ValueError(f"device={name!r} is not a device: use cuda, cuda:N, mps, cpu or auto")
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={name!r}, but this machine (or this build of torch) has no CUDA: use --device=cpu")

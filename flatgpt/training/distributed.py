@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flatgpt import launcher, machine
 from flatgpt.models.baselines import build_empty
+from flatgpt.options import failed_rules
 from flatgpt.training import hosts
 from flatgpt.training.device import DeviceConfig, one_line, pick_device, pick_dtype
 
@@ -42,6 +43,9 @@ class ParallelConfig:
     parallel: Literal["ddp", "fsdp"] = "ddp"  # ddp: each holds the whole model; fsdp: each a part of it (FSDP2)
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # of torch.distributed; auto = nccl on CUDA, else gloo
     timeout_s: int = 600  # seconds that a rank waits for the others before it gives up, and torchrun restarts all
+
+    def validate(self) -> list[str]:
+        return failed_rules(self, ("timeout_s", self.timeout_s > 0, "positive"))
 
 
 @dataclass
@@ -273,7 +277,8 @@ def try_compiler(model: nn.Module, here: Job, batch_size: int) -> str | None:
     """Compile a stand-in for the model and run it. Returns what failed, on whichever rank, or None."""
     import torch._functorch.config  # a second to import
 
-    # Else the compiler keeps an activation beside what it is made from, where a matrix product reads it.
+    # Else the compiler keeps an activation beside what it is made from, where a matrix product reads it. The switch is
+    # private: what torch.compile takes as `options` reaches inductor's configuration, and this one is not inductor's.
     torch._functorch.config.ban_recompute_materialized_backward = False
     trial, failure = stand_in(model, here), None
     compile_in_place(trial)

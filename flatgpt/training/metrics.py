@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,11 @@ import torch
 from tqdm import tqdm
 
 from flatgpt.data.loader import EvalOrder, pin, prefetch, to_device
+from flatgpt.data.shards import Split
 from flatgpt.data.tokenizer import Tokenizer
-from flatgpt.files import EVENTS, read_records, write_records
 from flatgpt.models.sampling import Sampler
+from flatgpt.options import failed_rules
+from flatgpt.run_folder import EVENTS, read_records, write_records
 from flatgpt.training import trackers
 from flatgpt.training.distributed import Job, eager, reshard, sum_over_ranks
 from model import LanguageModel
@@ -58,6 +61,11 @@ class LogConfig:
     tensorboard: bool = False  # write event files for TensorBoard to out_dir/tensorboard as well
     sample_interval: int = 0  # steps between samples of what the model writes by itself; 0 = never
     sample_tokens: int = 100  # tokens in each
+
+    def validate(self) -> list[str]:
+        return failed_rules(self, ("log_interval", self.log_interval > 0, "positive"),
+                            ("sample_interval", self.sample_interval >= 0, "0 or more"),
+                            ("sample_tokens", self.sample_tokens > 0, "positive"))
 
 
 def flops_per_token(model: LanguageModel) -> int:
@@ -134,6 +142,25 @@ def validation_losses(model: LanguageModel, orders: Mapping[str, EvalOrder], sha
     mean = sum(share * loss for share, loss in zip(shares, losses.values()))
     each = {f"val/loss/{name}": loss for name, loss in losses.items()} if len(losses) > 1 else {}
     return {"val/loss": mean, **each}
+
+
+class Validation:
+    """The validation losses of a run: of the same sample of the split each time, so that its checkpoints can be
+    compared, and of the whole split."""
+
+    def __init__(self, model: LanguageModel, splits: Mapping[str, Split], shares: list[float], num_seqs: int,
+                 batch_size: int, here: Job):
+        """`num_seqs` windows are the sample, spaced evenly; 0 means all."""
+        self._sample, self._whole = ({name: EvalOrder(split, model.config.block_size, count)
+                                      for name, split in splits.items()} for count in (num_seqs, 0))
+        self.sample_is_whole = all(order.is_whole for order in self._sample.values())
+        self._losses = partial(validation_losses, model, shares=shares, batch_size=batch_size, here=here)
+
+    def sample(self) -> dict[str, float]:
+        return self._losses(self._sample)
+
+    def whole(self) -> dict[str, float]:
+        return self._losses(self._whole)
 
 
 def describe_losses(losses: Mapping[str, float]) -> str:

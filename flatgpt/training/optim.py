@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 import torch.nn as nn
 
+from flatgpt.options import failed_rules
+
 
 @dataclass
 class OptimConfig:
@@ -37,6 +39,19 @@ class OptimConfig:
     min_lr: float = 6e-5  # learning rate at the end of the decay; usually learning_rate / 10
     spike_sigma: float = 0.0  # skip an update whose gradient norm is so many deviations above the usual; 0 = never
     max_bad_steps: int = 10  # skipped updates in a row after which the run goes back to its last good checkpoint
+
+    def validate(self) -> list[str]:
+        faults = failed_rules(
+            self, ("learning_rate", self.learning_rate > 0, "positive"), ("muon_lr", self.muon_lr > 0, "positive"),
+            ("min_lr", self.min_lr >= 0, "0 or more"), ("beta1", 0 <= self.beta1 < 1, "at least 0 and below 1"),
+            ("beta2", 0 <= self.beta2 < 1, "at least 0 and below 1"),
+            ("muon_momentum", 0 <= self.muon_momentum < 1, "at least 0 and below 1"),
+            ("decay_fraction", 0 < self.decay_fraction <= 1, "above 0 and at most 1"),
+            ("grad_clip", self.grad_clip >= 0, "0 or more"), ("weight_decay", self.weight_decay >= 0, "0 or more"),
+            ("spike_sigma", self.spike_sigma >= 0, "0 or more"), ("max_bad_steps", self.max_bad_steps > 0, "positive"))
+        if self.schedule != "cosine" and not self.decay_lr:
+            faults.append(f"schedule={self.schedule} needs decay_lr=True; decay_lr=False is learning_rate throughout")
+        return faults
 
 
 def learning_rate(step: int, config: OptimConfig) -> float:
@@ -116,8 +131,8 @@ class StepJudge:
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's, without the wrappers that tell torch.compile to keep out of it: they import the compiler, a second of
-    every start, and nothing here compiles an optimiser."""
+    """torch's, without its notes to torch.compile: each of them imports the compiler, which takes a second and 70 MB of
+    every process, and nothing here compiles an optimiser. torch has no public switch for that."""
 
     add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__
     step = torch.no_grad()(torch.optim.AdamW.step.__wrapped__)
@@ -136,28 +151,31 @@ def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
     return x.T if matrix.size(0) > matrix.size(1) else x
 
 
-class Muon(torch.optim.Muon):
-    """torch's (the mean of gradients, orthogonalised: kellerjordan.github.io/posts/muon), also without those wrappers,
-    and with matrices orthogonalised in `dtype`: bfloat16 takes ten times as long as float32 on a CPU that has no
-    instructions for it.
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Muon (the mean of gradients, orthogonalised: kellerjordan.github.io/posts/muon) on one group, and AdamW on its
+    own: together they are one list of groups and one table of states.
 
-    Where FSDP spreads a matrix over the ranks, each of them gathers the update and orthogonalises the whole of it. On
-    the parts torch's would sum in another order, which bfloat16 and Newton-Schulz turn into a difference of percents,
-    and the ranks would talk at each of its fifteen products.
+    Muon orthogonalises in `dtype`: bfloat16 takes ten times as long as float32 on a CPU without instructions for it.
+    Where FSDP spreads a matrix over the ranks, each rank gathers the update and orthogonalises all of it. On the parts
+    the sums would have another order, which bfloat16 and Newton-Schulz turn into a difference of percents, and the
+    ranks would meet at each of the fifteen products.
     """
 
-    add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__
+    def __init__(self, muon_group: dict[str, Any], adamw: AdamW, dtype: torch.dtype):
+        super().__init__([muon_group, *adamw.param_groups], {})
+        self.adamw, self.dtype = adamw, dtype
+        adamw.state = self.state
 
-    def __init__(self, params: list[dict[str, Any]], dtype: torch.dtype, **options: Any):
-        super().__init__(params, **options)
-        self.dtype = dtype
+    def add_param_group(self, group: dict[str, Any]) -> None:
+        self.param_groups.append(group)  # complete as it is; torch's own imports its compiler
 
     @torch.no_grad()
     def step(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, self.state[p], group)
+        group = self.param_groups[0]
+        for p in group["params"]:
+            if p.grad is not None:
+                self._update(p, self.state[p], group)
+        self.adamw.step()
 
     def _update(self, p: nn.Parameter, state: dict[str, torch.Tensor], group: dict[str, Any]) -> None:
         if "momentum_buffer" not in state:
@@ -177,22 +195,6 @@ class Muon(torch.optim.Muon):
         p.add_(update, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
 
 
-class MuonAndAdamW(torch.optim.Optimizer):
-    """Both as one: their groups, and one table of states, in which each has its own parameters."""
-
-    add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__
-
-    def __init__(self, muon: Muon, adamw: AdamW):
-        super().__init__([*muon.param_groups, *adamw.param_groups], {})
-        self.parts = (muon, adamw)
-        for part in self.parts:
-            part.state = self.state
-
-    def step(self) -> None:
-        for part in self.parts:
-            part.step()
-
-
 def build_optimizer(model: nn.Module, config: OptimConfig,
                     dtype: torch.dtype = torch.float32) -> torch.optim.Optimizer:
     """AdamW in one fused kernel a group; matrices and tables decay, norms and biases do not. With Muon, which decays
@@ -207,11 +209,10 @@ def build_optimizer(model: nn.Module, config: OptimConfig,
     adamw = AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused)
     if config.optimizer == "adamw":
         return adamw
-    group = {"params": [p for p in params if p in muons], "lr_ratio": config.muon_lr / config.learning_rate}
+    group = {"params": [p for p in params if p in muons], "lr": config.muon_lr, "weight_decay": config.weight_decay,
+             "momentum": config.muon_momentum, "lr_ratio": config.muon_lr / config.learning_rate}
     # A card that trains in float16 has no instructions for bfloat16, and float16 loses small gradients.
-    muon_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    return MuonAndAdamW(Muon([group], muon_dtype, lr=config.muon_lr, weight_decay=config.weight_decay,
-                             momentum=config.muon_momentum), adamw)
+    return MuonAndAdamW(group, adamw, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
 
 
 def muon_params(model: nn.Module) -> list[nn.Parameter]:

@@ -29,7 +29,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from safetensors import SafetensorError, safe_open
 
-from flatgpt import files
+from flatgpt import files, run_folder
 
 # Okabe and Ito's colours, which people who see fewer of them can tell apart, without the yellow that white swallows;
 # then the same once more in dashes, and in dots.
@@ -97,8 +97,8 @@ class Run:
         self.curves["whole/val/loss"] = self._curve([r for r in self.evaluated if "val/sampled_loss" in r], "val/loss")
 
     def events(self) -> list[tuple[str, Record]]:
-        """What happened to the run, one of files.EVENTS' values each, with the record that tells."""
-        return [(kind, record) for record in self.records for key, kind in files.EVENTS.items() if key in record]
+        """What happened to the run, one of run_folder.EVENTS' values each, with the record that tells."""
+        return [(kind, record) for record in self.records for key, kind in run_folder.EVENTS.items() if key in record]
 
     def place(self, record: Record, x: str) -> float:
         """Where a record stands on the axis `x`, tokens or elapsed_s."""
@@ -170,10 +170,10 @@ def read_run(folder: Path, label: str) -> Run:
         if not path.is_file():
             raise FileNotFoundError(f"{folder} has no {path.name}: it is not the out_dir of a run of train.py, or that "
                                     "run has not reported anything yet")
-    records = files.read_records(metrics)
+    records = run_folder.read_records(metrics)
     if not records:
         raise ValueError(f"{metrics} holds no report yet")
-    newest = files.newest_checkpoint(folder)
+    newest = run_folder.newest_checkpoint(folder)
     return Run(label, folder, records, files.read_json(options), count_parameters(newest) if newest else None)
 
 

@@ -15,20 +15,14 @@ from torch._subclasses import FakeTensorMode
 
 from flatgpt import files, launcher
 from flatgpt.data.tokenizer import ByteTokenizer
-from flatgpt.files import best_checkpoint, newest_checkpoint, step_of
 from flatgpt.models import weights
+from flatgpt.models.inference import load_model
+from flatgpt.run_folder import best_checkpoint, newest_checkpoint, read_trainer, step_of, verify
 from flatgpt.training import checkpoint
-from flatgpt.training.checkpoint import (
-    MAX_FAILED_SAVES,
-    RunConfig,
-    RunFolder,
-    load_model,
-    read_optimizer,
-    read_trainer,
-    verify,
-)
+from flatgpt.training.checkpoint import MAX_FAILED_SAVES, RunConfig, RunFolder
 from flatgpt.training.distributed import Job
 from flatgpt.training.optim import OptimConfig, build_optimizer, optimizer_state
+from flatgpt.training.resume import read_optimizer
 from model import GPT, GPTConfig
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY_RUN, files_of, records_of
 
-from flatgpt.training.checkpoint import read_trainer, verify
+from flatgpt.run_folder import read_trainer, verify
 
 RUN = (*TINY_RUN, "--eval_interval=1", "--keep_last=2")
 LOSSES = (9.0, 3.0, 2.0, 2.5, 2.6, 2.4, 2.3, 2.2, 2.1, 2.1)  # of the steps 0, 1, ...: the best is step 2's
@@ -23,7 +23,8 @@ def scripted(monkeypatch):
 
     def script(at: int) -> None:
         left = iter(LOSSES[at:])
-        monkeypatch.setattr("train.validation_losses", lambda *args, **kwargs: {"val/loss": next(left, 9.0)})
+        monkeypatch.setattr("flatgpt.training.metrics.validation_losses",
+                            lambda *args, **kwargs: {"val/loss": next(left, 9.0)})
 
     return script
 

@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, TEXT, TINY_RUN, records_of, write_shard
 from test_faults import start_ranks
 
-from flatgpt import files
+from flatgpt import run_folder
 from flatgpt.data.loader import EvalOrder
 from flatgpt.data.shards import Split
 from flatgpt.data.tokenizer import CharTokenizer, load_tokenizer
@@ -93,24 +93,24 @@ def test_of_what_a_run_went_back_from_the_events_stay_without_the_losses(tmp_pat
         return {"step": step, "tokens": 8 * step, "train/loss": None, "elapsed_s": 1.0, "skipped": 1} | others
 
     path = tmp_path / "metrics.jsonl"
-    files.write_records(path, [line(1, fault="f"), line(2), line(3), line(4, fault="f"), {
+    run_folder.write_records(path, [line(1, fault="f"), line(2), line(3), line(4, fault="f"), {
         "step": 4, "val/loss": 2.0, "elapsed_s": 1.0}, {"step": 4, "resumed": True, "elapsed_s": 1.0}])
     cut_to_events(path, 2)
     kept = [line(1, fault="f"), line(2), {"step": 4, "tokens": 32, "elapsed_s": 1.0, "fault": "f"},
             {"step": 4, "resumed": True, "elapsed_s": 1.0}]
-    assert files.read_records(path) == kept
+    assert run_folder.read_records(path) == kept
     back = {"step": 2, "rollbacks": 1, "elapsed_s": 1.0}
-    files.write_records(path, [*kept, back, line(3, fault="g"), line(4)])
+    run_folder.write_records(path, [*kept, back, line(3, fault="g"), line(4)])
     cut_to_events(path, 1)  # and further back
     again = {"step": 3, "tokens": 24, "elapsed_s": 1.0, "fault": "g"}
-    assert files.read_records(path) == [kept[0], *kept[2:], back, again]
-    files.write_records(path, [*kept, back, line(3), line(4)])
+    assert run_folder.read_records(path) == [kept[0], *kept[2:], back, again]
+    run_folder.write_records(path, [*kept, back, line(3), line(4)])
     cut_metrics(path, 3)
-    assert files.read_records(path) == [*kept, back, line(3)]
+    assert run_folder.read_records(path) == [*kept, back, line(3)]
     cut_metrics(path, 2)
-    assert files.read_records(path) == [*kept, back]
+    assert run_folder.read_records(path) == [*kept, back]
     cut_metrics(path, 1)
-    assert files.read_records(path) == kept[:1]
+    assert run_folder.read_records(path) == kept[:1]
 
 
 def test_tokens_of_a_run_that_went_back_and_ended_there_are_not_those_it_lost():

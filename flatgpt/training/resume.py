@@ -1,0 +1,121 @@
+"""What a run goes on from: its numbers, weights and optimiser as a checkpoint has them, and whether the command still
+asks for the same run.
+
+Rank 0 reads; the other ranks get their part of each tensor from it. checkpoint.py finds the folder and writes the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from flatgpt.models.inference import SHAPE
+from flatgpt.training import distributed, optim
+from flatgpt.training.distributed import Job
+from flatgpt.training.optim import StepJudge
+from model import LanguageModel
+
+if TYPE_CHECKING:
+    from flatgpt.training.checkpoint import RunFolder
+
+# A run is resumed with the same values of these, or not at all. (World size and micro-batch may change.)
+FIXED = (*SHAPE, "optimizer", "seed", "seqs_per_step", "data_fingerprint", "data_vocab_size")
+OF_TRAINING = ("optimizer", "seed", "seqs_per_step")  # of these, what an evaluation has no use for
+OF_A_START = ("init_from", "resume", "eval_only")  # options that no run keeps
+MAX_ROLLBACKS = 3
+
+
+@dataclass
+class Progress:
+    """The numbers that a run goes on from; trainer.json holds them."""
+
+    step: int = 0  # updates, skipped ones included
+    next_seq: int = 0  # number of the first sequence of the next step
+    best_val_loss: float | None = None
+    bad_steps: int = 0  # skipped updates in a row
+    skipped: int = 0  # skipped updates of the whole run
+    rollbacks: int = 0
+
+    @classmethod
+    def of(cls, trainer: Mapping[str, Any]) -> Progress:
+        return cls(**{f.name: trainer[f.name] for f in fields(cls)})
+
+
+def fresh_state() -> dict[str, Any]:
+    """The trainer's state of a run that begins."""
+    return asdict(Progress()) | {"folder": None, "options": {}, "scaler": None, "judge": {}, "elapsed_s": 0.0}
+
+
+def check_same_run(trainer: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any],
+                   say: Callable[[str], None]) -> None:
+    """Say what of the options, the batch and the data, which `now` has flat, changed since the checkpoint. `defaults`
+    are the options' own, which count where an option is newer than the run. Raises ValueError that lists what must not
+    change."""
+    before = {**defaults, **trainer["options"], **trainer}
+    changed = {key: "the tokens or the shares of the data sets changed" if key == "data_fingerprint" else
+               f"{key} was {before[key]}, is {value}" for key, value in now.items()
+               if key in before and before[key] not in (value, "auto")  # which leaves the choice to us
+               and key not in OF_A_START}
+    of_training = OF_TRAINING if now["eval_only"] else ()
+    if fixed := [text for key, text in changed.items() if key in FIXED and key not in of_training]:
+        raise ValueError(f"{trainer['folder']} was trained with other settings: {'; '.join(fixed)}. Go on with those, "
+                         "or choose another --out_dir")
+    if not now["eval_only"] and trainer["step"] < now["max_iters"]:
+        say(f"resuming {now['out_dir']} at step {trainer['step']:,}"
+            + (f"; changed: {'; '.join(changed.values())}" if changed else ""))
+
+
+def load_training_state(trainer: Mapping[str, Any], model: LanguageModel, optimizer: torch.optim.Optimizer,
+                        scaler: torch.amp.GradScaler, judge: StepJudge, here: Job) -> None:
+    """Bring all but the weights to where a checkpoint has it: rank 0 reads, the others get it from there."""
+    state = read_optimizer(trainer["folder"]) if here.rank == 0 else None
+    if distributed.on_rank0(lambda: bool(state), here):
+        optim.load_optimizer_state(optimizer, model, state, partial(distributed.from_rank0, here=here))
+    else:  # no update was made before that checkpoint
+        optimizer.state.clear()
+    if trainer["scaler"]:
+        scaler.load_state_dict(trainer["scaler"])
+    vars(judge).update(trainer["judge"])
+
+
+def read_optimizer(folder: str | Path) -> dict[str, torch.Tensor]:
+    """The optimiser's tensors of a checkpoint, on the host. Raises ValueError for a broken file."""
+    path = Path(folder) / "training" / "optimizer.safetensors"
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is broken: {error}") from None
+
+
+def roll_back(run: RunFolder, now: Progress, fault: str, model: LanguageModel, optimizer: torch.optim.Optimizer,
+              scaler: torch.amp.GradScaler, judge: StepJudge, here: Job) -> Progress:
+    """Back to the last good checkpoint, and on with the data behind what was bad. Raises as `_last_good`."""
+    trainer = distributed.on_rank0(partial(_last_good, run, now, fault), here)
+    state = LanguageModel.from_pretrained(trainer["folder"]).state_dict() if here.rank == 0 else None
+    distributed.on_rank0(lambda: None, here)  # reading may take longer than a rank waits for tensors
+    distributed.fill(model, state, here)
+    load_training_state(trainer, model, optimizer, scaler, judge, here)
+    return replace(Progress.of(trainer), next_seq=now.next_seq, skipped=now.skipped, rollbacks=now.rollbacks + 1)
+
+
+def _last_good(run: RunFolder, now: Progress, fault: str) -> dict[str, Any]:
+    """The state of the last checkpoint that was not saved amid bad steps; newer ones are deleted. Raises ValueError, a
+    report of how the run diverged, when there is none, or when going back has not helped."""
+    run.settle()
+    folder = run.newest_valid(lambda folder: not run.state_in(folder)["bad_steps"])
+    if folder is None or now.rollbacks == MAX_ROLLBACKS:
+        helped = f"going back {now.rollbacks} times did not help" if folder else "there is no checkpoint to go back to"
+        raise ValueError(
+            f"the run diverges: {now.bad_steps} bad steps in a row up to step {now.step} (the last one: {fault}), "
+            f"{now.skipped} in all, and {helped}. What was saved is intact"
+            + (f", {folder} is the newest of it" if folder else "")
+            + ". Lower --learning_rate, lengthen --warmup_iters, try --dtype=bfloat16 or float32, or look at the data")
+    run.retire_after(folder)
+    return run.state_in(folder)

@@ -1,0 +1,74 @@
+"""What a run is built of before its first step: its data, and its model on the device, in the numbers that it computes
+in.
+
+Rank 0 reads the weights or makes them, and decides what `auto` means; the other ranks get their part from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from flatgpt.data.loader import DataConfig, Mixture, open_mixture
+from flatgpt.data.shards import UNKNOWN_VOCAB_SIZE
+from flatgpt.models import inference
+from flatgpt.models.baselines import build, build_empty, counted_bigram
+from flatgpt.training import distributed
+from flatgpt.training.device import DeviceConfig, Numerics, pick_numerics
+from flatgpt.training.distributed import Job
+from model import GPTConfig, LanguageModel
+
+
+def open_data(config: DataConfig, vocab_size: int, sample_interval: int, say: Callable[[str], None]) -> Mixture:
+    """The data sets of a run. Raises ValueError for those that no run can train on, or write its samples with."""
+    data = open_mixture(config.dataset, vocab_size, config.tokenizer)
+    if data.vocab_size == UNKNOWN_VOCAB_SIZE:
+        raise ValueError(f"{config.dataset} holds 32-bit tokens and does not say of which vocabulary: add "
+                         "--vocab_size=N")
+    if sample_interval and data.tokenizer is None:
+        raise ValueError(f"sample_interval={sample_interval} needs a tokenizer, and {config.dataset} has none: "
+                         "--tokenizer=gpt2 says that it is GPT-2's")
+    if data.tokenizer is None:
+        say(f"no tokenizer is known for {config.dataset}: the run learns its ids alone, and sample.py will have no "
+            "text to show")
+    return data
+
+
+def make_model(options: GPTConfig, init_from: str, given: Mapping[str, str], data: Mixture, folder: str | None,
+               bigram_k: float | None, say: Callable[[str], None]) -> LanguageModel:
+    """The model on the host: from the run's checkpoint `folder`, from elsewhere, or fresh, and with `bigram_k` counted.
+    """
+    if folder:  # its checksums were verified when it was found
+        return LanguageModel.from_pretrained(folder, dropout=options.dropout)
+    if init_from != "scratch":
+        return inference.load_for_training(init_from, options, given, data)
+    config = GPTConfig(**asdict(options) | {"vocab_size": data.vocab_size})
+    if bigram_k is None:
+        return build(config)
+    model, counted = counted_bigram(config, data.splits("train"), bigram_k)
+    say(counted)
+    return model
+
+
+def build_model(make: Callable[[], LanguageModel], where: DeviceConfig, attention: str, batch_size: int,
+                recorded: Mapping[str, Any], say: Callable[[str], None], here: Job) -> tuple[LanguageModel, Numerics]:
+    """The model that `make` gives rank 0 on the host, laid out over the ranks' devices, and what it computes in: what
+    `auto` means in `where` and `attention` (see device.pick_numerics) for micro-batches of `batch_size`."""
+    made: list[LanguageModel] = []
+
+    def pick() -> tuple[GPTConfig, Numerics, str]:
+        made.append(make())
+        rows = max(1, batch_size) * made[0].config.block_size
+        return made[0].config, *pick_numerics(made[0], where.dtype, attention, here.device, rows, recorded)
+
+    model_config, numerics, trial = distributed.on_rank0(pick, here)
+    if trial:
+        say(trial)
+    here.set_dtype(numerics.dtype)
+    if here.world_size == 1:
+        model = made[0].to(here.device)
+    else:
+        model = distributed.lay_out(build_empty(model_config), made[0].state_dict() if made else None, here)
+    model.set_attention(numerics.attention)
+    return model, numerics
