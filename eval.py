@@ -88,20 +88,20 @@ class EvalConfig:
 def main(argv: list[str]) -> None:
     config, _ = parse_options(EvalConfig, argv, usage=__doc__)
     check_options(config)
-    with distributed.job(config.where) as here:
+    with distributed.init_job(config.where) as job:
         try:
-            evaluate(config, here)
+            evaluate(config, job)
         except torch.OutOfMemoryError as error:
-            raise ValueError(f"the memory of {here.device} is full: lower --batch_size (now {config.batch_size}) "
+            raise ValueError(f"the memory of {job.device} is full: lower --batch_size (now {config.batch_size}) "
                              f"({str(error).splitlines()[0]})") from None
 
 
-def evaluate(config: EvalConfig, here: Job) -> None:
+def evaluate(config: EvalConfig, job: Job) -> None:
     """Print what was asked for, on rank 0; every rank takes its share of the work."""
     asked = {name: load_questions(name, questions_file(config, name)) for name in task_names(config)}
     path, called = inference.find_model(config.init_from, config.out_dir)
     with run_folder.reading(path):
-        model = load_model(config, path, here)
+        model = load_model(config, path, job)
         find = inference.find_tokenizer if config.text or asked else inference.known_tokenizer
         tokenizer = find(path, model.config.vocab_size)
     data = None
@@ -111,18 +111,18 @@ def evaluate(config: EvalConfig, here: Job) -> None:
     splits = find_splits(config, model, tokenizer, data)
     block_size, stride = model.config.block_size, config.stride or model.config.block_size
     report: dict[str, Any] = {"model": called, "parameters": model.num_params(non_embedding=False),
-                              "dtype": str(here.dtype).removeprefix("torch."), "block_size": block_size,
+                              "dtype": str(job.dtype).removeprefix("torch."), "block_size": block_size,
                               "stride": stride}
 
     def say(line: str) -> None:
-        if here.rank == 0 and not config.json:
+        if job.rank == 0 and not config.json:
             print(line, flush=True)
 
-    say(f"{called}: {report['parameters']:,} parameters on {here.device}, {here.dtype}"
+    say(f"{called}: {report['parameters']:,} parameters on {job.device}, {job.dtype}"
         + (f", windows of {block_size} tokens every {stride}" if splits else ""))
     results = report["results"] = {}
     for name, split in splits.items():
-        results[name] = measure(model, split, tokenizer, config, here)
+        results[name] = measure(model, split, tokenizer, config, job)
         in_bytes = ", {bits_per_byte:.4f} bits per byte" if tokenizer else ""
         say(("{}: loss {loss:.4f} nats per token, perplexity {perplexity:.4f}" + in_bytes
              + " ({tokens:,} tokens, {bytes:,} bytes)").format(name, **results[name]))
@@ -132,24 +132,24 @@ def evaluate(config: EvalConfig, here: Job) -> None:
         say("mixture, each by its share: loss {loss:.4f} nats per token, perplexity {perplexity:.4f}".format(
             **results["mixture"]))
     for name, questions in asked.items():
-        results[name] = answer(model, questions, tokenizer, config, here)
+        results[name] = answer(model, questions, tokenizer, config, job)
         say("{}: acc {acc:.4f} +- {acc_stderr:.4f}, acc_norm {acc_norm:.4f} +- {acc_norm_stderr:.4f} "
             "({questions:,} questions)".format(name, **results[name]))
-    if here.rank == 0 and config.json:
+    if job.rank == 0 and config.json:
         print(json.dumps({**report, "results": {name: without_nan(values) for name, values in results.items()}}))
 
 
-def load_model(config: EvalConfig, path: Path, here: Job) -> LanguageModel:
+def load_model(config: EvalConfig, path: Path, job: Job) -> LanguageModel:
     """The model at path on this rank's device, its context length as asked for. Raises ValueError or OSError."""
-    model = inference.load_model(str(path)).to(here.device).eval()
+    model = inference.load_model(str(path)).to(job.device).eval()
     if config.block_size:
         model.crop_block_size(config.block_size)
     if config.stride > model.config.block_size:
         raise ValueError(f"stride={config.stride} would leave out tokens between windows of {model.config.block_size}")
     rows = config.batch_size * model.config.block_size
     numerics, _ = distributed.on_rank0(lambda: pick_numerics(
-        model, config.where.dtype, "auto", here.device, rows, inference.options_of(path), training=False), here)
-    here.set_dtype(numerics.dtype)
+        model, config.where.dtype, "auto", job.device, rows, inference.options_of(path), training=False), job)
+    job.set_dtype(numerics.dtype)
     model.set_attention(numerics.attention)
     return model
 
@@ -179,11 +179,11 @@ def find_splits(config: EvalConfig, model: LanguageModel, tokenizer: Tokenizer |
 
 
 def measure(model: LanguageModel, split: Split, tokenizer: Tokenizer | None, config: EvalConfig,
-            here: Job) -> dict[str, float]:
+            job: Job) -> dict[str, float]:
     """Loss (nats a token), perplexity and, with a tokenizer, bits per byte; with the tokens and bytes they are of."""
     order = EvalOrder(split, model.config.block_size, config.eval_iters * config.batch_size, config.stride)
     num_tokens, num_bytes = count_targets(order, byte_lengths(tokenizer, model.config.vocab_size))
-    loss = validation_loss(model, order, config.batch_size, here)
+    loss = validation_loss(model, order, config.batch_size, job)
     return {"loss": loss, "perplexity": perplexity(loss),
             "bits_per_byte": loss / math.log(2) * num_tokens / num_bytes if num_bytes else math.nan,
             "tokens": num_tokens, "bytes": num_bytes}
@@ -294,11 +294,11 @@ def read_hub(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def answer(model: LanguageModel, questions: list[Question], tokenizer: Tokenizer, config: EvalConfig,
-           here: Job) -> dict[str, float]:
+           job: Job) -> dict[str, float]:
     """How often the correct choice is the likeliest (acc), and that with the likeliest by character (acc_norm), each
     with its standard error; the same on every rank."""
     rows = [row for question in questions for row in encode_question(question, tokenizer, model.config.block_size)]
-    scores = iter(log_likelihoods(model, rows, config.batch_size, here))
+    scores = iter(log_likelihoods(model, rows, config.batch_size, job))
     right, right_by_character = 0, 0
     for question in questions:
         score = np.array([next(scores) for _ in question.choices])
@@ -329,28 +329,28 @@ def encode_question(question: Question, tokenizer: Tokenizer, block_size: int) -
     return rows
 
 
-def log_likelihoods(model: LanguageModel, rows: list[Row], batch_size: int, here: Job) -> list[float]:
+def log_likelihoods(model: LanguageModel, rows: list[Row], batch_size: int, job: Job) -> list[float]:
     """ln p(answer | question) of each row, on every rank. A batch has rows of like length, and ranks take turns."""
     by_length = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
-    batches = [by_length[i:i + batch_size] for i in range(0, len(rows), batch_size)][here.rank::here.world_size]
+    batches = [by_length[i:i + batch_size] for i in range(0, len(rows), batch_size)][job.rank::job.world_size]
     found: dict[int, float] = {}
-    for batch in tqdm(batches, desc="answers", disable=here.rank > 0 or not sys.stderr.isatty()):
-        found |= zip(batch, score(model, [rows[i] for i in batch], here))
-    for theirs in distributed.gather(found, here):
+    for batch in tqdm(batches, desc="answers", disable=job.rank > 0 or not sys.stderr.isatty()):
+        found |= zip(batch, score(model, [rows[i] for i in batch], job))
+    for theirs in distributed.gather(found, job):
         found |= theirs
     return [found[i] for i in range(len(rows))]
 
 
 @torch.no_grad()
-def score(model: LanguageModel, rows: list[Row], here: Job) -> list[float]:
+def score(model: LanguageModel, rows: list[Row], job: Job) -> list[float]:
     """ln p(answer | question) of each row of a batch. Padding stands behind a row, where nothing looks at it."""
     B, T = len(rows), max(len(ids) for ids, _ in rows) - 1
     x, y = torch.zeros(B, T, dtype=torch.long), torch.full((B, T), -1)
     for i, (ids, num_answer) in enumerate(rows):
         x[i, :len(ids) - 1] = torch.tensor(ids[:-1])
         y[i, len(ids) - 1 - num_answer:len(ids) - 1] = torch.tensor(ids[-num_answer:])
-    x, y = x.to(here.device), y.to(here.device)
-    with here.autocast():
+    x, y = x.to(job.device), y.to(job.device)
+    with job.autocast():
         logits = model(x)[0]  # (B, T, V)
     at = y >= 0
     losses = F.cross_entropy(logits[at].float(), y[at], reduction="none")

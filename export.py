@@ -187,8 +187,8 @@ def base_model(options: Mapping[str, Any]) -> str:
 def facts(model: LanguageModel, trainer: Mapping[str, Any], records: list[dict[str, Any]]) -> dict[str, str]:
     """The card's table: what the model is, and what its run came to."""
     c, step, came_to = model.config, trainer["step"], summarize(records)
-    here = [record["val/loss"] for record in records if record["step"] == step and record.get("val/loss") is not None]
-    losses = {"validation loss": here[-1] if here else None,
+    job = [record["val/loss"] for record in records if record["step"] == step and record.get("val/loss") is not None]
+    losses = {"validation loss": job[-1] if job else None,
               "best validation loss of the run": came_to.get("best_val_loss"),
               "final validation loss of the run": came_to.get("final_val_loss")}
     return {

@@ -93,25 +93,25 @@ class SampleConfig:
 def main(argv: list[str]) -> None:
     config, _ = parse_options(SampleConfig, argv, usage=__doc__, aliases={"start": "prompt"})
     check_options(config)
-    with distributed.job(config.where, alone=True) as here:
-        sample(config, here)
+    with distributed.init_job(config.where, alone=True) as job:
+        sample(config, job)
 
 
-def sample(config: SampleConfig, here: Job) -> None:
+def sample(config: SampleConfig, job: Job) -> None:
     """Print the samples, and the speed they were written at."""
     prompt = inference.read(config.prompt)
     path, name = inference.find_model(config.init_from, config.out_dir)
     with run_folder.reading(path):
         model = inference.load_model(str(path))
         tokenizer = inference.find_tokenizer(path, model.config.vocab_size)
-    numerics, _ = pick_numerics(model, config.where.dtype, "sdpa", here.device, 1, inference.options_of(path),
+    numerics, _ = pick_numerics(model, config.where.dtype, "sdpa", job.device, 1, inference.options_of(path),
                                 training=False)
-    here.set_dtype(numerics.dtype)
-    model.to(here.device, here.dtype)  # a token costs the time it takes to read the weights
-    model.compile_decoding = config.compile == "True" or (config.compile == "auto" and here.device.type == "cuda")
+    job.set_dtype(numerics.dtype)
+    model.to(job.device, job.dtype)  # a token costs the time it takes to read the weights
+    model.compile_decoding = config.compile == "True" or (config.compile == "auto" and job.device.type == "cuda")
     windows = draw_windows(config, path, model, tokenizer) if config.split else None
     ids = inference.encode(tokenizer, prompt)
-    print(f"{name}: {model.num_params(non_embedding=False):,} parameters on {here.device}, {here.dtype}", flush=True)
+    print(f"{name}: {model.num_params(non_embedding=False):,} parameters on {job.device}, {job.dtype}", flush=True)
     torch.manual_seed(config.seed)
     began = time.perf_counter()
     if config.interactive:

@@ -49,7 +49,7 @@ from flatgpt.training.checkpoint import RunConfig, RunFolder
 from flatgpt.training.device import DeviceConfig, Numerics
 from flatgpt.training.distributed import Job, ParallelConfig
 from flatgpt.training.metrics import LogConfig, Reporter, Validation, describe_losses, write_samples
-from flatgpt.training.optim import OptimConfig, StepJudge
+from flatgpt.training.optim import OptimConfig, SpikeDetector
 from flatgpt.training.resume import Progress
 from model import GPTConfig, LanguageModel
 
@@ -116,14 +116,14 @@ def main(argv: list[str]) -> None:
     check_options(config)
     if config.bigram_counts:
         config.max_iters = 0
-    with distributed.job(config.where, config.parallel) as here:
-        distributed.share_rank0s(config, here)
-        report = Reporter(Path(config.run.out_dir), config.log, config.max_iters, here)
-        with RunFolder(config.run, here, report.say) as run:
+    with distributed.init_job(config.where, config.parallel) as job:
+        distributed.share_rank0s(config, job)
+        report = Reporter(Path(config.run.out_dir), config.log, config.max_iters, job)
+        with RunFolder(config.run, job, report.log) as run:
             try:
-                stopped_by = train(config, given, run, report, here)
+                stopped_by = train(config, given, run, report, job)
             except torch.OutOfMemoryError as error:
-                raise ValueError(f"the memory of {here.device} is full: lower --batch_size (now "
+                raise ValueError(f"the memory of {job.device} is full: lower --batch_size (now "
                                  f"{config.data.batch_size}; the batch of a step stays what it is), or try "
                                  "--activation_checkpointing=True, or --parallel=fsdp on several GPUs; what was saved "
                                  f"is intact ({str(error).splitlines()[0]})") from None
@@ -132,14 +132,14 @@ def main(argv: list[str]) -> None:
         sys.exit(UNFINISHED)
 
 
-def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report: Reporter, here: Job) -> str:
+def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report: Reporter, job: Job) -> str:
     """One run, from the options to the last checkpoint; returns what stopped it before that, or ""."""
     # 1) The data. What is wrong with it, the options or the run folder is said before anything is written.
-    data = setup.open_data(config.data, config.model.vocab_size, config.log.sample_interval, report.say)
+    data = setup.open_data(config.data, config.model.vocab_size, config.log.sample_interval, report.log)
     train_splits, val_splits = data.splits("train"), data.splits("val")
     distributed.check_agreement(flatten(config) | {
         "the code": files.code_fingerprint(), "the data": data.fingerprint, "torch": torch.__version__,
-        "device": here.device.type}, here)  # whatever it is called on each rank
+        "device": job.device.type}, job)  # whatever it is called on each rank
 
     # 2) Where the run stands: rank 0 looks into the run folder, unless other weights are to be evaluated.
     elsewhere = config.eval_only and config.init_from not in ("scratch", "resume")
@@ -148,53 +148,53 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     # 3) The model, then the batch, which needs its shape.
     torch.manual_seed(config.seed)
     make = partial(setup.make_model, config.model, config.init_from, given, data, trainer["folder"],
-                   config.bigram_k if config.bigram_counts else None, report.say)
+                   config.bigram_k if config.bigram_counts else None, report.log)
     model, numerics = setup.build_model(make, config.where, config.attention, config.data.batch_size,
-                                        trainer["options"], report.say, here)
+                                        trainer["options"], report.log, job)
     model.activation_checkpointing = config.activation_checkpointing
-    record_choices(config, given, model, numerics, trainer, here)
+    record_choices(config, given, model, numerics, trainer, job)
     block_size = model.config.block_size
-    plan = loader.plan_batches(config.data, given, block_size, here.world_size, lambda seqs: (
+    plan = loader.plan_batches(config.data, given, block_size, job.world_size, lambda seqs: (
         trainer["options"]["batch_size"] if trainer["folder"] else preflight.fit_batch_size(
-            model, seqs, here, config.compile)))
+            model, seqs, job, config.compile)))
     tokens_per_step = plan.seqs_per_step * block_size
     options = flatten(config)
     identity = {"data_fingerprint": data.fingerprint, "data_vocab_size": data.vocab_size,
                 "seqs_per_step": plan.seqs_per_step}
     if trainer["folder"]:
-        resume.check_same_run(trainer, options | identity, flatten(TrainConfig()), report.say)
+        resume.check_same_run(trainer, options | identity, flatten(TrainConfig()), report.log)
     train_order = loader.MixedOrder([loader.TrainOrder(split, block_size, config.seed)
                                      for split in train_splits.values()], data.shares)
     validation = Validation(model, val_splits, data.shares, config.eval_iters * config.data.batch_size,
-                            plan.micro_batch, here)  # in rows of a micro-batch, a shape that compiled blocks know
+                            plan.micro_batch, job)  # in rows of a micro-batch, a shape that compiled blocks know
     if config.eval_only:
-        report.say(f"step {trainer['step']}: {describe_losses(validation.whole())} on the whole validation split")
+        report.log(f"step {trainer['step']}: {describe_losses(validation.whole())} on the whole validation split")
         return ""
     if trainer["folder"] and trainer["step"] >= config.max_iters:
-        report.say(f"{run.path} is finished: {trainer['step']:,} steps. To go on, raise --max_iters (now "
+        report.log(f"{run.path} is finished: {trainer['step']:,} steps. To go on, raise --max_iters (now "
                    f"{config.max_iters}); for another run, choose another --out_dir.")
         return ""
 
     # 4) What it will take, before it is taken. Then the model's outer shells, compiled blocks and the averaging of
     # gradients over the ranks, and the optimiser.
     epochs, save_interval = loader.describe_epochs(data, train_order), config.run.save_interval or config.eval_interval
-    for line in preflight.report(model, plan, epochs, run, save_interval, config.max_iters, config.optim, here):
-        report.say(line)
-    if failure := distributed.compile_parts(model, config.compile, here, plan.micro_batch):
-        report.say(f"torch.compile failed, going on without it: {failure}")
-    wrapped = distributed.wrap(model, here, plan.micro_batch)
-    optimizer, judge = optim.build_optimizer(model, config.optim, here.dtype), StepJudge()
-    scaler = torch.amp.GradScaler(here.device.type, enabled=here.dtype == torch.float16)
+    for line in preflight.report(model, plan, epochs, run, save_interval, config.max_iters, config.optim, job):
+        report.log(line)
+    if failure := distributed.compile_parts(model, config.compile, job, plan.micro_batch):
+        report.log(f"torch.compile failed, going on without it: {failure}")
+    wrapped = distributed.wrap(model, job, plan.micro_batch)
+    optimizer, spike_detector = optim.build_optimizer(model, config.optim, job.dtype), SpikeDetector()
+    scaler = torch.amp.GradScaler(job.device.type, enabled=job.dtype == torch.float16)
     if trainer["folder"]:
-        resume.load_training_state(trainer, model, optimizer, scaler, judge, here)
-    is_new = distributed.on_rank0(lambda: run.open(options, is_new=trainer["folder"] is None), here)
-    source = (trainer["folder"] or config.init_from) if here.rank == 0 else "scratch"  # rank 0 alone saves
+        resume.load_training_state(trainer, model, optimizer, scaler, spike_detector, job)
+    is_new = distributed.on_rank0(lambda: run.open(options, is_new=trainer["folder"] is None), job)
+    source = (trainer["folder"] or config.init_from) if job.rank == 0 else "scratch"  # rank 0 alone saves
     tokenizer = inference.tokenizer_to_save(source, model.config.vocab_size, data)
     now = Progress.of(trainer)
     report.start(model, now.step, trainer["elapsed_s"], options | {"tokens_per_step": tokens_per_step}, is_new)
 
     # 5) The loop. The next step reads the S sequences from now.next_seq on.
-    batches = loader.prefetch(partial(loader.read_step, train_order, plan, here.rank, here.device),
+    batches = loader.prefetch(partial(loader.read_step, train_order, plan, job.rank, job.device),
                               itertools.count(now.next_seq, plan.seqs_per_step))
     done_at = now.step if trainer["folder"] else None  # the step that was evaluated and saved before
     stopped_by = ""
@@ -221,7 +221,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
             interval = config.log.sample_interval
             if interval and now.step and (now.step % interval == 0 or is_last) and not is_done:
                 with report.excluded():
-                    report.samples(now.step, write_samples(model, data.tokenizer, config.log.sample_tokens, here))
+                    report.samples(now.step, write_samples(model, data.tokenizer, config.log.sample_tokens, job))
 
             # Once in a while: save (all ranks hand in their part, rank 0 writes). Not amid bad steps: what is saved is
             # what the run may have to go back to.
@@ -231,29 +231,31 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
             if due and not is_done and stopped_by != SAVING_FAILS:
                 with report.excluded():
                     run.save(model, optimizer, tokenizer, asdict(now) | identity | {
-                        "tokens": now.step * tokens_per_step, "scaler": scaler.state_dict(), "judge": asdict(judge),
-                        "seed": config.seed, "micro_batch": plan.micro_batch, "world_size": here.world_size,
+                        "tokens": now.step * tokens_per_step, "scaler": scaler.state_dict(),
+                        "judge": asdict(spike_detector),
+                        "seed": config.seed, "micro_batch": plan.micro_batch, "world_size": job.world_size,
                         "elapsed_s": report.elapsed_s(), "options": options, "versions": VERSIONS}, is_best)
             if is_last or stopped_by:
                 break
 
             # Every step: gradients of this rank's part of the next S sequences, which a thread has read ahead.
             first_seq, *parts = next(batches)
-            *batch, sums = (loader.to_device(tensor, here.device) for tensor in parts)
-            num_targets, batch_hash = distributed.sum_over_ranks(sums, here)
-            step_loss = accumulate(config, wrapped, batch, num_targets, first_seq, plan.micro_batch, scaler, here)
+            *batch, sums = (loader.to_device(tensor, job.device) for tensor in parts)
+            num_targets, batch_hash = distributed.sum_over_ranks(sums, job)
+            step_loss = accumulate(config, wrapped, batch, num_targets, first_seq, plan.micro_batch, scaler, job)
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip or float("inf"))
 
             # The one place where a step waits for the device: all that the ranks have to decide alike, in one piece.
-            reason = why_stop(asked, config, run, here)
-            packed = [step_loss, distributed.whole(norm) / here.world_size, torch.full_like(step_loss, bool(reason))]
-            mean_loss, norm, num_stops = distributed.sum_over_ranks(torch.stack(packed), here).tolist()
+            reason = why_stop(asked, config, run, job)
+            packed = [step_loss, distributed.full_tensor(norm) / job.world_size,
+                      torch.full_like(step_loss, bool(reason))]
+            mean_loss, norm, num_stops = distributed.sum_over_ranks(torch.stack(packed), job).tolist()
             batch_hash = int(batch_hash)  # is there as well; read later, it would wait for the update
             # A float16 gradient that overflows is the scaler's to skip: it tries again at a lower scale.
             overflow = (scaler.is_enabled() and math.isfinite(mean_loss) and not math.isfinite(norm)
                         and scaler.get_scale() > 1)
-            fault = "" if overflow else judge.fault(mean_loss, norm, config.optim.spike_sigma)
+            fault = "" if overflow else spike_detector.fault(mean_loss, norm, config.optim.spike_sigma)
 
             lr = optim.learning_rate(now.step, config.optim)
             optim.set_learning_rate(optimizer, lr)
@@ -264,12 +266,12 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
                 scaler.step(optimizer)
                 scaler.update()
                 now.bad_steps = now.bad_steps if overflow else 0
-            distributed.zero_grad(model, here)
+            distributed.zero_grad(model, job)
             now.step, now.next_seq = now.step + 1, now.next_seq + plan.seqs_per_step
             report.count(tokens_per_step)
-            run.settle(wait=False)
+            run.poll(wait=False)
             if num_stops:
-                stopped_by = next(filter(None, distributed.gather(reason, here)))
+                stopped_by = next(filter(None, distributed.gather(reason, job)))
 
             # Once in a while: report.
             if now.step % config.log.log_interval == 0 or now.step == 1 or fault:
@@ -277,18 +279,18 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
 
             # Hardly ever: back to the last good checkpoint, and on with the data behind what was bad.
             if now.bad_steps == config.optim.max_bad_steps:
-                now = resume.roll_back(run, now, fault, model, optimizer, scaler, judge, here)
+                now = resume.roll_back(run, now, fault, model, optimizer, scaler, spike_detector, job)
                 done_at = now.step
-                report.went_back(now.step, now.rollbacks, now.skipped, now.next_seq)
-        distributed.on_rank0(partial(finish, run, report, now, stopped_by, data.tokenizer is not None), here)
+                report.rollback(now.step, now.rollbacks, now.skipped, now.next_seq)
+        distributed.on_rank0(partial(finish, run, report, now, stopped_by, data.tokenizer is not None), job)
     return stopped_by
 
 
 def record_choices(config: TrainConfig, given: Mapping[str, str], model: LanguageModel, numerics: Numerics,
-                   trainer: Mapping[str, Any], here: Job) -> None:
+                   trainer: Mapping[str, Any], job: Job) -> None:
     """Have the options say what `auto` has become, and what the model is and was at first."""
     config.where.dtype, config.attention = str(numerics.dtype).removeprefix("torch."), numerics.attention
-    config.where.device = here.device.type if config.where.device == "auto" else config.where.device
+    config.where.device = job.device.type if config.where.device == "auto" else config.where.device
     if config.init_from != "scratch":
         inference.adopt_shape(config.model, given, model.config)
         config.init_from = weights.full_name(config.init_from)  # the whole path of a folder is taken for no hub id
@@ -297,10 +299,10 @@ def record_choices(config: TrainConfig, given: Mapping[str, str], model: Languag
 
 
 def accumulate(config: TrainConfig, wrapped: nn.Module, batch: list[torch.Tensor], num_targets: torch.Tensor,
-               first_seq: int, micro_batch: int, scaler: torch.amp.GradScaler, here: Job) -> torch.Tensor:
+               first_seq: int, micro_batch: int, scaler: torch.amp.GradScaler, job: Job) -> torch.Tensor:
     """Add up the gradients of this rank's rows of a step, (seqs_per_rank, T) inputs and targets, a micro-batch at a
     time. Their share of the step's loss."""
-    step_loss = torch.zeros((), device=here.device)
+    step_loss = torch.zeros((), device=job.device)
     inputs, targets = batch
     for start in range(0, len(inputs), micro_batch):
         rows = slice(start, start + micro_batch)
@@ -308,22 +310,22 @@ def accumulate(config: TrainConfig, wrapped: nn.Module, batch: list[torch.Tensor
             torch.manual_seed(loader.derive_seed(config.seed, "dropout", first_seq + start))
         # Gradients meet over the ranks once, in the last backward pass.
         distributed.set_gradient_sync(wrapped, rows.stop >= len(inputs))
-        with here.autocast():
+        with job.autocast():
             _, loss = wrapped(inputs[rows], targets[rows], num_targets)
         # The loss is this micro-batch's share of the global mean; times W, because the ranks' gradients are averaged
         # where they should be summed.
-        scaler.scale(loss * here.world_size).backward()
+        scaler.scale(loss * job.world_size).backward()
         step_loss += loss.detach()
     return step_loss
 
 
-def why_stop(asked: list[str], config: TrainConfig, run: RunFolder, here: Job) -> str:
+def why_stop(asked: list[str], config: TrainConfig, run: RunFolder, job: Job) -> str:
     """What asks this rank to end the run after the step under way, or ""."""
     if asked:
         return asked[0]
     if run.gave_up:
         return SAVING_FAILS
-    if here.rank == 0 and config.max_minutes and launcher.seconds_since_launch() >= 60 * config.max_minutes:
+    if job.rank == 0 and config.max_minutes and launcher.seconds_since_launch() >= 60 * config.max_minutes:
         return f"max_minutes={config.max_minutes:g}"
     return ""
 
@@ -332,9 +334,9 @@ def finish(run: RunFolder, report: Reporter, now: Progress, stopped_by: str, has
     """Wait for the last save and say how the run has ended. Raises OSError when that save failed."""
     run.finish()
     if stopped_by:
-        report.say(f"stopped by {stopped_by} at step {now.step:,}, and saved: the same command goes on from there")
+        report.log(f"stopped by {stopped_by} at step {now.step:,}, and saved: the same command goes on from there")
     else:
-        report.say("done." + (f" Read what it writes: python sample.py --out_dir={run.path}" if has_text else ""))
+        report.log("done." + (f" Read what it writes: python sample.py --out_dir={run.path}" if has_text else ""))
     report.close()  # wandb may take its time to upload, and a run that is told to stop has not much
 
 

@@ -269,11 +269,11 @@ def profile_training(bench: BenchConfig) -> None:
     model = GPT(GPTConfig(**asdict(config.model) | {"vocab_size": config.model.vocab_size or 50257}))
     rows = max(1, config.data.batch_size) * config.model.block_size
     numerics, _ = pick_numerics(model, bench.dtype, config.attention, device, rows, {})
-    here = Job(0, 1, device, numerics.dtype)
+    job = Job(0, 1, device, numerics.dtype)
     model.to(device).set_attention(numerics.attention)
-    if failure := compile_parts(model, config.compile, here, config.data.batch_size):
+    if failure := compile_parts(model, config.compile, job, config.data.batch_size):
         print(f"torch.compile failed: {failure}")
-    train_step = make_train_step(model, here, config.data.batch_size, config.model.block_size)
+    train_step = make_train_step(model, job, config.data.batch_size, config.model.block_size)
     [train_step() for _ in range(3)]
     with torch.profiler.profile() as profile:
         [train_step() for _ in range(3)]
@@ -281,14 +281,14 @@ def profile_training(bench: BenchConfig) -> None:
     print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=50))
 
 
-def make_train_step(model: GPT, here: Job, batch_size: int, block_size: int) -> Callable[[], float]:
+def make_train_step(model: GPT, job: Job, batch_size: int, block_size: int) -> Callable[[], float]:
     """A function that makes a step on random tokens and gives the seconds it took."""
     optimizer = build_optimizer(model, OptimConfig())
-    tokens = torch.randint(model.config.vocab_size, (batch_size, block_size + 1), device=here.device)
+    tokens = torch.randint(model.config.vocab_size, (batch_size, block_size + 1), device=job.device)
 
     def train_step() -> float:
         began = time.perf_counter()
-        with here.autocast():
+        with job.autocast():
             loss = model(tokens[:, :-1], tokens[:, 1:])[1]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -495,17 +495,17 @@ def attempt(measure: Callable[[], dict[str, float]]) -> dict[str, float]:
 def bench_checkpoint(bench: BenchConfig) -> dict:
     """Rounds of: a save that is waited for; some steps; a save, and steps beside it until it is written."""
     device = pick_device("auto")
-    here = Job(0, 1, device, pick_dtype("auto", device))
+    job = Job(0, 1, device, pick_dtype("auto", device))
     model = GPT(GPTConfig()).to(device)
-    train_step = make_train_step(model, here, batch_size=1, block_size=256)
-    with tempfile.TemporaryDirectory() as folder, RunFolder(RunConfig(folder, keep_last=1), here, print) as run:
+    train_step = make_train_step(model, job, batch_size=1, block_size=256)
+    with tempfile.TemporaryDirectory() as folder, RunFolder(RunConfig(folder, keep_last=1), job, print) as run:
         run.open({}, is_new=True)
         [train_step() for _ in range(3)]
         stalls, costs = [], []
         for turn in range(1, bench.rounds + 1):
             run.save(model, train_step.optimizer, None, asdict(Progress(step=2 * turn - 1)), False)
             began = time.perf_counter()
-            run.settle()
+            run.poll()
             synchronous = time.perf_counter() - began  # writing alone: the copy is what the other way adds
             before = [train_step() for _ in range(10)]
             began = time.perf_counter()
@@ -513,7 +513,7 @@ def bench_checkpoint(bench: BenchConfig) -> dict:
             copied, beside = time.perf_counter() - began, []
             while run.is_saving:
                 beside.append(train_step())
-                run.settle(wait=False)
+                run.poll(wait=False)
             usual = statistics.mean(before + [train_step() for _ in range(10)])
             slower = sum(beside) - len(beside) * usual
             stalls.append(copied / synchronous)

@@ -73,10 +73,10 @@ def make(dtype: torch.dtype = torch.float32, **shape) -> GPT:
         torch.set_default_dtype(torch.float32)
 
 
-def step(model: GPT, optimizer: torch.optim.Optimizer, here: Job) -> dict[str, int]:
+def step(model: GPT, optimizer: torch.optim.Optimizer, job: Job) -> dict[str, int]:
     """A training step as train.py makes it; the launches of its last parts."""
     tokens = torch.zeros(4, 64, dtype=torch.long, device=CUDA)
-    with here.autocast():
+    with job.autocast():
         _, loss = model(tokens, tokens, torch.ones((), dtype=torch.long, device=CUDA))
     loss.backward()
     launches = {}
@@ -90,15 +90,15 @@ def step(model: GPT, optimizer: torch.optim.Optimizer, here: Job) -> dict[str, i
 
 def everything(dtype: torch.dtype, **shape) -> None:
     """Training with and without activation checkpointing, evaluation, and tokens by the decoder."""
-    here = Job(0, 1, CUDA, dtype)
+    job = Job(0, 1, CUDA, dtype)
     for checkpointing in (False, True):
         model = make(**shape)
         model.activation_checkpointing = checkpointing
         optimizer = build_optimizer(model, OptimConfig())
         for _ in range(2):
-            step(model, optimizer, here)
+            step(model, optimizer, job)
     tokens = torch.zeros(2, 5, dtype=torch.long, device=CUDA)
-    with torch.no_grad(), here.autocast():
+    with torch.no_grad(), job.autocast():
         model.eval()(tokens, tokens, num_targets=1)
     model = make(dtype, **shape).eval()
     sampler = Sampler(0.8, 200, top_p=0.9, min_p=0.01, repetition_penalty=1.1)
@@ -166,10 +166,10 @@ def main() -> None:
             found["cases"][name] = traceback.format_exc(limit=-4)
     with FakeTensorMode():
         model = make(n_layer=12)
-        optimizer, here = build_optimizer(model, OptimConfig()), Job(0, 1, CUDA, torch.bfloat16)
+        optimizer, job = build_optimizer(model, OptimConfig()), Job(0, 1, CUDA, torch.bfloat16)
         found["tensors"] = len(list(model.parameters()))
-        step(model, optimizer, here)  # the first makes the means
-        found["launches"] = step(model, optimizer, here)
+        step(model, optimizer, job)  # the first makes the means
+        found["launches"] = step(model, optimizer, job)
     found["after_a_broken_recording"] = after_a_broken_recording()
     print(json.dumps(found))
 

@@ -217,18 +217,18 @@ def test_the_micro_batch_fits_itself_to_the_gpu(cli, tiny_data, compiled):
 def test_the_trial_finds_a_size_that_trains_in_the_memory_there_is(compiled):
     """Of 2 GB: a sequence keeps about 4 blocks x 1,024 positions x 30 bytes x 256 channels = 31 MB, and some for the
     logits. The steps afterwards get a quarter more, for what a trial cannot know of their memory's holes."""
-    here = Job(0, 1, CUDA, pick_dtype("auto", CUDA))
+    job = Job(0, 1, CUDA, pick_dtype("auto", CUDA))
     model = make_model(block_size=1024, n_layer=4, n_embd=256).to(CUDA)
     total = torch.cuda.get_device_properties(CUDA).total_memory
     torch.cuda.set_per_process_memory_fraction(2e9 / total)
-    found = preflight.fit_batch_size(model, 512, here, str(compiled))
+    found = preflight.fit_batch_size(model, 512, job, str(compiled))
     assert 8 <= found <= 128, f"about 32 sequences should fit 2 GB, and the trial found {found}"
     torch.cuda.set_per_process_memory_fraction(2.5e9 / total)
-    failure = distributed.compile_parts(model, str(compiled), here, found)
+    failure = distributed.compile_parts(model, str(compiled), job, found)
     assert failure is None, failure
     optimizer, tokens = build_optimizer(model, OptimConfig()), torch.zeros(found, 1024, dtype=torch.long, device=CUDA)
     for _ in range(2):
-        with here.autocast():
+        with job.autocast():
             _, loss = model(tokens, tokens)
         loss.backward()
         optimizer.step()
@@ -243,10 +243,10 @@ def test_a_full_gpu_names_the_keys_to_turn(cli, tiny_data):
 
 
 def test_a_checkpoint_holds_what_was_on_the_gpu_when_it_was_asked_for(tmp_path):
-    here, idx = Job(0, 1, CUDA, torch.float32), torch.randint(300, (4, 64), device=CUDA)
+    job, idx = Job(0, 1, CUDA, torch.float32), torch.randint(300, (4, 64), device=CUDA)
     model = make_model().to(CUDA)
     optimizer = build_optimizer(model, OptimConfig())
-    with RunFolder(RunConfig(str(tmp_path / "run")), here) as folder:
+    with RunFolder(RunConfig(str(tmp_path / "run")), job) as folder:
         folder.open({}, is_new=True)
         for step in (1, 2):  # the second copy is made into the first one's memory
             model(idx, idx)[1].backward()

@@ -116,7 +116,7 @@ def test_torch_takes_no_more_threads_than_the_quota(root, monkeypatch, cpu, omp,
     taken = [8]  # what torch would take
     monkeypatch.setattr(torch, "get_num_threads", lambda: taken[-1])
     monkeypatch.setattr(torch, "set_num_threads", taken.append)
-    with distributed.job(DeviceConfig(device="cpu", dtype="float32")):
+    with distributed.init_job(DeviceConfig(device="cpu", dtype="float32")):
         assert taken[-1] == threads
 
 

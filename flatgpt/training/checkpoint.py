@@ -76,12 +76,12 @@ class RunConfig:
 
 
 class RunFolder:
-    """The folder `config.out_dir`; `say` gets what there is to tell a person. Rank 0 alone reads and writes in it."""
+    """The folder `config.out_dir`; `log` gets what there is to tell a person. Rank 0 alone reads and writes in it."""
 
-    def __init__(self, config: RunConfig, here: Job, say: Callable[[str], None] = print):
+    def __init__(self, config: RunConfig, job: Job, log: Callable[[str], None] = print):
         self.config, self.path = config, Path(config.out_dir)
         self.checkpoints = self.path / "checkpoints"
-        self._here, self._say = here, say
+        self._job, self._log = job, log
         self._lock = FileLock(self.path / ".lock")
         self._host: tuple[State, State] = {}, {}  # the copies of weights and optimiser, used again by each save
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="save", initializer=_step_back)
@@ -102,15 +102,15 @@ class RunFolder:
         """The trainer's state to start from, the same on every rank, with `folder`, the checkpoint that it and the
         weights come from, or None. Raises as `find` does, and ValueError when rank 0's is not the newest checkpoint."""
         # Without a shared disk the run lies on rank 0's, and torchrun may have given that rank to another node.
-        newest = distributed.gather(max(step_folders(self.path), default=-1), self._here)
-        self._launch = distributed.gather(launcher.launch(), self._here)
+        newest = distributed.gather(max(step_folders(self.path), default=-1), self._job)
+        self._launch = distributed.gather(launcher.launch(), self._job)
         if self.config.resume != "never" and max(newest) > newest[0]:
             there = f"that of step {newest[0]}" if newest[0] >= 0 else "none"
-            holder = self._here.name(newest.index(max(newest)))
-            raise ValueError(f"{holder} finds step {max(newest)}'s checkpoint in {self.path}, {self._here.name(0)}, "
+            holder = self._job.name(newest.index(max(newest)))
+            raise ValueError(f"{holder} finds step {max(newest)}'s checkpoint in {self.path}, {self._job.name(0)}, "
                              f"who is to read it, {there}: copy the folder to rank 0's node, or share it")
 
-        return distributed.on_rank0(lambda: self.state_in(self.find(lock)), self._here)
+        return distributed.on_rank0(lambda: self.state_in(self.find(lock)), self._job)
 
     def state_in(self, folder: Path | None) -> dict[str, Any]:
         """What a checkpoint's trainer.json says, and `folder`; without one, the state of a new run."""
@@ -214,7 +214,7 @@ class RunFolder:
             if not is_wanted(folder):
                 continue
             for line in damage:
-                self._say(f"warning: {line}; going back to {folder.name}")
+                self._log(f"warning: {line}; going back to {folder.name}")
             return folder
         if damage:
             raise ValueError(f"{damage[0]}; no other checkpoint is left in {self.checkpoints}: restore one, or start "
@@ -226,14 +226,14 @@ class RunFolder:
         """Begin to save the checkpoint of trainer["step"], once the one before is written; `settle` says how it went.
 
         Every rank has to take part, since each may hold a part of the state; rank 0 writes."""
-        distributed.on_rank0(self.settle, self._here)
+        distributed.on_rank0(self.poll, self._job)
         for live, host in zip((model.state_dict(), optim.optimizer_state(optimizer, model)), self._host):
-            _copy_to_host(live, host, self._here)
-        if self._here.rank == 0:
+            _copy_to_host(live, host, self._job)
+        if self._job.rank == 0:
             self._saving = trainer["step"], is_best
             self._writing = self._writer.submit(self._write, model.config, tokenizer, trainer, is_best)
 
-    def settle(self, wait: bool = True) -> None:
+    def poll(self, wait: bool = True) -> None:
         """When the save under way is over, say how it went; with `wait`, wait for that. A failure is a warning here:
         what was saved before is untouched by it."""
         if self._writing is None or not (wait or self._writing.done()):
@@ -244,13 +244,13 @@ class RunFolder:
             folder = writing.result()
         except OSError as error:
             self._failures.append(str(error))
-            self._say(f"warning: step {step} could not be saved: {error}; going on, what was saved before is intact")
+            self._log(f"warning: step {step} could not be saved: {error}; going on, what was saved before is intact")
         else:
             self._failures.clear()
-            self._say(f"step {step}: saved {folder}{' (best so far)' if is_best else ''}")
+            self._log(f"step {step}: saved {folder}{' (best so far)' if is_best else ''}")
         for about, warning in self._warnings.items():
             if warning:
-                self._say(f"warning: {warning}")
+                self._log(f"warning: {warning}")
                 self._warnings[about] = None
 
     @property
@@ -265,7 +265,7 @@ class RunFolder:
 
     def finish(self) -> None:
         """Wait for the last save. Raises OSError when it failed."""
-        self.settle()
+        self.poll()
         if self._failures:
             count = f" {len(self._failures)} times in a row" if len(self._failures) > 1 else ""
             raise OSError(f"saving failed{count}: {self._failures[-1]}; what was saved before is intact")
@@ -350,18 +350,18 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def _copy_to_host(live: Mapping[str, torch.Tensor], host: State, here: Job) -> None:
+def _copy_to_host(live: Mapping[str, torch.Tensor], host: State, job: Job) -> None:
     """Make `host` whole copies of tensors that may be spread over the ranks; on rank 0 only."""
-    if here.rank == 0 and {name: (t.shape, t.dtype) for name, t in live.items()} != {
+    if job.rank == 0 and {name: (t.shape, t.dtype) for name, t in live.items()} != {
             name: (t.shape, t.dtype) for name, t in host.items()}:  # the first save, or an optimiser with other state
         host.clear()  # frees the old memory before there is new
         host.update(_host_buffers(live))
     for name, tensor in live.items():
-        tensor = distributed.whole(tensor.detach())
-        if here.rank == 0:
+        tensor = distributed.full_tensor(tensor.detach())
+        if job.rank == 0:
             host[name].copy_(tensor, non_blocking=tensor.is_cuda)
-    if here.device.type == "cuda":
-        torch.cuda.synchronize(here.device)
+    if job.device.type == "cuda":
+        torch.cuda.synchronize(job.device)
 
 
 def _host_buffers(live: Mapping[str, torch.Tensor]) -> State:

@@ -57,7 +57,7 @@ class Job:
     device: torch.device
     dtype: torch.dtype
     parallel: str = "ddp"
-    talk: dist.ProcessGroup | None = None  # for plain Python between the ranks, with patience for slow disks
+    cpu_group: dist.ProcessGroup | None = None  # for plain Python between the ranks, with patience for slow disks
     hosts: tuple[str, ...] = ()  # of each rank, "east (10.0.0.1)": its host's name, and where gloo listens there
 
     def name(self, rank: int) -> str:
@@ -78,14 +78,14 @@ class Job:
 
 
 @contextlib.contextmanager
-def job(config: DeviceConfig, parallel: ParallelConfig | None = None, alone: bool = False) -> Iterator[Job]:
+def init_job(config: DeviceConfig, parallel: ParallelConfig | None = None, alone: bool = False) -> Iterator[Job]:
     """Join the process group of the launcher's ranks, where there are several, and leave it at the end; `alone`: this
     process has nobody to join, whatever the environment says. Raises ValueError."""
     parallel = parallel or ParallelConfig()
     rank, world_size, local_rank, local_world_size = launcher.Ranks() if alone else launcher.ranks()
     device = pick_device(config.device, local_rank)
-    here = Job(rank, world_size, device, pick_dtype(config.dtype, device), parallel.parallel)
-    here.set_dtype(here.dtype)  # is checked; what `auto` means is decided anew when the model is known
+    job = Job(rank, world_size, device, pick_dtype(config.dtype, device), parallel.parallel)
+    job.set_dtype(job.dtype)  # is checked; what `auto` means is decided anew when the model is known
     quota = machine.core_quota()  # without one, torch's own count of cores stays as it is
     if quota and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(torch.get_num_threads(), max(1, machine.num_cores() // local_world_size)))
@@ -98,7 +98,7 @@ def job(config: DeviceConfig, parallel: ParallelConfig | None = None, alone: boo
             torch.utils.deterministic.fill_uninitialized_memory = False  # all of it is written before it is read
         torch.set_float32_matmul_precision("high")  # what stays float32 is multiplied as tf32
     if world_size == 1:
-        yield here
+        yield job
         return
     backend = parallel.backend if parallel.backend != "auto" else "nccl" if device.type == "cuda" else "gloo"
     if backend == "nccl" and device.type != "cuda":
@@ -108,15 +108,15 @@ def job(config: DeviceConfig, parallel: ParallelConfig | None = None, alone: boo
         print(f"rank {rank} waits for the other {world_size - 1} at {where}, up to {parallel.timeout_s} s: the "
               f"environment has {launcher.rank_variables()}", file=sys.stderr, flush=True)
     timeout = datetime.timedelta(seconds=parallel.timeout_s)
-    store = hosts.meet(here, where, timeout)
-    with hosts.lost_connections(here):
-        with hosts.deadline(parallel.timeout_s + 10, here):
+    store = hosts.meet(job, where, timeout)
+    with hosts.lost_connections(job):
+        with hosts.deadline(parallel.timeout_s + 10, job):
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout,
                                     device_id=device if backend == "nccl" else None)
-            here.talk = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=FILE_TIMEOUT_S))
-        yield here
+            job.cpu_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=FILE_TIMEOUT_S))
+        yield job
     # Not after an error: the others may be waiting for us, closing the groups would wait for them, our end wakes them.
-    here.talk = None
+    job.cpu_group = None
     # Gloo's threads may still hold Python objects of their last work, and need the interpreter's lock to drop them,
     # which the closing of a group keeps while it waits for them.
     time.sleep(0.1)
@@ -126,34 +126,34 @@ def job(config: DeviceConfig, parallel: ParallelConfig | None = None, alone: boo
 # Layouts
 
 
-def lay_out(model: nn.Module, state: Mapping[str, torch.Tensor] | None, here: Job) -> nn.Module:
+def materialize(model: nn.Module, state: Mapping[str, torch.Tensor] | None, job: Job) -> nn.Module:
     """Give a model made on the meta device its memory and rank 0's weights (`state`; None elsewhere): whole on every
     rank, or, with FSDP, each rank's part of it, so that no GPU ever holds it whole."""
-    if here.world_size > 1 and here.parallel == "fsdp":
-        _shard(model, _mesh(here, here.world_size), here)
-    model.to_empty(device=here.device)
-    fill(model, state, here)
+    if job.world_size > 1 and job.parallel == "fsdp":
+        _shard(model, _mesh(job, job.world_size), job)
+    model.to_empty(device=job.device)
+    fill(model, state, job)
     return model
 
 
-def fill(model: nn.Module, state: Mapping[str, torch.Tensor] | None, here: Job) -> None:
+def fill(model: nn.Module, state: Mapping[str, torch.Tensor] | None, job: Job) -> None:
     """Overwrite a model, however it lies over the ranks, with rank 0's weights (`state`; None elsewhere)."""
     with torch.no_grad():
         for name, p in model.named_parameters():
             value = torch.empty(p.shape) if state is None else state[name]
-            p.copy_(from_rank0(value.to(here.device), p, here))
+            p.copy_(from_rank0(value.to(job.device), p, job))
 
 
-def stand_in(model: nn.Module, here: Job) -> nn.Module:
+def stand_in(model: nn.Module, job: Job) -> nn.Module:
     """A model of one block for a trial: in `model`'s shape and number type, with weights of zero, on this rank alone.
 
     A pass that fails leaves FSDP with parameters that are no longer sharded, and the ranks in different collectives.
     So what is to be trained takes part in no trial, and what takes part is thrown away."""
     trial = build_empty(replace(model.config, n_layer=1) if model.h else model.config)
     trial.activation_checkpointing = model.activation_checkpointing
-    if here.world_size > 1 and here.parallel == "fsdp":
-        _shard(trial, _mesh(here, 1), here)
-    trial.to_empty(device=here.device)
+    if job.world_size > 1 and job.parallel == "fsdp":
+        _shard(trial, _mesh(job, 1), job)
+    trial.to_empty(device=job.device)
     with torch.no_grad():
         for p in trial.parameters():
             p.zero_()
@@ -161,62 +161,62 @@ def stand_in(model: nn.Module, here: Job) -> nn.Module:
     return trial
 
 
-def _mesh(here: Job, size: int) -> DeviceMesh:
+def _mesh(job: Job, size: int) -> DeviceMesh:
     """The ranks, in groups of `size`: the group that this rank is in."""
     from torch.distributed.device_mesh import init_device_mesh  # takes a second, which every start would pay
 
-    shape = (here.world_size // size, size)
-    return init_device_mesh(here.device.type, shape, mesh_dim_names=("groups", "ranks"))["ranks"]
+    shape = (job.world_size // size, size)
+    return init_device_mesh(job.device.type, shape, mesh_dim_names=("groups", "ranks"))["ranks"]
 
 
-def _shard(model: nn.Module, mesh: DeviceMesh, here: Job) -> None:
+def _shard(model: nn.Module, mesh: DeviceMesh, job: Job) -> None:
     """FSDP2: each rank of the mesh holds its part of every parameter; a block's are gathered when it runs, and its
     gradients summed in float32. With 16-bit products the blocks' weights travel in 16 bits; the residual path stays
     float32, as in DDP."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method  # a second
 
     policy = MixedPrecisionPolicy()
-    if here.dtype != torch.float32:
-        policy = MixedPrecisionPolicy(here.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    if job.dtype != torch.float32:
+        policy = MixedPrecisionPolicy(job.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.h:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "next_token_logits")  # generation does not come through `forward`
 
 
-def wrap(model: nn.Module, here: Job, batch_size: int) -> nn.Module:
+def wrap(model: nn.Module, job: Job, batch_size: int) -> nn.Module:
     """The model whose backward pass averages gradients over the ranks: DDP around it, or itself if it is sharded."""
-    if here.world_size == 1:
+    if job.world_size == 1:
         return model
-    if here.parallel == "fsdp":
+    if job.parallel == "fsdp":
         # After a pass that failed they would be whole, and each rank would train a model of its own.
         assert all(hasattr(p, "full_tensor") for p in model.parameters()), "FSDP's parameters are not sharded"
         return model
-    device_ids = [here.device.index] if here.device.type == "cuda" else None
+    device_ids = [job.device.index] if job.device.type == "cuda" else None
     wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
     # After its first backward pass DDP sorts its buckets anew, by the order in which gradients came; with them the
     # order of summation over four and more ranks changes. Two passes over nothing get that over before the first
     # step, so that a resumed run sums in the same order as one that was never interrupted.
     for _ in range(2):
-        _try_pass(wrapped, model, here, batch_size)
+        _try_pass(wrapped, model, job, batch_size)
     return wrapped
 
 
-def _try_pass(wrapped: nn.Module, model: nn.Module, here: Job, batch_size: int) -> None:
+def _try_pass(wrapped: nn.Module, model: nn.Module, job: Job, batch_size: int) -> None:
     """A forward and backward pass over zeros, whose gradients are forgotten."""
-    nothing = torch.zeros(batch_size, model.config.block_size, dtype=torch.long, device=here.device)
+    nothing = torch.zeros(batch_size, model.config.block_size, dtype=torch.long, device=job.device)
     try:
-        with here.autocast():
+        with job.autocast():
             _, loss = wrapped(nothing, nothing)
         loss.backward()
     finally:
-        zero_grad(model, here)
+        zero_grad(model, job)
 
 
-def zero_grad(model: nn.Module, here: Job) -> None:
+def zero_grad(model: nn.Module, job: Job) -> None:
     """Forget the gradients. DDP's stay where they are, in its buckets: micro-batches then add up there, and the memory
     of a second set is saved."""
-    model.zero_grad(set_to_none=here.world_size == 1 or here.parallel == "fsdp")
+    model.zero_grad(set_to_none=job.world_size == 1 or job.parallel == "fsdp")
 
 
 def set_gradient_sync(wrapped: nn.Module, wanted: bool) -> None:
@@ -233,7 +233,7 @@ def reshard(model: nn.Module) -> None:
         model.reshard()
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor that may be spread over the ranks, as one; every rank has to ask for it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
@@ -243,11 +243,11 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def from_rank0(tensor: torch.Tensor, p: torch.Tensor, here: Job) -> torch.Tensor:
+def from_rank0(tensor: torch.Tensor, p: torch.Tensor, job: Job) -> torch.Tensor:
     """Rank 0's whole tensor, on the device, laid out over the ranks as parameter p is if it has p's shape: the inverse
     of `whole`. The other ranks hand in one of the same shape, which is overwritten."""
     box = tensor.to(p.device)  # NCCL moves GPU memory only; an optimiser's step count may be on the host
-    if here.world_size > 1:
+    if job.world_size > 1:
         dist.broadcast(box, src=0)
     tensor = box.to(tensor.device)
     if not hasattr(p, "full_tensor") or tensor.shape != p.shape:
@@ -257,38 +257,38 @@ def from_rank0(tensor: torch.Tensor, p: torch.Tensor, here: Job) -> torch.Tensor
     return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)
 
 
-def compile_parts(model: nn.Module, wanted: str, here: Job, batch_size: int) -> str | None:
+def compile_parts(model: nn.Module, wanted: str, job: Job, batch_size: int) -> str | None:
     """Compile the model's parts in place if `wanted` (auto, True, False), after a trial on every rank.
 
     Returns why it runs without after all, or None."""
-    if not wants_compiler(wanted, here):
+    if not wants_compiler(wanted, job):
         return None
-    failure = try_compiler(model, here, batch_size)
+    failure = try_compiler(model, job, batch_size)
     if failure is None:
         compile_in_place(model)  # finds the trial's compilation ready
     return failure
 
 
-def wants_compiler(wanted: str, here: Job) -> bool:
-    return wanted == "True" or (wanted == "auto" and here.device.type == "cuda")
+def wants_compiler(wanted: str, job: Job) -> bool:
+    return wanted == "True" or (wanted == "auto" and job.device.type == "cuda")
 
 
-def try_compiler(model: nn.Module, here: Job, batch_size: int) -> str | None:
+def try_compiler(model: nn.Module, job: Job, batch_size: int) -> str | None:
     """Compile a stand-in for the model and run it. Returns what failed, on whichever rank, or None."""
     import torch._functorch.config  # a second to import
 
     # Else the compiler keeps an activation beside what it is made from, where a matrix product reads it. The switch is
     # private: what torch.compile takes as `options` reaches inductor's configuration, and this one is not inductor's.
     torch._functorch.config.ban_recompute_materialized_backward = False
-    trial, failure = stand_in(model, here), None
+    trial, failure = stand_in(model, job), None
     compile_in_place(trial)
     try:
-        _try_pass(trial, trial, here, batch_size)
+        _try_pass(trial, trial, job, batch_size)
     except torch.OutOfMemoryError:  # no fault of the compiler's
         raise
     except Exception as error:  # whatever the compiler trips over: training without it is better than none
         failure = one_line(getattr(error, "inner_exception", error))  # of dynamo's own, what its backend raised
-    return next((f for f in gather(failure, here) if f), None)
+    return next((f for f in gather(failure, job) if f), None)
 
 
 def compile_in_place(model: nn.Module, **how: Any) -> None:
@@ -309,68 +309,68 @@ def eager(model: nn.Module) -> contextlib.AbstractContextManager:
 # Between the ranks
 
 
-def share_rank0s(options: Any, here: Job) -> None:
+def share_rank0s(options: Any, job: Job) -> None:
     """Give the fields of a dataclass, and of those in it, that are marked {"rank": 0} rank 0's values on every rank."""
     for field in fields(options):
         value = getattr(options, field.name)
         if field.metadata.get("rank") == 0:
-            setattr(options, field.name, on_rank0(lambda value=value: value, here))
+            setattr(options, field.name, on_rank0(lambda value=value: value, job))
         elif is_dataclass(value):
-            share_rank0s(value, here)
+            share_rank0s(value, job)
 
 
-def check_agreement(what: dict[str, Any], here: Job) -> None:
+def check_agreement(what: dict[str, Any], job: Job) -> None:
     """Raises ValueError on every rank unless all have the same values of `what` (plain Python)."""
-    everyone = gather(what, here)
-    faults = [f"{key} is {theirs.get(key)} on {here.name(rank)} and {value} on {here.name(0)}"
+    everyone = gather(what, job)
+    faults = [f"{key} is {theirs.get(key)} on {job.name(rank)} and {value} on {job.name(0)}"
               for rank, theirs in enumerate(everyone) for key, value in everyone[0].items() if theirs.get(key) != value]
     if faults:
         raise ValueError(f"the processes do not run the same job: {'; '.join(faults)}. Start every node with the same "
                          "command, code and data")
 
 
-def bandwidth(here: Job, num_bytes: int) -> float:
+def bandwidth(job: Job, num_bytes: int) -> float:
     """Bytes a second that an all-reduce of so many bytes sends from each rank: 2 (W - 1) / W of them, in a ring."""
-    tensor = torch.zeros(max(1, num_bytes // 4), device=here.device)
+    tensor = torch.zeros(max(1, num_bytes // 4), device=job.device)
     for _ in range(2):  # the first sets up connections
         dist.barrier()
         began = time.perf_counter()
         dist.all_reduce(tensor)
         tensor[0].item()  # waits for the device
-    return 2 * (here.world_size - 1) / here.world_size * num_bytes / (time.perf_counter() - began)
+    return 2 * (job.world_size - 1) / job.world_size * num_bytes / (time.perf_counter() - began)
 
 
-def sum_over_ranks(values: torch.Tensor, here: Job) -> torch.Tensor:
+def sum_over_ranks(values: torch.Tensor, job: Job) -> torch.Tensor:
     """The sum of a tensor on the device over all ranks, the same bits on each; nothing waits for the device."""
-    if here.world_size == 1:
+    if job.world_size == 1:
         return values
     total = values.clone()
     dist.all_reduce(total)
     return total
 
 
-def gather(value: Any, here: Job) -> list[Any]:
+def gather(value: Any, job: Job) -> list[Any]:
     """Every rank's value (plain Python), in the order of ranks."""
-    if here.world_size == 1:
+    if job.world_size == 1:
         return [value]
-    values: list[Any] = [None] * here.world_size
-    dist.all_gather_object(values, value, group=here.talk)
+    values: list[Any] = [None] * job.world_size
+    dist.all_gather_object(values, value, group=job.cpu_group)
     return values
 
 
-def on_rank0(do: Callable[[], T], here: Job) -> T:
+def on_rank0(do: Callable[[], T], job: Job) -> T:
     """Run `do` on rank 0, which may take long; every rank gets its value (plain Python). If it fails there, the others
     leave: quietly beside it, on other hosts with an OSError that says where to look."""
-    if here.world_size == 1:
+    if job.world_size == 1:
         return do()
     box: list[Any] = [None, True]  # value, failed
     try:
-        if here.rank == 0:
+        if job.rank == 0:
             box = [do(), False]
     finally:
-        dist.broadcast_object_list(box, group=here.talk)
-    if box[1] and here.hosts[here.rank] != here.hosts[0]:
-        raise OSError(f"{here.name(0)} has failed: its screen says why")
+        dist.broadcast_object_list(box, group=job.cpu_group)
+    if box[1] and job.hosts[job.rank] != job.hosts[0]:
+        raise OSError(f"{job.name(0)} has failed: its screen says why")
     if box[1]:
         sys.exit(2)
     return box[0]

@@ -30,8 +30,8 @@ NAME_INTERFACE = ("start torchrun on every host with GLOO_SOCKET_IFNAME=NAME NCC
                   "network interface to the others (`ip -brief address` lists them)")
 
 
-def meet(here: Job, where: str, timeout: datetime.timedelta) -> dist.Store:
-    """The store of rank 0, at `where`, in which the processes find each other; `here` learns each rank's host.
+def meet(job: Job, where: str, timeout: datetime.timedelta) -> dist.Store:
+    """The store of rank 0, at `where`, in which the processes find each other; `job` learns each rank's host.
 
     Raises OSError where they would wait in vain: the store is out of reach, a rank does not come, or gloo would listen
     on a host's loopback, whose ranks torch would keep waiting for five times the timeout."""
@@ -40,27 +40,27 @@ def meet(here: Job, where: str, timeout: datetime.timedelta) -> dist.Store:
             "with --local-addr=ADDRESS") if launcher.UNDER_TORCHRUN else (
             f"the environment has {launcher.rank_variables()}: {launcher.HOW_TO_START}")
     deadline_s = time.monotonic() + timeout.total_seconds()
-    while here.rank > 0:
+    while job.rank > 0:
         try:
             socket.create_connection((address, int(port)), timeout.total_seconds()).close()
             break
         except OSError as error:
             if time.monotonic() > deadline_s:
-                raise OSError(f"rank {here.rank} on {me} cannot reach rank 0 at {where} ({error}): {hint}") from None
+                raise OSError(f"rank {job.rank} on {me} cannot reach rank 0 at {where} ({error}): {hint}") from None
             time.sleep(0.2)
-    told, heard = ([f"{what}_{rank}" for rank in range(here.world_size)] for what in ("host_of", "heard_by"))
+    told, heard = ([f"{what}_{rank}" for rank in range(job.world_size)] for what in ("host_of", "heard_by"))
     try:
-        store, _, _ = next(dist.rendezvous("env://", here.rank, here.world_size, timeout=timeout))
-        store.set(told[here.rank], f"{me} ({_gloo_address()})")
+        store, _, _ = next(dist.rendezvous("env://", job.rank, job.world_size, timeout=timeout))
+        store.set(told[job.rank], f"{me} ({_gloo_address()})")
         store.wait(told, timeout)
-        here.hosts = tuple(store.get(key).decode() for key in told)
-        store.set(heard[here.rank], "")
-        if here.rank == 0:
+        job.hosts = tuple(store.get(key).decode() for key in told)
+        store.set(heard[job.rank], "")
+        if job.rank == 0:
             store.wait(heard, timeout)  # it may end with this process
     except dist.DistError as error:
-        raise OSError(f"rank {here.rank} on {me} did not meet the others at {where} ({one_line(error)}), whose screens "
+        raise OSError(f"rank {job.rank} on {me} did not meet the others at {where} ({one_line(error)}), whose screens "
                       f"may say why: {hint}") from None
-    if len(set(here.hosts)) > 1 and (deaf := sorted(set(filter(_is_loopback, here.hosts)))):
+    if len(set(job.hosts)) > 1 and (deaf := sorted(set(filter(_is_loopback, job.hosts)))):
         raise OSError(f"the processes cannot reach each other: {', '.join(deaf)} listens on loopback alone, since its "
                       f"own name leads there (/etc/hosts), or to no address it has: {NAME_INTERFACE}, or correct the "
                       "name")
@@ -87,11 +87,11 @@ def _is_loopback(host: str) -> bool:
 
 
 @contextlib.contextmanager
-def deadline(seconds: float, here: Job) -> Iterator[None]:
+def deadline(seconds: float, job: Job) -> Iterator[None]:
     """What lasts longer in here ends the process: a rank that waits for connections in gloo hears of no failure."""
 
     def end() -> None:
-        sys.stderr.write(f"error: {_cannot_connect(here, f'nothing heard for {seconds:.0f} s')}\n")
+        sys.stderr.write(f"error: {_cannot_connect(job, f'nothing heard for {seconds:.0f} s')}\n")
         sys.stderr.flush()
         os._exit(2)
 
@@ -105,23 +105,23 @@ def deadline(seconds: float, here: Job) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def lost_connections(here: Job) -> Iterator[None]:
+def lost_connections(job: Job) -> Iterator[None]:
     """What torch says of a connection that broke, in one line that names hosts. Raises OSError."""
     try:
         yield
     except RuntimeError as error:
         reason = re.sub(r"\[\S+:\d+\] ", "", one_line(error))  # without the line of torch's source
-        if here.talk is None and "connectFullMesh" in reason:
-            raise OSError(_cannot_connect(here, reason)) from None
+        if job.cpu_group is None and "connectFullMesh" in reason:
+            raise OSError(_cannot_connect(job, reason)) from None
         is_gloos = "/gloo/" in str(error) and "enforce fail" not in str(error)
         if not is_gloos and "ncclRemoteError" not in str(error):
             raise
-        others = sorted(set(here.hosts) - {here.hosts[here.rank]}) or ["the other processes"]
-        raise OSError(f"{here.name(here.rank)} lost the connection to {', '.join(others)}: {reason}. What was saved is "
+        others = sorted(set(job.hosts) - {job.hosts[job.rank]}) or ["the other processes"]
+        raise OSError(f"{job.name(job.rank)} lost the connection to {', '.join(others)}: {reason}. What was saved is "
                       "intact: torchrun --max-restarts=3 starts all again by itself, else give the same command again "
                       "on every host") from None
 
 
-def _cannot_connect(here: Job, reason: str) -> str:
-    return (f"{here.name(here.rank)} cannot connect to the others, which listen at "
-            f"{', '.join(sorted(set(here.hosts)))}: {reason}. Every host has to reach those: {NAME_INTERFACE}")
+def _cannot_connect(job: Job, reason: str) -> str:
+    return (f"{job.name(job.rank)} cannot connect to the others, which listen at "
+            f"{', '.join(sorted(set(job.hosts)))}: {reason}. Every host has to reach those: {NAME_INTERFACE}")

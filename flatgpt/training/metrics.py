@@ -92,53 +92,53 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 @torch.no_grad()
-def validation_loss(model: LanguageModel, order: EvalOrder, batch_size: int, here: Job) -> float:
+def validation_loss(model: LanguageModel, order: EvalOrder, batch_size: int, job: Job) -> float:
     """Mean loss over all targets of the order's windows, in nats; every rank takes a share and gets the same answer."""
     training = model.training
     model.eval()
-    loss_sum, count = torch.zeros((), device=here.device), 0
-    first, end = (len(order) * r // here.world_size for r in (here.rank, here.rank + 1))
+    loss_sum, count = torch.zeros((), device=job.device), 0
+    first, end = (len(order) * r // job.world_size for r in (job.rank, job.rank + 1))
     # As many batches on each rank, if need be of padding: FSDP's ranks run a model together.
-    num_batches = math.ceil(math.ceil(len(order) / here.world_size) / batch_size)
+    num_batches = math.ceil(math.ceil(len(order) / job.world_size) / batch_size)
 
     def load(start: int) -> tuple[torch.Tensor, torch.Tensor, int]:
         x, y = order.batch(start, batch_size)
         y[max(0, end - start):] = -1  # the next rank's; whole batches all the same, so compiled blocks meet one shape
-        return pin(x, here.device), pin(y, here.device), int((y >= 0).sum())
+        return pin(x, job.device), pin(y, job.device), int((y >= 0).sum())
 
     for x, y, num_targets in prefetch(load, range(first, first + num_batches * batch_size, batch_size)):
-        x, y = to_device(x, here.device), to_device(y, here.device)
-        with here.autocast():
+        x, y = to_device(x, job.device), to_device(y, job.device)
+        with job.autocast():
             loss_sum += model(x, y, num_targets=1)[1]
         count += num_targets
     reshard(model)
     model.train(training)
-    loss_sum, count = sum_over_ranks(torch.stack([loss_sum, torch.full_like(loss_sum, count)]), here)
+    loss_sum, count = sum_over_ranks(torch.stack([loss_sum, torch.full_like(loss_sum, count)]), job)
     return (loss_sum / count).item()
 
 
-def write_samples(model: LanguageModel, tokenizer: Tokenizer, num_tokens: int, here: Job) -> list[str]:
+def write_samples(model: LanguageModel, tokenizer: Tokenizer, num_tokens: int, job: Job) -> list[str]:
     """What the model writes when nothing is given; the draws are the same each time, so that what changes is its doing.
 
     Every rank takes part and gets the same texts. Training does not notice: the generator is a separate one."""
-    start = torch.tensor([tokenizer.encode_prompt("").tolist()] * NUM_SAMPLES, device=here.device)
+    start = torch.tensor([tokenizer.encode_prompt("").tolist()] * NUM_SAMPLES, device=job.device)
     sampler = Sampler(temperature=0.8, top_k=200, generator=torch.Generator().manual_seed(0))
 
     def choose(logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        return sampler(logits.cpu(), seen.cpu()).to(here.device)  # CUDA's cumulative sum is not deterministic
+        return sampler(logits.cpu(), seen.cpu()).to(job.device)  # CUDA's cumulative sum is not deterministic
 
     # No cache: on CUDA that is read by a recorded graph, which FSDP's parts of weights are no good for.
-    with here.autocast(), eager(model):
+    with job.autocast(), eager(model):
         tokens = torch.stack([*model.stream(start, num_tokens, choose, use_cache=False)], dim=1)
     reshard(model)
     return [tokenizer.decode(row) for row in tokens.tolist()]
 
 
 def validation_losses(model: LanguageModel, orders: Mapping[str, EvalOrder], shares: list[float], batch_size: int,
-                      here: Job) -> dict[str, float]:
+                      job: Job) -> dict[str, float]:
     """The loss as metrics.jsonl has it: {"val/loss": loss}, in a mixture the mean weighted by the data sets' shares,
     with {"val/loss/NAME": loss} for each beside it."""
-    losses = {name: validation_loss(model, order, batch_size, here) for name, order in orders.items()}
+    losses = {name: validation_loss(model, order, batch_size, job) for name, order in orders.items()}
     mean = sum(share * loss for share, loss in zip(shares, losses.values()))
     each = {f"val/loss/{name}": loss for name, loss in losses.items()} if len(losses) > 1 else {}
     return {"val/loss": mean, **each}
@@ -149,12 +149,12 @@ class Validation:
     compared, and of the whole split."""
 
     def __init__(self, model: LanguageModel, splits: Mapping[str, Split], shares: list[float], num_seqs: int,
-                 batch_size: int, here: Job):
+                 batch_size: int, job: Job):
         """`num_seqs` windows are the sample, spaced evenly; 0 means all."""
         self._sample, self._whole = ({name: EvalOrder(split, model.config.block_size, count)
                                       for name, split in splits.items()} for count in (num_seqs, 0))
         self.sample_is_whole = all(order.is_whole for order in self._sample.values())
-        self._losses = partial(validation_losses, model, shares=shares, batch_size=batch_size, here=here)
+        self._losses = partial(validation_losses, model, shares=shares, batch_size=batch_size, job=job)
 
     def sample(self) -> dict[str, float]:
         return self._losses(self._sample)
@@ -171,21 +171,21 @@ def describe_losses(losses: Mapping[str, float]) -> str:
 
 
 class Reporter:
-    """Rank 0's mouth: `say` writes a line for people, `record` one of metrics.jsonl. Silent on the other ranks."""
+    """Rank 0's mouth: `log` writes a line for people, `record` one of metrics.jsonl. Silent on the other ranks."""
 
-    def __init__(self, folder: Path, config: LogConfig, max_iters: int, here: Job):
+    def __init__(self, folder: Path, config: LogConfig, max_iters: int, job: Job):
         """Nothing is written to `folder` before `start`."""
-        self._path, self._config, self._max_iters, self._here = folder / "metrics.jsonl", config, max_iters, here
-        self._speaks = here.rank == 0
+        self._path, self._config, self._max_iters, self._job = folder / "metrics.jsonl", config, max_iters, job
+        self._speaks = job.rank == 0
         self._is_missing_lines = False
         self._bar: tqdm | None = None
-        self._trackers = trackers.Trackers(self.say)
+        self._trackers = trackers.Trackers(self.log)
 
     def start(self, model: LanguageModel, step: int, elapsed_s: float, options: dict[str, Any], is_new: bool) -> None:
         """Begin to report at `step`, after `elapsed_s` of earlier work: cut what a killed run wrote past it, open the
         progress bar (on a terminal), and what else was asked for: that is told the `options`, and whether it `is_new`.
         """
-        self._flops_per_token, self._peak_flops = flops_per_token(model), peak_flops(self._here.device)
+        self._flops_per_token, self._peak_flops = flops_per_token(model), peak_flops(self._job.device)
         self._step = step
         self._began = time.perf_counter() - elapsed_s
         if self._speaks:
@@ -195,7 +195,7 @@ class Reporter:
                 columns, lines = shutil.get_terminal_size()
                 self._bar = tqdm(total=self._max_iters, initial=step, unit="step", ncols=columns, nrows=lines)
             self._start_trackers(step, is_new, options | {
-                "parameters": model.num_params(non_embedding=False), "world_size": self._here.world_size})
+                "parameters": model.num_params(non_embedding=False), "world_size": self._job.world_size})
         if step:
             self.record({"step": step, "resumed": True, "elapsed_s": elapsed_s})
         self._restart_clock()
@@ -204,11 +204,11 @@ class Reporter:
         config, folder = self._config, self._path.parent
         if config.wandb_log:
             self._trackers.add("wandb", lambda: trackers.Wandb(
-                folder, config.wandb_project, config.wandb_run_name, is_new, facts, self.say))
+                folder, config.wandb_project, config.wandb_run_name, is_new, facts, self.log))
         if config.tensorboard:
             self._trackers.add("TensorBoard", lambda: trackers.TensorBoard(folder, step, facts))
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         if self._speaks:
             tqdm.write(line)
             sys.stdout.flush()
@@ -216,8 +216,8 @@ class Reporter:
     @contextlib.contextmanager
     def excluded(self) -> Iterator[None]:
         """Time in here does not count as training."""
-        if self._here.device.type == "cuda":
-            torch.cuda.synchronize(self._here.device)  # the steps that are still under way do count
+        if self._job.device.type == "cuda":
+            torch.cuda.synchronize(self._job.device)  # the steps that are still under way do count
         began = time.perf_counter()
         yield
         self._excluded_s += time.perf_counter() - began
@@ -249,17 +249,17 @@ class Reporter:
         self._restart_clock()
         mfu = None
         if self._peak_flops:
-            mfu = self._flops_per_token * tokens_per_sec / (self._peak_flops * self._here.world_size)
+            mfu = self._flops_per_token * tokens_per_sec / (self._peak_flops * self._job.world_size)
         self.record({"step": step, "tokens": tokens, "train/loss": loss, "lr": lr, "grad_norm": grad_norm,
-                     "tokens_per_sec": tokens_per_sec, "mfu": mfu, "memory_gb": peak_memory_gb(self._here.device),
+                     "tokens_per_sec": tokens_per_sec, "mfu": mfu, "memory_gb": peak_memory_gb(self._job.device),
                      "elapsed_s": self.elapsed_s(), "batch_hash": f"{batch_hash:016x}", "skipped": skipped}
                     | ({"fault": fault} if fault else {}))
         if fault:
-            self.say(f"warning: step {step}: {fault}; its update was skipped ({skipped} so far)")
+            self.log(f"warning: step {step}: {fault}; its update was skipped ({skipped} so far)")
         elif self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_sec:,.0f} tok/s")
         else:
-            self.say(f"step {step}/{self._max_iters}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.2f}, "
+            self.log(f"step {step}/{self._max_iters}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.2f}, "
                      f"{ms_per_step:.1f} ms, {tokens_per_sec:,.0f} tok/s, "
                      f"mfu {'unknown' if mfu is None else format(mfu, '.1%')}")
 
@@ -269,7 +269,7 @@ class Reporter:
         line = f"step {step}: "
         if sampled is not None:
             line += f"{describe_losses(sampled)} on a sample, "
-        self.say(line + describe_losses(losses) + (" on the whole validation split" if sampled is not None else ""))
+        self.log(line + describe_losses(losses) + (" on the whole validation split" if sampled is not None else ""))
         if sampled is not None:
             losses = losses | {"val/sampled_loss": sampled["val/loss"]}
         self.record({"step": step, "tokens": tokens, **losses, "elapsed_s": self.elapsed_s()})
@@ -277,13 +277,13 @@ class Reporter:
     def samples(self, step: int, texts: list[str]) -> None:
         """Report what the model writes after `step` updates."""
         for number, text in enumerate(texts, 1):
-            self.say(f"step {step}: sample {number} of {len(texts)}\n{printable(text)}\n---------------")
+            self.log(f"step {step}: sample {number} of {len(texts)}\n{printable(text)}\n---------------")
         self.record({"step": step, "samples": texts, "elapsed_s": self.elapsed_s()})
 
-    def went_back(self, step: int, rollbacks: int, skipped: int, next_seq: int) -> None:
+    def rollback(self, step: int, rollbacks: int, skipped: int, next_seq: int) -> None:
         """The run goes on from `step`, an earlier one than before: of what was reported since only the
         events stay, and this is one more."""
-        self.say(f"warning: too many bad steps in a row; going back to the checkpoint of step {step}, and on with the "
+        self.log(f"warning: too many bad steps in a row; going back to the checkpoint of step {step}, and on with the "
                  "data that follows")
         self._step = step
         if self._speaks:
@@ -310,7 +310,7 @@ class Reporter:
             with contextlib.suppress(OSError):
                 os.truncate(self._path, size)
             if not self._is_missing_lines:
-                self.say(f"warning: {self._path} cannot be written ({error.strerror}); going on without")
+                self.log(f"warning: {self._path} cannot be written ({error.strerror}); going on without")
             self._is_missing_lines = True
         self._trackers.log(values)
 

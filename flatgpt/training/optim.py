@@ -104,7 +104,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 @dataclass
-class StepJudge:
+class SpikeDetector:
     """Tells bad steps, whose update is skipped, from good ones, and learns from these what is usual.
 
     The usual is a running mean and variance of log(gradient norm), over about the last 100 good steps."""

@@ -34,15 +34,15 @@ FIRST_STEP_BYTES = 60_000_000  # that torch's libraries take when they are first
 
 
 def report(model: LanguageModel, plan: BatchPlan, epochs: str, run: RunFolder, steps_between_saves: int, max_iters: int,
-           optim: OptimConfig, here: Job) -> Iterator[str]:
+           optim: OptimConfig, job: Job) -> Iterator[str]:
     """Lines for people, those that begin with "warning:" about what will fail; every rank has to take part."""
     num_params, block_size = model.num_params(non_embedding=False), model.config.block_size
-    how = f", {here.parallel}" if here.world_size > 1 else ""
-    yield f"{num_params:,} parameters, {here.dtype} on {here.world_size} x {here.device.type}{how}"
+    how = f", {job.parallel}" if job.world_size > 1 else ""
+    yield f"{num_params:,} parameters, {job.dtype} on {job.world_size} x {job.device.type}{how}"
     yield (f"{plan.seqs_per_step * block_size:,} tokens a step = {plan.accumulation_steps} micro-batches x "
-           f"{plan.micro_batch} sequences x {block_size} tokens x {here.world_size} ranks; an epoch {epochs}")
+           f"{plan.micro_batch} sequences x {block_size} tokens x {job.world_size} ranks; an epoch {epochs}")
 
-    parts, room = memory_parts(model, plan, here), memory_room(here)
+    parts, room = memory_parts(model, plan, job), memory_room(job)
     yield (f"memory a process: about {size(sum(parts.values()))} of {room / 1e9:,.1f} GB ("
            + ", ".join(f"{part} {size(num_bytes)}" for part, num_bytes in parts.items()) + ")")
     if sum(parts.values()) > room:
@@ -50,7 +50,7 @@ def report(model: LanguageModel, plan: BatchPlan, epochs: str, run: RunFolder, s
                "--parallel=fsdp")
 
     checkpoint, free = 12 * num_params, free_bytes(run.path)  # float32 weights, AdamW's two means (Muon has one)
-    copy = copy_bytes(num_params, here.device)
+    copy = copy_bytes(num_params, job.device)
     kept = checkpoints_kept(run, steps_between_saves, max_iters)
     yield (f"saving: {size(checkpoint)} a checkpoint, copied to host memory first ({size(copy)} there); at most {kept} "
            f"kept on the disk, {size(free)} free for {run.path}")
@@ -63,77 +63,77 @@ def report(model: LanguageModel, plan: BatchPlan, epochs: str, run: RunFolder, s
     if checkpoint * (kept - len(run.steps())) > free:
         yield "warning: the disk will be full before the end: lower --keep_last, or choose another --out_dir"
 
-    if here.world_size > 1:
-        speed = distributed.bandwidth(here, min(4 * num_params, 100_000_000))
-        yield f"all-reduce: {size(speed)}/s from each of {here.world_size} ranks"
+    if job.world_size > 1:
+        speed = distributed.bandwidth(job, min(4 * num_params, 100_000_000))
+        yield f"all-reduce: {size(speed)}/s from each of {job.world_size} ranks"
     if launcher.may_restart() and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
         yield ("warning: torchrun's restarts can hang on stale addresses: start it with "
                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment")
 
 
-def fit_batch_size(model: LanguageModel, seqs_per_rank: int, here: Job, compile: str = "False") -> int:
+def fit_batch_size(model: LanguageModel, seqs_per_rank: int, job: Job, compile: str = "False") -> int:
     """The largest micro-batch that every rank's device takes: a divisor of `seqs_per_rank`. Raises ValueError.
 
     On a GPU it is tried, by a stand-in for the model, compiled if `compile` says so (see distributed.compile_parts);
     elsewhere, where a trial that fails is the end of the process, it is reckoned."""
     sizes = [n for n in range(1, seqs_per_rank + 1) if seqs_per_rank % n == 0]
-    plans = [BatchPlan(seqs_per_rank * here.world_size, n, seqs_per_rank // n, here.world_size) for n in sizes]
-    if here.device.type == "cuda":
-        fits = _gpu_trial(model, here, compile)
-        largest = _largest_fitting(plans, fits, here)
+    plans = [BatchPlan(seqs_per_rank * job.world_size, n, seqs_per_rank // n, job.world_size) for n in sizes]
+    if job.device.type == "cuda":
+        fits = _gpu_trial(model, job, compile)
+        largest = _largest_fitting(plans, fits, job)
         del fits  # and the stand-in with it: the trial is no part of the run
         torch.compiler.reset()  # or what is trained would be compiled for all sizes, which is slower
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(here.device)
+        torch.cuda.reset_peak_memory_stats(job.device)
     else:
-        largest = _largest_fitting(plans, partial(_fits_host, model, here), here)
+        largest = _largest_fitting(plans, partial(_fits_host, model, job), job)
     if not largest:
-        raise ValueError(f"not even one sequence of {model.config.block_size} tokens fits the memory of {here.device}: "
+        raise ValueError(f"not even one sequence of {model.config.block_size} tokens fits the memory of {job.device}: "
                          "lower --block_size, or try --activation_checkpointing=True or --parallel=fsdp")
     return largest
 
 
-def _largest_fitting(plans: list[BatchPlan], fits: Callable[[BatchPlan], bool], here: Job) -> int:
+def _largest_fitting(plans: list[BatchPlan], fits: Callable[[BatchPlan], bool], job: Job) -> int:
     """The micro-batch of the last plan up to which all fit on all ranks, 0 for none. The ranks hear of each other's
     verdict after each, so that none goes on to a size alone."""
     largest = 0
     for plan in plans:
-        if not all(distributed.gather(fits(plan), here)):
+        if not all(distributed.gather(fits(plan), job)):
             break
         largest = plan.micro_batch
     return largest
 
 
-def _fits_host(model: LanguageModel, here: Job, plan: BatchPlan) -> bool:
-    return sum(memory_parts(model, plan, here).values()) < 0.9 * memory_room(here)
+def _fits_host(model: LanguageModel, job: Job, plan: BatchPlan) -> bool:
+    return sum(memory_parts(model, plan, job).values()) < 0.9 * memory_room(job)
 
 
-def _gpu_trial(model: LanguageModel, here: Job, compile: str) -> Callable[[BatchPlan], bool]:
+def _gpu_trial(model: LanguageModel, job: Job, compile: str) -> Callable[[BatchPlan], bool]:
     """A function that tells whether this rank's GPU takes a plan's micro-batch: a stand-in makes two passes over one,
     beside a tensor as large as all else that training holds. No rank waits for another in there."""
-    is_compiled = distributed.wants_compiler(compile, here) and distributed.try_compiler(model, here, 1) is None
-    trial = distributed.stand_in(model, replace(here, parallel="ddp"))  # whole on each rank
+    is_compiled = distributed.wants_compiler(compile, job) and distributed.try_compiler(model, job, 1) is None
+    trial = distributed.stand_in(model, replace(job, parallel="ddp"))  # whole on each rank
     block, num_blocks = sum(p.numel() for p in trial.h.parameters()), len(model.h)
     trial.h = nn.ModuleList([*trial.h] * num_blocks)  # what counts is what each of them keeps of a batch
     if is_compiled:
         distributed.compile_in_place(trial, dynamic=True)  # once for all sizes
     held = sum(distributed.local(p).nbytes for p in model.parameters()) + 8 * sum(p.numel() for p in trial.parameters())
     # Autocast's 16-bit weights of the blocks that are not there; FSDP frees them block by block.
-    casts = 0 if here.parallel == "fsdp" or here.dtype == torch.float32 else 2 * block * max(0, num_blocks - 1)
-    return lambda plan: _fits_gpu(trial, here, plan.micro_batch, state_bytes(model, plan, here) + casts - held)
+    casts = 0 if job.parallel == "fsdp" or job.dtype == torch.float32 else 2 * block * max(0, num_blocks - 1)
+    return lambda plan: _fits_gpu(trial, job, plan.micro_batch, state_bytes(model, plan, job) + casts - held)
 
 
-def _fits_gpu(trial: LanguageModel, here: Job, micro_batch: int, num_bytes: int) -> bool:
+def _fits_gpu(trial: LanguageModel, job: Job, micro_batch: int, num_bytes: int) -> bool:
     """Whether two passes fit beside `num_bytes`, all within ROOM of the memory. The rest is for what is no tensor:
     kernels, which are loaded when they are first used, would fail there with other errors than an OutOfMemoryError."""
     torch.cuda.empty_cache()  # else what a smaller size has left would count
-    allowed = torch.cuda.get_per_process_memory_fraction(here.device)
-    torch.cuda.set_per_process_memory_fraction(min(ROOM, allowed), here.device)
+    allowed = torch.cuda.get_per_process_memory_fraction(job.device)
+    torch.cuda.set_per_process_memory_fraction(min(ROOM, allowed), job.device)
     try:
-        others = torch.empty(max(0, num_bytes), dtype=torch.uint8, device=here.device)
-        tokens = torch.zeros(micro_batch, trial.config.block_size, dtype=torch.long, device=here.device)
+        others = torch.empty(max(0, num_bytes), dtype=torch.uint8, device=job.device)
+        tokens = torch.zeros(micro_batch, trial.config.block_size, dtype=torch.long, device=job.device)
         for _ in range(2):  # the second time beside gradients
-            with here.autocast():
+            with job.autocast():
                 _, loss = trial(tokens, tokens)
             loss.backward()
         del others
@@ -142,27 +142,27 @@ def _fits_gpu(trial: LanguageModel, here: Job, micro_batch: int, num_bytes: int)
         return False
     finally:
         trial.zero_grad(set_to_none=True)
-        torch.cuda.set_per_process_memory_fraction(allowed, here.device)
+        torch.cuda.set_per_process_memory_fraction(allowed, job.device)
 
 
-def memory_room(here: Job) -> float:
+def memory_room(job: Job) -> float:
     """What a rank may come to hold of a GPU; elsewhere its share of what is free on the host, with what it has."""
-    if here.device.type == "cuda":
-        return memory_bytes(here.device)
+    if job.device.type == "cuda":
+        return memory_bytes(job.device)
     processes = launcher.ranks().local_world_size
-    return min(memory_bytes(here.device), free_memory_bytes() + processes * resident_bytes()) / processes
+    return min(memory_bytes(job.device), free_memory_bytes() + processes * resident_bytes()) / processes
 
 
-def memory_parts(model: LanguageModel, plan: BatchPlan, here: Job) -> dict[str, float]:
+def memory_parts(model: LanguageModel, plan: BatchPlan, job: Job) -> dict[str, float]:
     """What takes how many bytes of the device on one rank; on a CPU, whose memory is the host's, all that lies there.
     """
-    parts = {"weights, gradients and the optimiser's means": state_bytes(model, plan, here),
-             "a micro-batch": activation_bytes(model, plan.micro_batch, here)}
-    if here.device.type != "cuda":
+    parts = {"weights, gradients and the optimiser's means": state_bytes(model, plan, job),
+             "a micro-batch": activation_bytes(model, plan.micro_batch, job)}
+    if job.device.type != "cuda":
         parts["a micro-batch"] *= HEAP
-        copy = copy_bytes(model.num_params(non_embedding=False), here.device)  # rank 0's
+        copy = copy_bytes(model.num_params(non_embedding=False), job.device)  # rank 0's
         parts["a checkpoint's copy"] = copy / launcher.ranks().local_world_size
-        parts["the program itself"] = own_bytes(model, here)
+        parts["the program itself"] = own_bytes(model, job)
     return parts
 
 
@@ -175,43 +175,43 @@ def copy_bytes(num_params: int, device: torch.device) -> int:
     return sum(copies) + 4 * num_params
 
 
-def own_bytes(model: LanguageModel, here: Job) -> int:
+def own_bytes(model: LanguageModel, job: Job) -> int:
     """Of the program without its model: torch, above all. A part of it comes with the first step."""
-    weights = sum(distributed.local(p).nbytes for p in model.parameters()) if here.device.type == "cpu" else 0
+    weights = sum(distributed.local(p).nbytes for p in model.parameters()) if job.device.type == "cpu" else 0
     return max(0, resident_bytes() - weights) + FIRST_STEP_BYTES
 
 
-def state_bytes(model: LanguageModel, plan: BatchPlan, here: Job) -> int:
+def state_bytes(model: LanguageModel, plan: BatchPlan, job: Job) -> int:
     """Of weights, gradients and AdamW's two means, in float32, on one rank. Muon, which keeps one mean of its matrices,
     takes up to a quarter less."""
     count = sum(p.numel() for p in model.parameters())
-    if here.world_size == 1 or here.parallel == "ddp":
+    if job.world_size == 1 or job.parallel == "ddp":
         return 16 * count
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.h]
     # Weights and gradients at a time: of a block, and of all that is in none.
     gathered = 8 * (max(blocks, default=0) + count - sum(blocks))
     unsynced = 4 * count if plan.accumulation_steps > 1 else 0  # whole gradients, until the last micro-batch
-    return 16 * count // here.world_size + gathered + unsynced
+    return 16 * count // job.world_size + gathered + unsynced
 
 
-def activation_bytes(model: LanguageModel, micro_batch: int, here: Job) -> int:
+def activation_bytes(model: LanguageModel, micro_batch: int, job: Job) -> int:
     """Of what a micro-batch keeps for its backward pass, and of the largest chunk of logits."""
     c = model.config
     rows = micro_batch * c.block_size
     if not model.h:
-        return _activation_bytes_without_blocks(model, rows, here)
+        return _activation_bytes_without_blocks(model, rows, job)
     # A block keeps the inputs of both norms (float32), and in the type of the products 7 C values a position (both
     # norms' outputs, q, k and v, attention's output twice) and the MLP's hidden layer before its activation.
     hidden = c.hidden * (2 if c.mlp == "swiglu" else 1)
-    block = rows * (2 * 4 * c.n_embd + (7 * c.n_embd + hidden) * (4 if here.dtype == torch.float32 else 2))
+    block = rows * (2 * 4 * c.n_embd + (7 * c.n_embd + hidden) * (4 if job.dtype == torch.float32 else 2))
     blocks = c.n_layer * block
     if model.activation_checkpointing:
         blocks = c.n_layer * rows * c.n_embd * 4 + block
     last_norm = rows * c.n_embd * 2 * 4
-    return blocks + last_norm + _head_bytes(model, rows, here)
+    return blocks + last_norm + _head_bytes(model, rows, job)
 
 
-def _activation_bytes_without_blocks(model: LanguageModel, rows: int, here: Job) -> int:
+def _activation_bytes_without_blocks(model: LanguageModel, rows: int, job: Job) -> int:
     """The same of a model of baselines.py, in float32: that 16-bit products take less is not counted."""
     c = model.config
     if c.model == "bigram":  # its logits, those of the vocabulary alone, and their softmax
@@ -220,13 +220,13 @@ def _activation_bytes_without_blocks(model: LanguageModel, rows: int, here: Job)
         kept = (c.window + 1) * c.n_embd + (3 if c.mlp == "swiglu" else 2) * c.hidden
     else:  # so many C a layer are kept on a CPU, cuDNN keeps fewer; the vectors, the norm's input and output
         kept = ({"rnn": 2, "gru": 8, "lstm": 16}[c.model] * c.n_layer + 3) * c.n_embd
-    return 4 * rows * kept + _head_bytes(model, rows, here)
+    return 4 * rows * kept + _head_bytes(model, rows, job)
 
 
-def _head_bytes(model: LanguageModel, rows: int, here: Job) -> int:
+def _head_bytes(model: LanguageModel, rows: int, job: Job) -> int:
     """Of the head's gradient, and of the logits that exist at a time."""
-    chunk = fused.LOGITS_CHUNK_BYTES_CUDA if here.device.type == "cuda" else fused.LOGITS_CHUNK_BYTES
-    softmax = 4 * fused.SOFTMAX_ELEMENTS if here.device.type == "cpu" else 3 * chunk
+    chunk = fused.LOGITS_CHUNK_BYTES_CUDA if job.device.type == "cuda" else fused.LOGITS_CHUNK_BYTES
+    softmax = 4 * fused.SOFTMAX_ELEMENTS if job.device.type == "cpu" else 3 * chunk
     return 4 * model.head.numel() + min(chunk + softmax, 8 * rows * model.config.padded_vocab_size)
 
 

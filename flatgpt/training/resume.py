@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from flatgpt.models.inference import SHAPE
 from flatgpt.training import distributed, optim
 from flatgpt.training.distributed import Job
-from flatgpt.training.optim import StepJudge
+from flatgpt.training.optim import SpikeDetector
 from model import LanguageModel
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def fresh_state() -> dict[str, Any]:
 
 
 def check_same_run(trainer: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any],
-                   say: Callable[[str], None]) -> None:
+                   log: Callable[[str], None]) -> None:
     """Say what of the options, the batch and the data, which `now` has flat, changed since the checkpoint. `defaults`
     are the options' own, which count where an option is newer than the run. Raises ValueError that lists what must not
     change."""
@@ -68,21 +68,21 @@ def check_same_run(trainer: Mapping[str, Any], now: Mapping[str, Any], defaults:
         raise ValueError(f"{trainer['folder']} was trained with other settings: {'; '.join(fixed)}. Go on with those, "
                          "or choose another --out_dir")
     if not now["eval_only"] and trainer["step"] < now["max_iters"]:
-        say(f"resuming {now['out_dir']} at step {trainer['step']:,}"
+        log(f"resuming {now['out_dir']} at step {trainer['step']:,}"
             + (f"; changed: {'; '.join(changed.values())}" if changed else ""))
 
 
 def load_training_state(trainer: Mapping[str, Any], model: LanguageModel, optimizer: torch.optim.Optimizer,
-                        scaler: torch.amp.GradScaler, judge: StepJudge, here: Job) -> None:
+                        scaler: torch.amp.GradScaler, spike_detector: SpikeDetector, job: Job) -> None:
     """Bring all but the weights to where a checkpoint has it: rank 0 reads, the others get it from there."""
-    state = read_optimizer(trainer["folder"]) if here.rank == 0 else None
-    if distributed.on_rank0(lambda: bool(state), here):
-        optim.load_optimizer_state(optimizer, model, state, partial(distributed.from_rank0, here=here))
+    state = read_optimizer(trainer["folder"]) if job.rank == 0 else None
+    if distributed.on_rank0(lambda: bool(state), job):
+        optim.load_optimizer_state(optimizer, model, state, partial(distributed.from_rank0, job=job))
     else:  # no update was made before that checkpoint
         optimizer.state.clear()
     if trainer["scaler"]:
         scaler.load_state_dict(trainer["scaler"])
-    vars(judge).update(trainer["judge"])
+    vars(spike_detector).update(trainer["judge"])
 
 
 def read_optimizer(folder: str | Path) -> dict[str, torch.Tensor]:
@@ -95,20 +95,20 @@ def read_optimizer(folder: str | Path) -> dict[str, torch.Tensor]:
 
 
 def roll_back(run: RunFolder, now: Progress, fault: str, model: LanguageModel, optimizer: torch.optim.Optimizer,
-              scaler: torch.amp.GradScaler, judge: StepJudge, here: Job) -> Progress:
+              scaler: torch.amp.GradScaler, spike_detector: SpikeDetector, job: Job) -> Progress:
     """Back to the last good checkpoint, and on with the data behind what was bad. Raises as `_last_good`."""
-    trainer = distributed.on_rank0(partial(_last_good, run, now, fault), here)
-    state = LanguageModel.from_pretrained(trainer["folder"]).state_dict() if here.rank == 0 else None
-    distributed.on_rank0(lambda: None, here)  # reading may take longer than a rank waits for tensors
-    distributed.fill(model, state, here)
-    load_training_state(trainer, model, optimizer, scaler, judge, here)
+    trainer = distributed.on_rank0(partial(_last_good, run, now, fault), job)
+    state = LanguageModel.from_pretrained(trainer["folder"]).state_dict() if job.rank == 0 else None
+    distributed.on_rank0(lambda: None, job)  # reading may take longer than a rank waits for tensors
+    distributed.fill(model, state, job)
+    load_training_state(trainer, model, optimizer, scaler, spike_detector, job)
     return replace(Progress.of(trainer), next_seq=now.next_seq, skipped=now.skipped, rollbacks=now.rollbacks + 1)
 
 
 def _last_good(run: RunFolder, now: Progress, fault: str) -> dict[str, Any]:
     """The state of the last checkpoint that was not saved amid bad steps; newer ones are deleted. Raises ValueError, a
     report of how the run diverged, when there is none, or when going back has not helped."""
-    run.settle()
+    run.poll()
     folder = run.newest_valid(lambda folder: not run.state_in(folder)["bad_steps"])
     if folder is None or now.rollbacks == MAX_ROLLBACKS:
         helped = f"going back {now.rollbacks} times did not help" if folder else "there is no checkpoint to go back to"

@@ -20,7 +20,7 @@ from flatgpt.training.distributed import Job
 from model import GPTConfig, LanguageModel
 
 
-def open_data(config: DataConfig, vocab_size: int, sample_interval: int, say: Callable[[str], None]) -> Mixture:
+def open_data(config: DataConfig, vocab_size: int, sample_interval: int, log: Callable[[str], None]) -> Mixture:
     """The data sets of a run. Raises ValueError for those that no run can train on, or write its samples with."""
     data = open_mixture(config.dataset, vocab_size, config.tokenizer)
     if data.vocab_size == UNKNOWN_VOCAB_SIZE:
@@ -30,13 +30,13 @@ def open_data(config: DataConfig, vocab_size: int, sample_interval: int, say: Ca
         raise ValueError(f"sample_interval={sample_interval} needs a tokenizer, and {config.dataset} has none: "
                          "--tokenizer=gpt2 says that it is GPT-2's")
     if data.tokenizer is None:
-        say(f"no tokenizer is known for {config.dataset}: the run learns its ids alone, and sample.py will have no "
+        log(f"no tokenizer is known for {config.dataset}: the run learns its ids alone, and sample.py will have no "
             "text to show")
     return data
 
 
 def make_model(options: GPTConfig, init_from: str, given: Mapping[str, str], data: Mixture, folder: str | None,
-               bigram_k: float | None, say: Callable[[str], None]) -> LanguageModel:
+               bigram_k: float | None, log: Callable[[str], None]) -> LanguageModel:
     """The model on the host: from the run's checkpoint `folder`, from elsewhere, or fresh, and with `bigram_k` counted.
     """
     if folder:  # its checksums were verified when it was found
@@ -47,12 +47,12 @@ def make_model(options: GPTConfig, init_from: str, given: Mapping[str, str], dat
     if bigram_k is None:
         return build(config)
     model, counted = counted_bigram(config, data.splits("train"), bigram_k)
-    say(counted)
+    log(counted)
     return model
 
 
 def build_model(make: Callable[[], LanguageModel], where: DeviceConfig, attention: str, batch_size: int,
-                recorded: Mapping[str, Any], say: Callable[[str], None], here: Job) -> tuple[LanguageModel, Numerics]:
+                recorded: Mapping[str, Any], log: Callable[[str], None], job: Job) -> tuple[LanguageModel, Numerics]:
     """The model that `make` gives rank 0 on the host, laid out over the ranks' devices, and what it computes in: what
     `auto` means in `where` and `attention` (see device.pick_numerics) for micro-batches of `batch_size`."""
     made: list[LanguageModel] = []
@@ -60,15 +60,15 @@ def build_model(make: Callable[[], LanguageModel], where: DeviceConfig, attentio
     def pick() -> tuple[GPTConfig, Numerics, str]:
         made.append(make())
         rows = max(1, batch_size) * made[0].config.block_size
-        return made[0].config, *pick_numerics(made[0], where.dtype, attention, here.device, rows, recorded)
+        return made[0].config, *pick_numerics(made[0], where.dtype, attention, job.device, rows, recorded)
 
-    model_config, numerics, trial = distributed.on_rank0(pick, here)
+    model_config, numerics, trial = distributed.on_rank0(pick, job)
     if trial:
-        say(trial)
-    here.set_dtype(numerics.dtype)
-    if here.world_size == 1:
-        model = made[0].to(here.device)
+        log(trial)
+    job.set_dtype(numerics.dtype)
+    if job.world_size == 1:
+        model = made[0].to(job.device)
     else:
-        model = distributed.lay_out(build_empty(model_config), made[0].state_dict() if made else None, here)
+        model = distributed.materialize(build_empty(model_config), made[0].state_dict() if made else None, job)
     model.set_attention(numerics.attention)
     return model, numerics

@@ -32,10 +32,10 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """All that a run was asked to report to. `say` gets what there is to tell a person."""
+    """All that a run was asked to report to. `log` gets what there is to tell a person."""
 
-    def __init__(self, say: Callable[[str], None]):
-        self._say = say
+    def __init__(self, log: Callable[[str], None]):
+        self._log = log
         self._open: dict[str, Tracker] = {}
 
     def __bool__(self) -> bool:
@@ -62,7 +62,7 @@ class Trackers:
             do()
         except (Exception, SystemExit) as error:  # no network, no disk, a server's error: a run is worth more
             self._open.pop(name, None)
-            self._say(f"warning: {name} failed ({one_line(error)}); going on without it")
+            self._log(f"warning: {name} failed ({one_line(error)}); going on without it")
 
 
 class Wandb:
@@ -73,7 +73,7 @@ class Wandb:
     of all curves. What was logged past a checkpoint that a run goes on from stays, as wandb's history only grows."""
 
     def __init__(self, folder: Path, project: str, name: str, is_new: bool, options: dict[str, Any],
-                 say: Callable[[str], None]):
+                 log: Callable[[str], None]):
         # Its own patience at the end has no limit, and is the job's time.
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", "120")
         os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")
@@ -88,13 +88,13 @@ class Wandb:
         mode = wandb.setup().settings.mode  # of the environment, or of wandb's own files
         if mode == "online" and not wandb.login(prompt=False, verify=False):
             mode = "offline"
-            say(f"wandb knows no key: the run is kept in {folder}/wandb, for `wandb sync` to upload")
+            log(f"wandb knows no key: the run is kept in {folder}/wandb, for `wandb sync` to upload")
         try:
             self._run = wandb.init(mode=mode, **how)
         except wandb.errors.Error as error:
             if mode != "online":
                 raise
-            say(f"warning: wandb cannot be reached ({one_line(error)}): the run is kept in {folder}/wandb, for "
+            log(f"warning: wandb cannot be reached ({one_line(error)}): the run is kept in {folder}/wandb, for "
                 "`wandb sync` to upload")
             wandb.teardown()  # its service would not let go of the id
             self._run = wandb.init(mode="offline", **how)

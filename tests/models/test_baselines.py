@@ -321,21 +321,22 @@ assert "torch._dynamo" not in sys.modules
 
 def train_two_steps(layout: str) -> tuple[float, dict[str, np.ndarray]]:
     """The loss of the second step over the ranks, and its gradients."""
-    where = distributed.job(DeviceConfig(device="cpu", dtype="float32"), ParallelConfig(parallel=layout, timeout_s=60))
-    with where as here:
+    where = distributed.init_job(DeviceConfig(device="cpu", dtype="float32"),
+                                 ParallelConfig(parallel=layout, timeout_s=60))
+    with where as job:
         whole = make_model("lstm")
-        model = distributed.lay_out(build_empty(whole.config), whole.state_dict() if here.rank == 0 else None, here)
-        wrapped = distributed.wrap(model, here, 2)
-        rows = slice(2 * here.rank, 2 * here.rank + 2)
+        model = distributed.materialize(build_empty(whole.config), whole.state_dict() if job.rank == 0 else None, job)
+        wrapped = distributed.wrap(model, job, 2)
+        rows = slice(2 * job.rank, 2 * job.rank + 2)
         for _ in range(2):
-            distributed.zero_grad(model, here)
+            distributed.zero_grad(model, job)
             loss = wrapped(tokens(4, 8)[rows], tokens(4, 8, seed=2)[rows], 32)[1]
             (loss * 2).backward()
             with torch.no_grad():
                 for p in model.parameters():
                     p -= 0.1 * p.grad
-        total = distributed.sum_over_ranks(loss.detach(), here).item()
-        return total, {name: distributed.whole(p.grad).numpy().copy() for name, p in model.named_parameters()}
+        total = distributed.sum_over_ranks(loss.detach(), job).item()
+        return total, {name: distributed.full_tensor(p.grad).numpy().copy() for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])

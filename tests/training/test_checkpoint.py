@@ -122,7 +122,7 @@ def test_the_best_is_the_one_that_was_saved_as_such_last_whatever_else_happened(
         fails = rng.random() < 0.25
         monkeypatch.setattr("flatgpt.training.checkpoint._write_sums", full_disk if fails else write_sums)
         run.save(*parts, {"step": step, "best_val_loss": loss}, is_best)
-        run.settle()
+        run.poll()
         if not fails:
             book.append((step, is_best))
         if rng.random() < 0.2 and book:
@@ -148,7 +148,7 @@ def test_a_best_that_could_not_be_saved_is_not_the_best(run, parts, monkeypatch)
     with monkeypatch.context() as broken:
         broken.setattr("flatgpt.training.checkpoint._write_sums", full_disk)
         run.save(*parts, {"step": 2, "best_val_loss": 1.0}, True)
-        run.settle()
+        run.poll()
     run.config.keep_last = 1
     for step in (3, 4):
         save(run, parts, step)
@@ -255,11 +255,11 @@ def test_a_save_goes_on_beside_training_and_holds_the_state_it_began_with(run, p
     means = {name: t.clone() for name, t in optimizer_state(optimizer, model).items()}
     run.save(*parts, {"step": 1}, True)
     assert began.wait(60)
-    run.settle(wait=False)
+    run.poll(wait=False)
     assert said == []  # under way
     optimizer.step()
     may_write.set()
-    run.settle()
+    run.poll()
     assert said == [f"step 1: saved {run.steps()[0]} (best so far)"]
     for name, p in load_model(str(run.path)).named_parameters():
         assert torch.equal(p, before[name])
@@ -308,7 +308,7 @@ def test_a_save_that_fails_leaves_what_was_there_and_the_third_in_a_row_ends_the
         for step in range(2, 2 + MAX_FAILED_SAVES):
             assert not run.gave_up
             run.save(*parts, {"step": step}, False)
-            run.settle()
+            run.poll()
             assert said[-1].startswith(f"warning: step {step} could not be saved: No space left on device")
         assert run.gave_up
         with pytest.raises(OSError, match="saving failed 3 times in a row: No space left"):
@@ -323,7 +323,7 @@ def test_a_defect_in_a_save_is_not_taken_for_a_full_disk(run, parts, monkeypatch
     monkeypatch.setattr("flatgpt.models.weights.save_tensors", lambda *args: 1 / 0)
     run.save(*parts, {"step": 1}, False)
     with pytest.raises(ZeroDivisionError):
-        run.settle()
+        run.poll()
 
 
 def test_a_full_disk_is_an_oserror(run, parts):

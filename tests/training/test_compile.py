@@ -64,30 +64,30 @@ def failing(put: Callable, where: str) -> None:
     compile_with(put, backend)
 
 
-def make(layout: str, here: Job) -> GPT:
+def make(layout: str, job: Job) -> GPT:
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=BLOCK_SIZE, vocab_size=50, n_layer=3, n_head=2, n_embd=32))
-    return distributed.lay_out(build_empty(model.config), model.state_dict() if here.rank == 0 else None, here)
+    return distributed.materialize(build_empty(model.config), model.state_dict() if job.rank == 0 else None, job)
 
 
 def join(layout: str, dtype: str = "float32"):
-    return distributed.job(DeviceConfig(device="cpu", dtype=dtype), ParallelConfig(parallel=layout, timeout_s=60))
+    return distributed.init_job(DeviceConfig(device="cpu", dtype=dtype), ParallelConfig(parallel=layout, timeout_s=60))
 
 
-def train_steps(model: nn.Module, here: Job, num_steps: int = 4) -> list[tuple[float, float]]:
+def train_steps(model: nn.Module, job: Job, num_steps: int = 4) -> list[tuple[float, float]]:
     """The losses and gradient norms of a few steps, over the ranks."""
-    wrapped, optimizer = distributed.wrap(model, here, MICRO_SEQS), build_optimizer(model, OptimConfig())
-    x = torch.randint(50, (MICRO_SEQS, BLOCK_SIZE), generator=torch.Generator().manual_seed(here.rank))
+    wrapped, optimizer = distributed.wrap(model, job, MICRO_SEQS), build_optimizer(model, OptimConfig())
+    x = torch.randint(50, (MICRO_SEQS, BLOCK_SIZE), generator=torch.Generator().manual_seed(job.rank))
     seen = []
     for _ in range(num_steps):
         distributed.set_gradient_sync(wrapped, True)
-        with here.autocast():
+        with job.autocast():
             _, loss = wrapped(x, x, 2 * x.numel())
-        (loss * here.world_size).backward()
-        norm = distributed.whole(nn.utils.clip_grad_norm_(model.parameters(), float("inf")))
-        seen.append((distributed.sum_over_ranks(loss.detach(), here).item(), norm.item()))
+        (loss * job.world_size).backward()
+        norm = distributed.full_tensor(nn.utils.clip_grad_norm_(model.parameters(), float("inf")))
+        seen.append((distributed.sum_over_ranks(loss.detach(), job).item(), norm.item()))
         optimizer.step()
-        distributed.zero_grad(model, here)
+        distributed.zero_grad(model, job)
     return seen
 
 
@@ -95,16 +95,16 @@ def losses_after_trials(layout: str, cases: list[tuple[str, tuple[int, ...]]]) -
     """For each case, where the compiler fails (""; nowhere, and none is asked for) and on which ranks: why the blocks
     are not compiled, and the steps after that."""
     found = []
-    with join(layout) as here:
+    with join(layout) as job:
         for where, ranks in cases:
             with pytest.MonkeyPatch.context() as patched:
-                model = make(layout, here)
-                if here.rank in ranks:
+                model = make(layout, job)
+                if job.rank in ranks:
                     failing(patched.setattr, where)
                 else:
                     counting(patched.setattr)
-                failure = distributed.compile_parts(model, "True" if where else "False", here, MICRO_SEQS)
-                found.append((failure, train_steps(model, here)))
+                failure = distributed.compile_parts(model, "True" if where else "False", job, MICRO_SEQS)
+                found.append((failure, train_steps(model, job)))
     return found
 
 
@@ -121,10 +121,10 @@ def test_a_trial_of_the_compiler_that_fails_changes_no_step(layout):
 
 def forward_alone(layout: str) -> None:
     """What a pass that failed leaves behind in FSDP."""
-    with join(layout) as here:
-        model = make(layout, here)
+    with join(layout) as job:
+        model = make(layout, job)
         model(torch.zeros(1, 4, dtype=torch.long))
-        distributed.wrap(model, here, MICRO_SEQS)
+        distributed.wrap(model, job, MICRO_SEQS)
 
 
 def test_parameters_that_are_not_sharded_are_never_trained():
@@ -134,17 +134,17 @@ def test_parameters_that_are_not_sharded_are_never_trained():
 
 def count_graphs(layout: str, dtype: str) -> tuple[list[int], str | None]:
     """The graphs compiled after the trial, after some steps, and after an evaluation and some more."""
-    with pytest.MonkeyPatch.context() as patched, join(layout, dtype) as here:
-        model, graphs, counts = make(layout, here), counting(patched.setattr), []
-        failure = distributed.compile_parts(model, "True", here, MICRO_SEQS)
+    with pytest.MonkeyPatch.context() as patched, join(layout, dtype) as job:
+        model, graphs, counts = make(layout, job), counting(patched.setattr), []
+        failure = distributed.compile_parts(model, "True", job, MICRO_SEQS)
         counts.append(len(graphs))
-        train_steps(model, here)
+        train_steps(model, job)
         counts.append(len(graphs))
         tokens = torch.arange(200).numpy() % 50
         order = EvalOrder(Split([Path("val.bin")], 50, [tokens]), BLOCK_SIZE)
         for _ in range(2):
-            validation_loss(model, order, MICRO_SEQS, here)
-            train_steps(model, here, 1)
+            validation_loss(model, order, MICRO_SEQS, job)
+            train_steps(model, job, 1)
             counts.append(len(graphs))
         return counts, failure
 
@@ -189,7 +189,7 @@ def test_deterministic_reaches_the_compiler_and_nccl_whatever_was_imported_befor
     model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32))
     precision, filled = torch.get_float32_matmul_precision(), torch.utils.deterministic.fill_uninitialized_memory
     try:
-        with distributed.job(DeviceConfig(dtype="bfloat16", deterministic=True)):
+        with distributed.init_job(DeviceConfig(dtype="bfloat16", deterministic=True)):
             distributed.compile_in_place(model)
         assert asked == [{"options": {"deterministic": True}}] * 3
         torch.compile(model.h[0], **asked[0])  # raises for an option that this torch does not have
@@ -214,7 +214,7 @@ def fit_and_train(layout: str, cases: list[tuple[str, int]]) -> list[tuple[int, 
 
     def overflow(model, idx, targets=None, num_targets=None):
         loss = forward(model, idx, targets, num_targets)[1]
-        if here.rank == 1 and len(idx) == full_at and num_targets is None:
+        if job.rank == 1 and len(idx) == full_at and num_targets is None:
             if where == "forward":
                 raise torch.OutOfMemoryError("forward")
             loss.register_hook(out_of_memory)
@@ -223,19 +223,19 @@ def fit_and_train(layout: str, cases: list[tuple[str, int]]) -> list[tuple[int, 
     def out_of_memory(gradient):
         raise torch.OutOfMemoryError("backward")
 
-    with join(layout) as here:
+    with join(layout) as job:
         for case in cases:
             where, full_at = case
-            model, size = make(layout, here), MICRO_SEQS
+            model, size = make(layout, job), MICRO_SEQS
             if where:
                 with pytest.MonkeyPatch.context() as patched:
                     patched.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
                     patched.setattr(torch.cuda, "set_per_process_memory_fraction", lambda fraction, device: None)
-                    fits = preflight._gpu_trial(model, here, "False")
-                    patched.setattr(preflight, "_fits_host", lambda model, here, plan, fits=fits: fits(plan))
+                    fits = preflight._gpu_trial(model, job, "False")
+                    patched.setattr(preflight, "_fits_host", lambda model, job, plan, fits=fits: fits(plan))
                     patched.setattr(GPT, "forward", overflow)
-                    size = preflight.fit_batch_size(model, 4, here)
-            found.append((size, train_steps(model, here)))
+                    size = preflight.fit_batch_size(model, 4, job)
+            found.append((size, train_steps(model, job)))
     return found
 
 

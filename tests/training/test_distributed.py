@@ -34,7 +34,7 @@ BATCH_SEQS, MICRO_SEQS, BLOCK_SIZE = 8, 2, 16  # two ranks with two micro-batche
 
 
 def join(layout: str, dtype: str = "float32"):
-    return distributed.job(DeviceConfig(device="cpu", dtype=dtype), ParallelConfig(parallel=layout, timeout_s=60))
+    return distributed.init_job(DeviceConfig(device="cpu", dtype=dtype), ParallelConfig(parallel=layout, timeout_s=60))
 
 
 def make_model() -> GPT:
@@ -42,10 +42,10 @@ def make_model() -> GPT:
     return GPT(GPTConfig(block_size=BLOCK_SIZE, vocab_size=50, n_layer=2, n_head=2, n_embd=32, bias=True))
 
 
-def lay_out(here: Job) -> GPT:
+def materialize(job: Job) -> GPT:
     """That model on all ranks, as the layout has it."""
     model = make_model()
-    return distributed.lay_out(build_empty(model.config), model.state_dict() if here.rank == 0 else None, here)
+    return distributed.materialize(build_empty(model.config), model.state_dict() if job.rank == 0 else None, job)
 
 
 def make_batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,34 +61,34 @@ def make_batch() -> tuple[torch.Tensor, torch.Tensor]:
 def accumulate(layout: str, dtype: str = "float32", activation_checkpointing: bool = False):
     """The gradients of the batch, summed over micro-batches and ranks as train.py does it, before and after the clip,
     and their norm, on every rank."""
-    with join(layout, dtype) as here:
-        return accumulate_on(here, activation_checkpointing)
+    with join(layout, dtype) as job:
+        return accumulate_on(job, activation_checkpointing)
 
 
-def accumulate_on(here: Job, activation_checkpointing: bool):
-    model = lay_out(here)
+def accumulate_on(job: Job, activation_checkpointing: bool):
+    model = materialize(job)
     model.activation_checkpointing = activation_checkpointing
-    backward(distributed.wrap(model, here, MICRO_SEQS), here)
+    backward(distributed.wrap(model, job, MICRO_SEQS), job)
     before = gradients(model)
-    norm = distributed.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)).item()
+    norm = distributed.full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)).item()
     return before, norm, gradients(model)
 
 
-def backward(wrapped: torch.nn.Module, here: Job) -> None:
+def backward(wrapped: torch.nn.Module, job: Job) -> None:
     x, y = make_batch()
     num_targets = (y >= 0).sum()
-    mine = slice(*(BATCH_SEQS * r // here.world_size for r in (here.rank, here.rank + 1)))
+    mine = slice(*(BATCH_SEQS * r // job.world_size for r in (job.rank, job.rank + 1)))
     x, y = x[mine], y[mine]
     for start in range(0, len(x), MICRO_SEQS):
         rows = slice(start, start + MICRO_SEQS)
         distributed.set_gradient_sync(wrapped, rows.stop >= len(x))
-        with here.autocast():
+        with job.autocast():
             _, loss = wrapped(x[rows], y[rows], num_targets)
-        (loss * here.world_size).backward()
+        (loss * job.world_size).backward()
 
 
 def gradients(model: GPT) -> dict[str, np.ndarray]:
-    return {name: distributed.whole(p.grad).float().numpy().copy() for name, p in model.named_parameters()}
+    return {name: distributed.full_tensor(p.grad).float().numpy().copy() for name, p in model.named_parameters()}
 
 
 @pytest.fixture(scope="module")
@@ -127,18 +127,18 @@ def test_16_bit_gradients_of_both_layouts_are_close():
 
 
 def update_with_muon(layout: str):
-    with join(layout) as here:
-        return update_with_muon_on(here)
+    with join(layout) as job:
+        return update_with_muon_on(job)
 
 
-def update_with_muon_on(here: Job) -> dict[str, np.ndarray]:
+def update_with_muon_on(job: Job) -> dict[str, np.ndarray]:
     """What two updates by the batch make of the blocks' matrices."""
-    model = lay_out(here)
-    wrapped, optimizer = distributed.wrap(model, here, MICRO_SEQS), build_optimizer(model, MUON, torch.bfloat16)
+    model = materialize(job)
+    wrapped, optimizer = distributed.wrap(model, job, MICRO_SEQS), build_optimizer(model, MUON, torch.bfloat16)
     for _ in range(2):
-        backward(wrapped, here)
+        backward(wrapped, job)
         optimizer.step()
-        distributed.zero_grad(model, here)
+        distributed.zero_grad(model, job)
     return muons(model, optimizer)
 
 
@@ -146,7 +146,7 @@ def muons(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, np.ndarray]
     """Muon's weights, and what it keeps. (AdamW's one kernel rounds by where in memory an element lies.)"""
     tensors = {name: p for name, p in model.named_parameters() if "momentum_buffer" in optimizer.state[p]}
     tensors |= {f"{name}'s momentum": optimizer.state[p]["momentum_buffer"] for name, p in tensors.items()}
-    return {name: distributed.whole(tensor.detach()).numpy().copy() for name, tensor in tensors.items()}
+    return {name: distributed.full_tensor(tensor.detach()).numpy().copy() for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -164,18 +164,18 @@ def test_muons_updates_are_one_processs_and_the_same_on_all_ranks(layout):
 
 
 def update_with_given_gradients(layout: str):
-    with join(layout) as here:
-        return update_with_given_gradients_on(here)
+    with join(layout) as job:
+        return update_with_given_gradients_on(job)
 
 
-def update_with_given_gradients_on(here: Job) -> dict[str, np.ndarray]:
+def update_with_given_gradients_on(job: Job) -> dict[str, np.ndarray]:
     """What two updates by random gradients make of the blocks' matrices."""
-    model = lay_out(here)
+    model = materialize(job)
     optimizer = build_optimizer(model, MUON, torch.bfloat16)
     generator = torch.Generator().manual_seed(2)
     for _ in range(2):
         for p in model.parameters():
-            p.grad = distributed.from_rank0(torch.randn(p.shape, generator=generator), p, here)
+            p.grad = distributed.from_rank0(torch.randn(p.shape, generator=generator), p, job)
         optimizer.step()
     return muons(model, optimizer)
 
@@ -191,16 +191,16 @@ def test_muon_over_parts_makes_the_same_bytes_of_the_same_gradients():
 
 def take_apart_and_put_together():
     """Shard a model over the ranks; what `whole` gives, and rank 0's halves sent out by `from_rank0`."""
-    with join("fsdp") as here:
-        model = lay_out(here)
+    with join("fsdp") as job:
+        model = materialize(job)
         gathered, returned, numels = {}, {}, {}
         for name, p in model.named_parameters():
-            gathered[name] = distributed.whole(p.detach()).numpy().copy()
-            sent = torch.from_numpy(gathered[name] / 2) if here.rank == 0 else torch.full(p.shape, torch.nan)
-            laid_out = distributed.from_rank0(sent, p, here)
+            gathered[name] = distributed.full_tensor(p.detach()).numpy().copy()
+            sent = torch.from_numpy(gathered[name] / 2) if job.rank == 0 else torch.full(p.shape, torch.nan)
+            laid_out = distributed.from_rank0(sent, p, job)
             assert laid_out.placements == p.placements
             numels[name] = laid_out.to_local().numel()
-            returned[name] = distributed.whole(laid_out).numpy().copy()
+            returned[name] = distributed.full_tensor(laid_out).numpy().copy()
         return gathered, returned, numels
 
 
@@ -217,10 +217,10 @@ def test_whole_tensors_are_the_models_and_rank_0s_go_back_to_where_they_came_fro
 
 
 def disagree():
-    with join("ddp") as here:
-        distributed.check_agreement({"learning_rate": 0.1, "n_layer": 2}, here)
+    with join("ddp") as job:
+        distributed.check_agreement({"learning_rate": 0.1, "n_layer": 2}, job)
         try:
-            distributed.check_agreement({"learning_rate": (0.1, 0.2)[here.rank], "n_layer": 2}, here)
+            distributed.check_agreement({"learning_rate": (0.1, 0.2)[job.rank], "n_layer": 2}, job)
         except ValueError as error:
             return str(error)
 
@@ -237,8 +237,8 @@ def meet_on_two_hosts(address_of_east: str):
     socket.gethostname = lambda: ("east", "west")[rank]
     hosts._gloo_address = lambda: (address_of_east, "10.0.0.2")[rank]
     try:
-        with join("ddp") as here:
-            distributed.on_rank0(lambda: 1 / 0, here)
+        with join("ddp") as job:
+            distributed.on_rank0(lambda: 1 / 0, job)
     except (OSError, ZeroDivisionError) as error:
         return str(error)
 
@@ -258,14 +258,15 @@ def test_another_host_hears_where_to_read_why_rank_0_failed():
 
 
 def test_a_connection_that_breaks_is_one_line_with_the_hosts_and_no_defect_is_taken_for_one():
-    here = Job(1, 2, torch.device("cpu"), torch.float32, talk=object(), hosts=("east (10.0.0.1)", "west (10.0.0.2)"))
+    job = Job(1, 2, torch.device("cpu"), torch.float32, cpu_group=object(),
+              hosts=("east (10.0.0.1)", "west (10.0.0.2)"))
     broken = "[/src/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.1]:4321\nmore"
     line = (r"^rank 1 on west \(10.0.0.2\) lost the connection to east \(10.0.0.1\): RuntimeError: Connection closed "
             r"by peer \[10.0.0.1\]:4321. What was saved is intact")
-    with pytest.raises(OSError, match=line), hosts.lost_connections(here):
+    with pytest.raises(OSError, match=line), hosts.lost_connections(job):
         raise RuntimeError(broken)
     for defect in ("[enforce fail at /src/third_party/gloo/gloo/transport/tcp/pair.cc:446] 8 vs 4", "size mismatch"):
-        with pytest.raises(RuntimeError, match=re.escape(defect)), hosts.lost_connections(here):
+        with pytest.raises(RuntimeError, match=re.escape(defect)), hosts.lost_connections(job):
             raise RuntimeError(defect)
 
 
@@ -281,13 +282,13 @@ def test_connecting_has_an_end():
 
 def share(marked: dict) -> tuple[dict, str]:
     """A run's options on this rank once rank 0's count, and what the ranks disagree about then."""
-    with join("ddp") as here:
-        config = TrainConfig(max_minutes=here.rank + 1.0)
-        config.run.out_dir, config.log.wandb_run_name = f"out/{here.rank}", f"run-{here.rank}"
-        config.optim.learning_rate = marked["learning_rate"][here.rank]
-        distributed.share_rank0s(config, here)
+    with join("ddp") as job:
+        config = TrainConfig(max_minutes=job.rank + 1.0)
+        config.run.out_dir, config.log.wandb_run_name = f"out/{job.rank}", f"run-{job.rank}"
+        config.optim.learning_rate = marked["learning_rate"][job.rank]
+        distributed.share_rank0s(config, job)
         try:
-            distributed.check_agreement(flatten(config), here)
+            distributed.check_agreement(flatten(config), job)
         except ValueError as error:
             return flatten(config), str(error)
         return flatten(config), ""
@@ -304,9 +305,9 @@ def test_what_only_rank_0_acts_on_is_rank_0s_and_nothing_else_is(learning_rates)
 
 
 def evaluate(layout: str, folder: Path, num_seqs: list[int]) -> list[float]:
-    with join(layout) as here:
-        model = lay_out(here)
-        return [validation_loss(model, order, MICRO_SEQS, here) for order in orders(folder, num_seqs)]
+    with join(layout) as job:
+        model = materialize(job)
+        return [validation_loss(model, order, MICRO_SEQS, job) for order in orders(folder, num_seqs)]
 
 
 def orders(folder: Path, num_seqs: list[int]) -> list[EvalOrder]:
@@ -332,14 +333,14 @@ def test_float16_is_refused_with_fsdp(monkeypatch):
 
 def count_collectives(layout: str) -> dict[str, Counter]:
     """What the ranks send each other in the parts of a step, by torch's names."""
-    with join(layout) as here:
-        model = lay_out(here)
-        wrapped, optimizer = distributed.wrap(model, here, MICRO_SEQS), build_optimizer(model, OptimConfig())
+    with join(layout) as job:
+        model = materialize(job)
+        wrapped, optimizer = distributed.wrap(model, job, MICRO_SEQS), build_optimizer(model, OptimConfig())
         tokens = torch.zeros(MICRO_SEQS, BLOCK_SIZE, dtype=torch.long)
         seen = {}
         for part, do in (("passes", lambda: wrapped(tokens, tokens)[1].backward()),
-                         ("clip", lambda: distributed.whole(nn.utils.clip_grad_norm_(model.parameters(), 1.0))),
-                         ("update", optimizer.step), ("zero", lambda: distributed.zero_grad(model, here))):
+                         ("clip", lambda: distributed.full_tensor(nn.utils.clip_grad_norm_(model.parameters(), 1.0))),
+                         ("update", optimizer.step), ("zero", lambda: distributed.zero_grad(model, job))):
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
                 do()
             seen[part] = Counter(event.name for event in profile.events() if event.name.startswith("c10d::"))

@@ -10,7 +10,7 @@ import torch
 
 from flatgpt.training.optim import (
     OptimConfig,
-    StepJudge,
+    SpikeDetector,
     build_optimizer,
     learning_rate,
     load_optimizer_state,
@@ -221,29 +221,30 @@ def test_missing_and_misshapen_state_is_named(name, key, of):
     (3.0, 1.0, ""), (math.nan, 1.0, "the loss is nan"), (math.inf, 1.0, "the loss is inf"),
     (3.0, math.nan, "the gradient norm is nan"), (3.0, math.inf, "the gradient norm is inf"), (3.0, 0.0, "")])
 def test_what_is_not_finite_is_a_fault(loss, norm, fault):
-    assert StepJudge().fault(loss, norm, spike_sigma=0.0) == fault
+    assert SpikeDetector().fault(loss, norm, spike_sigma=0.0) == fault
 
 
 def test_a_spike_is_a_norm_far_above_the_usual_one():
     rng = random.Random(0)
     norms = [math.exp(rng.gauss(-1.0, 0.2)) for _ in range(500)]
-    judge = StepJudge()
-    assert not any(judge.fault(3.0, norm, spike_sigma=6.0) for norm in norms)
+    spike_detector = SpikeDetector()
+    assert not any(spike_detector.fault(3.0, norm, spike_sigma=6.0) for norm in norms)
     logs = [math.log(norm) for norm in norms[-100:]]
-    assert judge.mean == pytest.approx(statistics.mean(logs), abs=0.1)
-    assert math.sqrt(judge.variance) == pytest.approx(statistics.stdev(logs), rel=0.3)
-    before = (judge.num_steps, judge.mean, judge.variance)
-    assert "deviations above the usual" in judge.fault(3.0, math.exp(-1.0 + 0.2 * 8), spike_sigma=6.0)
-    assert (judge.num_steps, judge.mean, judge.variance) == before  # nothing is learned from a bad step
-    assert judge.fault(3.0, math.exp(-1.0 - 0.2 * 8), spike_sigma=6.0) == ""  # a small norm does no harm
-    assert judge.fault(3.0, math.exp(-1.0 + 0.2 * 8), spike_sigma=0.0) == ""  # 0 is off
+    assert spike_detector.mean == pytest.approx(statistics.mean(logs), abs=0.1)
+    assert math.sqrt(spike_detector.variance) == pytest.approx(statistics.stdev(logs), rel=0.3)
+    before = (spike_detector.num_steps, spike_detector.mean, spike_detector.variance)
+    assert "deviations above the usual" in spike_detector.fault(3.0, math.exp(-1.0 + 0.2 * 8), spike_sigma=6.0)
+    # Nothing is learned from a bad step.
+    assert (spike_detector.num_steps, spike_detector.mean, spike_detector.variance) == before
+    assert spike_detector.fault(3.0, math.exp(-1.0 - 0.2 * 8), spike_sigma=6.0) == ""  # a small norm does no harm
+    assert spike_detector.fault(3.0, math.exp(-1.0 + 0.2 * 8), spike_sigma=0.0) == ""  # 0 is off
 
 
 def test_the_first_steps_only_teach_and_ripples_of_an_even_run_are_no_spikes():
-    judge = StepJudge()
-    assert judge.fault(3.0, 1.0, spike_sigma=3.0) == ""
-    assert judge.fault(3.0, 100.0, spike_sigma=3.0) == ""  # warm-up begins with large ones
-    even = StepJudge()
+    spike_detector = SpikeDetector()
+    assert spike_detector.fault(3.0, 1.0, spike_sigma=3.0) == ""
+    assert spike_detector.fault(3.0, 100.0, spike_sigma=3.0) == ""  # warm-up begins with large ones
+    even = SpikeDetector()
     assert not any(even.fault(3.0, 1.0, spike_sigma=3.0) for _ in range(200))
     assert even.fault(3.0, 1.05, spike_sigma=3.0) == ""
 

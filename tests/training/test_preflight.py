@@ -1,4 +1,4 @@
-"""preflight.py: the estimates against what is really kept and written, and the warnings."""
+"""flatgpt.training.preflight.py: the estimates against what is really kept and written, and the warnings."""
 
 import collections
 from pathlib import Path
@@ -23,10 +23,10 @@ def make_model(**options) -> GPT:
     return GPT(GPTConfig(**{"block_size": 64, "vocab_size": 300, "n_layer": 3, "n_head": 2, "n_embd": 64} | options))
 
 
-def report(tmp_path, model=None, here=HERE, max_iters=100, **run_options) -> list[str]:
-    run = RunFolder(RunConfig(str(tmp_path / "run"), **run_options), here)
+def report(tmp_path, model=None, job=HERE, max_iters=100, **run_options) -> list[str]:
+    run = RunFolder(RunConfig(str(tmp_path / "run"), **run_options), job)
     optim = OptimConfig(warmup_iters=50, lr_decay_iters=max_iters)
-    return list(preflight.report(model or make_model(), PLAN, "has 9 sequences", run, 10, max_iters, optim, here))
+    return list(preflight.report(model or make_model(), PLAN, "has 9 sequences", run, 10, max_iters, optim, job))
 
 
 def kept_bytes(model) -> int:
@@ -61,12 +61,12 @@ def test_activations_are_about_what_autograd_keeps(checkpointing, dtype):
             kept[storage.data_ptr()] = (storage.nbytes(), tensor)
         return tensor
 
-    here = Job(0, 1, torch.device("cpu"), dtype)
+    job = Job(0, 1, torch.device("cpu"), dtype)
     tokens = torch.ones(16, 64, dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), here.autocast():
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), job.autocast():
         x = model.hidden_states(tokens)
     really = sum(num_bytes for num_bytes, _ in kept.values()) + x.nbytes
-    estimate = preflight.activation_bytes(model, 16, here)
+    estimate = preflight.activation_bytes(model, 16, job)
     head = 4 * (model.wte.weight.numel() + 2 * 16 * 64 * model.config.padded_vocab_size)
     weights_cast = 0  # autocast's copies of the weights are no activations
     if dtype != torch.float32 and not checkpointing:
@@ -118,7 +118,7 @@ def test_what_will_fail_is_a_warning(tmp_path, monkeypatch):
     with monkeypatch.context() as small:
         small.setattr("flatgpt.training.preflight.memory_bytes", lambda device: 10**6)
         assert "will not fit: lower --batch_size" in warnings(report(tmp_path))[0]
-    monkeypatch.setattr("process.UNDER_TORCHRUN", True)
+    monkeypatch.setattr("flatgpt.launcher.UNDER_TORCHRUN", True)
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", raising=False)
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in warnings(report(tmp_path))[0]
@@ -158,14 +158,14 @@ def test_the_micro_batch_is_the_largest_that_memory_holds(monkeypatch):
         return sum(preflight.memory_parts(model, BatchPlan(24, micro_batch, 24 // micro_batch, 1), HERE).values())
 
     assert kept_bytes(model) == pytest.approx(preflight.activation_bytes(model, 1, HERE), rel=0.3)
-    for limit, free in (("preflight.memory_bytes", "preflight.free_memory_bytes"),
-                        ("preflight.free_memory_bytes", "preflight.memory_bytes")):
-        monkeypatch.setattr(free, lambda *device: 10**12)
-        held = 300_000_000 * (limit == "preflight.free_memory_bytes")  # what is free comes on top of what is held
+    for limit, free in (("memory_bytes", "free_memory_bytes"), ("free_memory_bytes", "memory_bytes")):
+        monkeypatch.setattr(preflight, free, lambda *device: 10**12)
+        held = 300_000_000 * (limit == "free_memory_bytes")  # what is free comes on top of what is held
         for micro_batch in (1, 4, 6, 24):
-            monkeypatch.setattr(limit, lambda *device, n=micro_batch, held=held: 1.001 * needed(n) / 0.9 - held)
+            monkeypatch.setattr(preflight, limit,
+                                lambda *device, n=micro_batch, held=held: 1.001 * needed(n) / 0.9 - held)
             assert preflight.fit_batch_size(model, 24, HERE) == micro_batch
-        monkeypatch.setattr(limit, lambda *device, held=held: needed(1) - held)
+        monkeypatch.setattr(preflight, limit, lambda *device, held=held: needed(1) - held)
         with pytest.raises(ValueError, match="not even one sequence of 64 tokens fits"):
             preflight.fit_batch_size(model, 24, HERE)
 
@@ -181,7 +181,7 @@ def test_a_gpus_trial_leaves_room_for_what_is_no_tensor(monkeypatch, allowed, in
 
     monkeypatch.setattr("torch.cuda.get_per_process_memory_fraction", lambda device: limits[-1])
     monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", lambda fraction, device: limits.append(fraction))
-    monkeypatch.setattr("model.LinearCrossEntropy.apply", overflow)
+    monkeypatch.setattr("flatgpt.models.fused.LinearCrossEntropy.apply", overflow)
     assert preflight._gpu_trial(make_model(), HERE, "False")(PLAN) is False
     assert seen == [in_trial]
     assert limits[-1] == allowed
@@ -216,7 +216,7 @@ def test_batch_size_0_is_reported_and_kept_by_a_resume(cli, tiny_data, monkeypat
     options = [option for option in TINY_RUN if not option.startswith(("--batch_size", "--gradient"))]
     options += ["--batch_size=0", "--total_batch_size=128"]
     with monkeypatch.context() as small:
-        small.setattr(preflight, "fit_batch_size", lambda model, seqs_per_rank, here, compile: seqs_per_rank // 4)
+        small.setattr(preflight, "fit_batch_size", lambda model, seqs_per_rank, job, compile: seqs_per_rank // 4)
         result = cli("train", *options, "--max_iters=3")
         assert result.code == 0, result.err
         assert "128 tokens a step = 4 micro-batches x 2 sequences" in result.out

@@ -161,8 +161,8 @@ def test_a_restart_by_torchrun_before_the_first_checkpoint_is_the_same_run_at_wa
     def fail(*_args):
         raise RuntimeError("before anything is saved")
 
-    monkeypatch.setattr("process.UNDER_TORCHRUN", True)
-    monkeypatch.setattr("process.end_torchrun", lambda: None)
+    monkeypatch.setattr("flatgpt.launcher.UNDER_TORCHRUN", True)
+    monkeypatch.setattr("flatgpt.launcher.end_torchrun", lambda: None)
     with monkeypatch.context() as patch:
         patch.setattr("train.write_samples", fail)
         with pytest.raises(RuntimeError):
