@@ -273,7 +273,7 @@ def test_hellaswag_is_lm_evals_to_the_last_digit(cli, hellaswag, bpe, tmp_path):
 def likelihoods(folder: str, questions: Path) -> list[float]:
     """As eval.py finds them, in the order of questions and choices."""
     job = eval.Job(0, 1, torch.device("cpu"), torch.float32)
-    model, tokenizer = GPT.from_pretrained(folder).eval(), eval.prompts.find_tokenizer(Path(folder), 0)
+    model, tokenizer = GPT.from_pretrained(folder).eval(), eval.inference.find_tokenizer(Path(folder), 0)
     rows = [row for question in eval.load_questions("hellaswag", str(questions))
             for row in eval.encode_question(question, tokenizer, model.config.block_size)]
     return eval.log_likelihoods(model, rows, 8, job)

@@ -385,7 +385,7 @@ def _step_back() -> None:
 
 def _write_sums(folder: Path) -> None:
     lines = [f"{files.sha256_file(path)}  {path.relative_to(folder).as_posix()}\n"
-             for path in sorted(folder.rglob("*")) if path.is_file()]
+             for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "SHA256SUMS"]
     with files.named_errors(folder / "SHA256SUMS"):
         (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
 
