@@ -21,7 +21,7 @@ demo: .venv/.run
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
 
-test-fast: .venv/.dev
+test-fast: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal tests/data tests/models tests/test_model.py tests/test_files.py tests/test_machine.py tests/training/test_optim.py tests/training/test_device.py
 
 soak: .venv/.dev
