@@ -92,6 +92,7 @@ class TrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def validate(self) -> list[str]:
+        """What is wrong with these options, a sentence each."""
         faults = failed_rules(
             self, ("seed", 0 <= self.seed < 2**63, "0 or more, below 2**63"),
             ("max_iters", self.max_iters >= 0, "0 or more"), ("eval_interval", self.eval_interval > 0, "positive"),
@@ -232,9 +233,9 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
                 with report.excluded():
                     run.save(model, optimizer, tokenizer, asdict(now) | identity | {
                         "tokens": now.step * tokens_per_step, "scaler": scaler.state_dict(),
-                        "judge": asdict(spike_detector),
-                        "seed": config.seed, "micro_batch": plan.micro_batch, "world_size": job.world_size,
-                        "elapsed_s": report.elapsed_s(), "options": options, "versions": VERSIONS}, is_best)
+                        "judge": asdict(spike_detector), "seed": config.seed, "micro_batch": plan.micro_batch,
+                        "world_size": job.world_size, "elapsed_s": report.elapsed_s(), "options": options,
+                        "versions": VERSIONS}, is_best)
             if is_last or stopped_by:
                 break
 
