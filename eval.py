@@ -72,6 +72,7 @@ class EvalConfig:
     where: DeviceConfig = field(default_factory=DeviceConfig)
 
     def validate(self) -> list[str]:
+        """What is wrong with these options, a sentence each."""
         faults = failed_rules(
             self, ("block_size", self.block_size >= 0, "0 (the model's) or more"),
             ("stride", self.stride >= 0, "0 (block_size) or more"),

@@ -50,6 +50,7 @@ class ExportConfig:
     public: bool = False  # make that repository public; else it is private
 
     def validate(self) -> list[str]:
+        """What is wrong with these options, a sentence each."""
         faults = []
         if not self.to:
             faults.append("--to=FOLDER says where the model folder is to be made")

@@ -186,6 +186,7 @@ class CausalSelfAttention(nn.Module):
         self.backend: AttentionBackend = "sdpa"
 
     def forward(self, x: torch.Tensor, context: AttentionContext, cache: LayerCache | None = None) -> torch.Tensor:
+        """x (B, T, C) -> (B, T, C); with a `cache`, the T positions follow those that it holds."""
         B, T, C = x.shape
         heads = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 K, T, D)
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)

@@ -80,6 +80,7 @@ class PrepareConfig:
     info: Annotated[str, "path"] = ""  # only show what is in this dataset folder
 
     def validate(self) -> list[str]:
+        """What is wrong with these options, a sentence each."""
         source, changed, faults = self.source, changed_keys(self), []
         if looking := [key for key in ("verify", "info") if key in changed]:
             if others := [f"--{key}" for key in changed if key != looking[0]]:

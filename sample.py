@@ -68,6 +68,7 @@ class SampleConfig:
     where: DeviceConfig = field(default_factory=DeviceConfig)
 
     def validate(self) -> list[str]:
+        """What is wrong with these options, a sentence each."""
         faults = failed_rules(
             self, ("num_samples", self.num_samples >= 1, "at least 1"),
             ("max_new_tokens", self.max_new_tokens >= 0, "0 or more"),

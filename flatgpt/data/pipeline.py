@@ -58,6 +58,7 @@ class TokensConfig:
     workers: int = 0  # processes that tokenize; 0 = one for each core
 
     def validate(self) -> list[str]:
+        """What is wrong with these options, a sentence each."""
         val, test = self.val_fraction, self.test_fraction
         faults = failed_rules(
             self, ("shard_tokens", 0 < self.shard_tokens < 2**31, "positive, and below 2**31, which its header can "
