@@ -69,8 +69,8 @@ class GPTConfig:
     tie_embeddings: bool = True  # the token table is also the output head
     window: int = 8  # tokens that model=mlp looks at
 
-    def validate(self) -> None:
-        """Raises ValueError, naming every bad value."""
+    def validate(self) -> list[str]:
+        """What is wrong with this shape, a sentence each."""
         choices = {key: get_args(kind) for key, kind in get_type_hints(type(self)).items() if get_args(kind)}
         faults = [f"{key}={getattr(self, key)!r} must be one of {', '.join(names)}" for key, names in choices.items()
                   if getattr(self, key) not in names]
@@ -96,8 +96,7 @@ class GPTConfig:
             faults.append(f"pos={self.pos} needs an even n_embd, not {self.n_embd}")
         if not 0 <= self.dropout < 1:
             faults.append(f"dropout={self.dropout} must be at least 0 and below 1")
-        if faults:
-            raise ValueError("; ".join(faults))
+        return faults
 
     @property
     def padded_vocab_size(self) -> int:

@@ -33,7 +33,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,7 +62,7 @@ from flatgpt.data.sources import SOURCES, SourceConfig
 from flatgpt.data.splits import digest_of, plan_splits
 from flatgpt.data.staging import StagingFolder, describe, plural, wait_for
 from flatgpt.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
-from flatgpt.options import changed_keys, check_options, parse_options, run_script
+from flatgpt.options import check_options, parse_options, run_script
 
 BPE_BYTES = 500 << 20  # text that a bpe is trained on, at most
 TOKENS_PER_BYTE = {"gpt2": 0.25, "bpe": 0.25, "char": 1.0, "byte": 1.0}  # about, to know the disk space ahead
@@ -81,11 +81,8 @@ class PrepareConfig:
 
     def validate(self) -> list[str]:
         """What is wrong with these options, a sentence each."""
-        source, changed, faults = self.source, changed_keys(self), []
-        if looking := [key for key in ("verify", "info") if key in changed]:
-            if others := [f"--{key}" for key in changed if key != looking[0]]:
-                faults.append(f"--{looking[0]} only looks into a folder: leave out {' '.join(others)}")
-        elif not (source.dataset or source.input or source.hf):
+        source, looking, faults = self.source, bool(self.verify or self.info), []
+        if not (looking or source.dataset or source.input or source.hf):
             faults.append(f"nothing to read: name a source ({', '.join(SOURCES)}), a data set of the hub "
                           "(--hf=OWNER/NAME) or --input=FILE_OR_FOLDER")
         if self.show_merges and not looking and (kind := tokenizer_kind(self)) != "bpe":
@@ -94,11 +91,17 @@ class PrepareConfig:
             faults.append(f"name={self.name!r} must be a plain folder name of letters, digits and .-+_")
         return faults
 
+    def conflicts(self, given: Collection[str]) -> list[str]:
+        """Which of the given keys say nothing beside --verify or --info."""
+        looking = "verify" if self.verify else "info" if self.info else ""
+        others = [f"--{key}" for key in given if key != looking]
+        return [f"--{looking} only looks into a folder: leave out {' '.join(others)}"] if looking and others else []
+
 
 def main(argv: list[str]) -> None:
     """Make a dataset folder; or verify one, or show what is in it."""
-    config, _ = parse_options(PrepareConfig, argv, usage=__doc__, bare_word="dataset")
-    check_options(config)
+    config, given = parse_options(PrepareConfig, argv, usage=__doc__, bare_word="dataset")
+    check_options(config, given)
     if config.verify:
         return verify(shards.find_folder(config.verify))
     if config.info:

@@ -22,12 +22,13 @@ import contextlib
 import itertools
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 from flatgpt import machine
-from flatgpt.options import changed_keys, check_options, failed_rules, parse_options, run_script
+from flatgpt.options import check_options, failed_rules, parse_options, run_script
 
 if __name__ == "__main__":
     machine.warn_of_little_memory()
@@ -80,20 +81,23 @@ class SampleConfig:
             make_sampler(self)
         except ValueError as error:
             faults.append(str(error))
+        return faults
+
+    def conflicts(self, given: Collection[str]) -> list[str]:
+        """Which of the given keys say nothing beside the others."""
         why, unwanted = "--dataset and --prompt_tokens are for --split=train, val or test", ("dataset", "prompt_tokens")
         if self.interactive:
             why, unwanted = "--interactive reads its prompts line by line, and continues each once", (
                 "prompt", "split", "dataset", "prompt_tokens", "num_samples")
         elif self.split:
             why, unwanted = f"--split={self.split} takes its prompts from the data", ("prompt",)
-        if found := [f"--{key}" for key in unwanted if key in changed_keys(self)]:
-            faults.append(f"{why}: leave out {' '.join(found)}")
-        return faults
+        found = [f"--{key}" for key in unwanted if key in given]
+        return [f"{why}: leave out {' '.join(found)}"] if found else []
 
 
 def main(argv: list[str]) -> None:
-    config, _ = parse_options(SampleConfig, argv, usage=__doc__, aliases={"start": "prompt"})
-    check_options(config)
+    config, given = parse_options(SampleConfig, argv, usage=__doc__, aliases={"start": "prompt"})
+    check_options(config, given)
     with distributed.init_job(config.where, alone=True) as job:
         sample(config, job)
 

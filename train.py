@@ -102,10 +102,7 @@ class TrainConfig:
             faults.append(f"bigram_counts=True counts the table of --model=bigram --init_from=scratch, not of model="
                           f"{self.model.model}, init_from={self.init_from}")
         if self.init_from == "scratch":
-            try:
-                GPTConfig(**asdict(self.model) | {"vocab_size": self.model.vocab_size or 1}).validate()
-            except ValueError as error:
-                faults.append(str(error))
+            faults += GPTConfig(**asdict(self.model) | {"vocab_size": self.model.vocab_size or 1}).validate()
         return faults
 
 

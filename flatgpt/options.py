@@ -31,7 +31,7 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -78,17 +78,19 @@ def parse_options(options: type[T], argv: list[str], usage: str = "", aliases: d
     given = {a.key: a.value for a in arguments}
     effective = [a for a in {a.key: a for a in arguments}.values() if not _is_many(known[a.key])]
     effective += [a for a in arguments if _is_many(known[a.key])]
-    # All at once first: one by one would take ten times as long. An overridden value has to be right as well.
-    suspects = arguments if not _accepts(options, arguments) else [a for a in arguments if given[a.key] != a.value]
+    overridden = [a for a in arguments if a not in effective]  # has to be right as well
+    try:  # all at once: one by one would take ten times as long
+        parsed, refusal, suspects = _parse(options, effective), "", overridden
+    except ValueError as error:
+        parsed, refusal, suspects = None, str(error), arguments
     faults += [f"{a.where}: {a.key}={a.value!r} is not {_describe(known[a.key])}" for a in suspects
-               if not _accepts(options, [a])]
-    if not faults:
-        parsed = _tyro(options, [f"--{a.key}={a.value}" for a in effective], usage)
+               if not _accepts(options, a)]
+    if parsed is not None:
         values = flatten(parsed)
-        faults = [f"{a.where}: {a.key}={a.value} is not {_describe(known[a.key])} that can be reckoned with"
-                  for a in effective if not _is_usable(values[a.key])]
-    if faults:
-        raise ValueError("; ".join(faults))
+        faults += [f"{a.where}: {a.key}={a.value} is not {_describe(known[a.key])} that can be reckoned with"
+                   for a in effective if not _is_usable(values[a.key])]
+    if faults or parsed is None:
+        raise ValueError("; ".join(faults) or refusal)
     for line in helpers if launcher.is_rank0() else []:
         print(line, file=sys.stderr, flush=True)
     return parsed, given
@@ -123,27 +125,26 @@ def flatten(options: Any) -> dict[str, Any]:
     return flat
 
 
-def check_options(options: Any) -> None:
-    """Raises one ValueError that lists all faults which options, and those nested in them, show by themselves."""
-    if faults := _faults(options):
+def check_options(options: Any, given: Collection[str] = ()) -> None:
+    """Raises one ValueError that lists all faults which options, and those nested in them, show by themselves.
+
+    A dataclass tells its faults in `validate()`, and in `conflicts(given)`, where it has that, which of the `given`
+    keys exclude each other."""
+    if faults := _faults(options, given):
         raise ValueError("; ".join(faults))
 
 
-def _faults(options: Any) -> list[str]:
+def _faults(options: Any, given: Collection[str]) -> list[str]:
+    faults = options.validate()
+    if hasattr(options, "conflicts"):
+        faults += options.conflicts(given)
     values = [getattr(options, field.name) for field in dataclasses.fields(options)]
-    nested = [fault for value in values if dataclasses.is_dataclass(value) for fault in _faults(value)]
-    return options.validate() + nested
+    return faults + [fault for value in values if dataclasses.is_dataclass(value) for fault in _faults(value, given)]
 
 
 def failed_rules(options: Any, *rules: tuple[str, bool, str]) -> list[str]:
     """`key=value must be ...` for each rule (key, whether it holds, what the value must be) that does not hold."""
     return [f"{key}={getattr(options, key)} must be {what}" for key, holds, what in rules if not holds]
-
-
-def changed_keys(options: Any) -> list[str]:
-    """The keys, flat, whose values are not the defaults."""
-    defaults = flatten(type(options)())
-    return [key for key, value in flatten(options).items() if value != defaults[key]]
 
 
 def _expand(argv: list[str], bare_word: str, known: dict[str, Any]) -> list[Argument]:
@@ -226,15 +227,23 @@ def _assignment_lines(path: str) -> dict[str, int]:
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
 
 
-def _accepts(options: type, arguments: list[Argument]) -> bool:
-    """Whether tyro takes these arguments; it prints nothing."""
-    silence = io.StringIO()
+def _accepts(options: type, argument: Argument) -> bool:
+    """Whether the value is one of the option's type."""
     try:
-        with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
-            _tyro(options, [f"--{a.key}={a.value}" for a in arguments])
-    except SystemExit:
+        _parse(options, [argument])
+    except ValueError:
         return False
     return True
+
+
+def _parse(options: type[T], arguments: list[Argument]) -> T:
+    """Raises ValueError, with what tyro says, for a value of another type."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            return _tyro(options, [f"--{a.key}={a.value}" for a in arguments])
+    except SystemExit:
+        raise ValueError(said.getvalue()) from None
 
 
 def _tyro(options: type[T], arguments: list[str], usage: str = "") -> T:

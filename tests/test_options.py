@@ -20,7 +20,7 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flatgpt.options import changed_keys, check_options, field_types, flatten, parse_options, run_script
+from flatgpt.options import check_options, field_types, flatten, parse_options, run_script
 from train import TrainConfig
 
 quick = hypothesis.settings(max_examples=25, deadline=None,
@@ -515,5 +515,12 @@ def test_every_dataclass_of_options_tells_its_faults(script):
         assert isinstance(options().validate(), list), options
 
 
-def test_what_is_set_to_its_default_has_not_changed():
-    assert changed_keys(parse_options(Options, ["--num_steps=10", "--depth=3"])[0]) == ["depth"]
+@pytest.mark.parametrize(("script", "argv", "named"), [
+    ("prepare_data", ["--verify=data/x", "--tokenizer=auto"], "leave out --tokenizer"),
+    ("prepare_data", ["--info=data/x", "--text_column=text", "--name="], "leave out --text_column --name"),
+    ("prepare_data", ["--input=x.txt", "--split=train"], "split is for data sets of the hub"),
+    ("sample", ["--interactive", "--num_samples=10"], "leave out --num_samples"),
+    ("sample", ["--split=val", "--start="], "leave out --prompt"),
+    ("sample", ["--prompt_tokens=0"], "leave out --prompt_tokens")])
+def test_an_option_that_says_nothing_beside_another_is_refused_when_it_names_its_default(refused, script, argv, named):
+    assert named in refused(script, *argv)

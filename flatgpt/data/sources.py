@@ -15,7 +15,7 @@ import os
 import re
 import sysconfig
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Annotated, Any
 from flatgpt.data.hub import hub_parts
 from flatgpt.data.local_files import READERS, count_skipped, find_files, local_parts
 from flatgpt.data.records import Part, Record
-from flatgpt.options import changed_keys, closest
+from flatgpt.options import closest
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
@@ -48,10 +48,13 @@ class SourceConfig:
         if self.hf and (self.input or self.dataset):
             return [f"--hf={self.hf} is a source of its own: leave out "
                     + ("--input" if self.input else f"the name {self.dataset}")]
-        if (self.input or self.dataset) and not hub_name(self):
-            return [f"{key} is for data sets of the hub" for key in ("subset", "split", "revision")
-                    if key in changed_keys(self)]
         return []
+
+    def conflicts(self, given: Collection[str]) -> list[str]:
+        """Which of the given keys say nothing of the source that is named."""
+        if not (self.input or self.dataset in SOURCES) or hub_name(self):
+            return []
+        return [f"{key} is for data sets of the hub" for key in ("subset", "split", "revision") if key in given]
 
 
 @dataclass

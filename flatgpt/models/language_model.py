@@ -23,6 +23,7 @@ from flatgpt.models import generate as generation
 from flatgpt.models.fused import ChunkLoss, LinearCrossEntropy
 from flatgpt.models.generate import Cache
 from flatgpt.models.sampling import Sampler
+from flatgpt.options import check_options
 
 if TYPE_CHECKING:
     from model import GPTConfig
@@ -33,7 +34,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        config.validate()
+        check_options(config)
         self.config = config
         self.activation_checkpointing = False  # keep only the blocks' inputs, and run the blocks again in backward
         self.compile_decoding = False  # compile the step that generates a token

@@ -31,6 +31,7 @@ from flatgpt.data.tokenizer import TOKENIZER_FILES
 from flatgpt.files import HUB_ID, broken, fetch_snapshot, read_json, reading_values, refuse_pointer, write_json
 from flatgpt.models.baselines import build_empty
 from flatgpt.models.positions import HIGH_FREQ_FACTOR, LOW_FREQ_FACTOR
+from flatgpt.options import check_options
 from flatgpt.pickles import STAND_INS
 from flatgpt.run_folder import best_checkpoint, follow_link, newest_checkpoint
 from model import GPTConfig
@@ -193,7 +194,7 @@ def _make_config(path: Path, values: dict) -> GPTConfig:
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise ValueError(f"{path}: {key} is {value!r}")
     config = GPTConfig(**values)
-    config.validate()
+    check_options(config)
     return config
 
 
