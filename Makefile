@@ -39,6 +39,7 @@ zoo: .venv/.run
 
 lint: .venv/.dev
 	$(PY) -m ruff check .
+	$(dir $(PY))lint-imports --no-logo --no-cache
 
 install: .venv/.dev
 
