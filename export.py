@@ -98,11 +98,7 @@ def export(run: Path, folder: Path, to: Path, name: str) -> None:
     """Make `to` out of a checkpoint; `name` is what its card calls it. Raises ValueError when the checkpoint is
     damaged, OSError when the folder cannot be written."""
     model = inference.load_model(str(folder))  # its checksums are verified there
-    to.parent.mkdir(parents=True, exist_ok=True)
-    hidden = to.with_name(f".{to.name}.tmp")
-    shutil.rmtree(hidden, ignore_errors=True)  # what a killed export left
-    hidden.mkdir()
-    try:
+    with files.new_folder(to) as hidden:
         for part in PARTS:
             if (folder / part).is_file():
                 with files.named_errors(to / part):
@@ -112,12 +108,6 @@ def export(run: Path, folder: Path, to: Path, name: str) -> None:
         if curve:
             files.write_bytes(hidden / "loss.png", render(curve, "png"))
         files.write_text(hidden / "README.md", card(folder, name, model, records, curve is not None))
-        files.sync_tree(hidden)
-        os.rename(hidden, to)
-    except BaseException:
-        shutil.rmtree(hidden)
-        raise
-    files.sync(to.parent)
 
 
 def push(folder: Path, repo_id: str, public: bool) -> str:

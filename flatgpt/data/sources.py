@@ -69,19 +69,17 @@ class Source:
 
 def hub_name(config: SourceConfig) -> str:
     """The hub data set that the options name, or ""."""
-    if config.input:
-        return ""
-    return config.hf or (SOURCES[config.dataset].hf if config.dataset else "")
+    return "" if config.input else config.hf or SOURCES.get(config.dataset, Source()).hf
 
 
 def find_parts(config: SourceConfig, commit: str = "") -> list[Part]:
     """The parts of what the options name, a hub data set at that commit. Raises OSError or ValueError."""
-    source = SOURCES.get(config.dataset, Source())
+    source = Source(hf=config.hf) if config.hf else SOURCES.get(config.dataset)
     if config.input:
         return local_parts(config.input, config.text_column)
-    if repo := hub_name(config):
-        subset = config.subset or ("" if config.hf else source.subset)
-        return hub_parts(repo, subset, config.split, commit, config.text_column, None if config.hf else source.join)
+    if source.hf:
+        return hub_parts(source.hf, config.subset or source.subset, config.split, commit, config.text_column,
+                         source.join)
     return source.find()
 
 

@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 
 from flatgpt import files
 from flatgpt.data.local_files import describe_skipped
-from flatgpt.data.pipeline import begin_progress
+from flatgpt.data.pipeline import Cursor
 from flatgpt.data.records import MAX_NAMED_FILES
 from flatgpt.data.shards import shard_dtype
 from flatgpt.data.splits import SPLITS
@@ -105,15 +105,17 @@ class StagingFolder:
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # Windows keeps a file that is open
-                os.unlink(held.lock_file)
+            os.unlink(held.lock_file)
             held.release()
 
     def begin(self) -> bool:
         """Make this rank's folder, with its progress.json. False if rank 0 has published the target in the meantime:
         then nothing is left to do."""
         self.work.mkdir(parents=True, exist_ok=True)
-        begin_progress(self.work, self.arguments)
+        if not (self.work / "progress.json").exists():
+            files.write_json(self.work / "progress.json", {
+                "arguments": self.arguments, "done": False, "cursor": Cursor(), "counts": {}, "shards": [],
+                "open_tokens": {}})
         if published := self.target.exists():
             shutil.rmtree(self.work, ignore_errors=True)
             shutil.rmtree(self.target / self.work.name, ignore_errors=True)  # it went along
