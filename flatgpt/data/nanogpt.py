@@ -13,19 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
+from flatgpt.files import identify
 from flatgpt.pickles import load_plain
 
 MAX_VOCAB_SIZE = 2**32
 MIN_VALUES = 64  # values other than 0 that it takes to tell what a file without a header holds
 MAX_ID = 1 << 20  # above that of any vocabulary
 SAMPLE_BYTES = 1 << 17  # read in each of three places
-FOREIGN_FILES = (  # first bytes, what such a file is, and the command that mends it
-    (b"\x93NUMPY", "was written by np.save, with a header", "convert it with python -c \"import numpy as np; np.load('"
-     "{path}').astype('<u2').tofile('{path}')\""),
-    (b"\x1f\x8b\x08", "is compressed with gzip", "mv '{path}' '{path}.gz' && gunzip '{path}.gz'"),
-    (b"\x28\xb5\x2f\xfd", "is compressed with zstd", "mv '{path}' '{path}.zst' && unzstd '{path}.zst'"),
-    (b"PK\x03\x04", "is a zip archive, as np.savez and torch.save write", "write the ids with ids.astype('<u2').tofile("
-     "'{path}')"))
 
 
 def refuse_foreign_bin(path: Path) -> None:
@@ -42,9 +36,8 @@ def refuse_foreign_bin(path: Path) -> None:
         for start in starts:
             file.seek(start)
             sample += file.read(3 * SAMPLE_BYTES // len(starts))
-    for first_bytes, what, mend in FOREIGN_FILES:
-        if sample.startswith(first_bytes):
-            raise ValueError(f"{path} {what}: {mend.format(path=path)}")
+    if what := identify(sample):
+        raise ValueError(f"{path} is {what}")
     text = sample[:4096]
     if len(text) >= MIN_VALUES and not re.search(rb"[\x00-\x08\x0e-\x1f\x7f]", text):
         with contextlib.suppress(UnicodeDecodeError):

@@ -56,9 +56,7 @@ State = dict[str, torch.Tensor]
 def load_pretrained(source: str) -> tuple[GPTConfig, State]:
     """Configuration and float32 state dict of any source that `resolve` knows. Raises ValueError or OSError."""
     path = resolve(source)
-    if path.is_file():
-        return load_nanogpt(path)
-    return load_huggingface(path)
+    return load_nanogpt(path) if path.is_file() else load_huggingface(path)
 
 
 def resolve(source: str) -> Path:

@@ -153,9 +153,9 @@ def save_npy(path: Path, ids: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize(("write", "words"), [
-    (save_npy, r"was written by np\.save, with a header: .*np\.load"),
-    (lambda path, ids: path.write_bytes(gzip.compress(ids.tobytes())), "is compressed with gzip: .*gunzip"),
-    (lambda path, ids: torch.save(torch.from_numpy(ids), path), "is a zip archive, as np.savez and torch.save write"),
+    (save_npy, r"is a file of np\.save, with a header: .*np\.load"),
+    (lambda path, ids: path.write_bytes(gzip.compress(ids.tobytes())), "is compressed: `gzip -d`"),
+    (lambda path, ids: torch.save(torch.from_numpy(ids), path), "is a ZIP archive, as np.savez and torch.save write"),
     (lambda path, ids: path.write_text("to be or not to be\n" * 99), r"is a text, not tokens: .*prepare_data\.py"),
     (lambda path, ids: path.write_text("Sein oder Nichtsein, é und 一\n" * 999), "is a text"),
     (lambda path, ids: path.write_text(" ".join(map(str, ids))), "is a text")], ids=range(6))
