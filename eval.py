@@ -164,12 +164,10 @@ def find_splits(config: EvalConfig, model: LanguageModel, tokenizer: Tokenizer |
                 data: Mixture | None) -> dict[str, Split]:
     """The tokens to measure the loss on, by name: the text's, and those of each data set. Raises ValueError or OSError
     for a text that is none or empty, and for data without such a split."""
-    splits = {}
+    splits = data.splits(config.split) if data else {}
     if config.text:
         ids = tokenizer.encode(inference.read(f"FILE:{config.text}"))
-        splits[config.text] = Split([Path(config.text)], model.config.vocab_size, [ids])
-    if data:
-        splits |= data.splits(config.split)
+        splits = {config.text: Split([Path(config.text)], model.config.vocab_size, [ids])} | splits
     for name, split in splits.items():
         if split.lengths.max(initial=0) < 2:
             raise ValueError(f"{name} has nothing to measure a loss on: that takes a text of two tokens or more")

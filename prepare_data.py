@@ -28,7 +28,6 @@ from flatgpt import launcher, signals
 if __name__ == "__main__":
     signals.begin()
 
-import os
 import re
 import shutil
 import sys
@@ -246,10 +245,7 @@ def earlier_digests(config: PrepareConfig, mine: list[Part], folder: StagingFold
     For that, every rank reads its files once before it tokenizes them."""
     own, earlier = folder.work / "all_digests", set()
     if not own.exists():
-        hidden = folder.work / "all_digests.tmp"
-        with files.named_errors(own):
-            hidden.write_bytes(b"".join(digest_of(text.encode()) for text in texts(mine, config)))
-        os.replace(hidden, own)
+        files.write_bytes(own, b"".join(digest_of(text.encode()) for text in texts(mine, config)))
     for rank in range(folder.rank):
         path = folder.rank_folder(rank) / "all_digests"
         wait_for(lambda path=path: [] if path.exists() else [f"the digests of {path.parent.name}"])

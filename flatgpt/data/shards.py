@@ -21,6 +21,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -79,8 +80,7 @@ class ShardWriter:
         """A shard is begun only if `reserve_bytes` are free, or as many as a full shard takes if that is less."""
         self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
         self._reserve_bytes = int(min(reserve_bytes, HEADER_WORDS * 4 + shard_tokens * dtype.itemsize))
-        self.shards = list(shards or [])
-        self.open_tokens = 0
+        self.shards, self.open_tokens = list(shards or []), 0
         self._file: BinaryIO | None = None
         if open_tokens:
             self._begin(open_tokens)
@@ -262,11 +262,9 @@ def find_folder(name: str) -> Path:
     for folder in (DATA_DIR / name, Path(name)):
         if folder.is_dir():
             return folder
-    if "/" in name:
-        raise FileNotFoundError(f"there is no data folder {name}")
-    raise FileNotFoundError(
+    raise FileNotFoundError(f"there is no data folder {name}" if "/" in name else (
         f"no data set {name!r} in {DATA_DIR}/; make it with: python prepare_data.py {name}   (or from your own text: "
-        f"python prepare_data.py --input=FILE_OR_FOLDER --name={Path(name).name})")
+        f"python prepare_data.py --input=FILE_OR_FOLDER --name={name})"))
 
 
 def list_shards(folder: Path) -> tuple[dict[str, list[Path]], dict[str, Any]]:
@@ -322,17 +320,16 @@ def verify(folder: Path) -> Iterator[tuple[str, list[str]]]:
                    if path.name not in listed]
     with contextlib.suppress(OSError, ValueError):  # a shard that cannot be opened is reported in its turn
         vocab_size = vocab_size or _guess_vocab_size(next(iter(paths.values()))[0])
-    found = dict.fromkeys(paths, 0)  # split -> end-of-text tokens
+    found: Counter[str] = Counter()  # split -> end-of-text tokens
     jobs = [(split, path) for split, split_paths in paths.items() for path in split_paths]
     with ThreadPoolExecutor(machine.num_cores()) as pool:  # hashing and NumPy let other threads work
         for (split, path), (shard_faults, num_eot) in zip(jobs, pool.map(
                 lambda job: _verify_shard(job[1], vocab_size, eot_id, manifest, listed.get(job[1].name)), jobs)):
             found[split] += num_eot
             yield path.name, shard_faults
-    for split, counts in manifest.get("splits", {}).items():
-        if eot_id is not None and found.get(split, 0) != counts["documents"]:
-            faults.append(f"the {split} split has {found.get(split, 0):,} end-of-text tokens, one a document, and "
-                          f"dataset.json counts {counts['documents']:,} documents")
+    faults += [f"the {split} split has {found[split]:,} end-of-text tokens, one a document, and dataset.json counts "
+               f"{counts['documents']:,} documents" for split, counts in manifest.get("splits", {}).items()
+               if eot_id is not None and found[split] != counts["documents"]]
     yield folder.name, faults
 
 

@@ -53,16 +53,14 @@ class StagingFolder:
         """`arguments` is what the shards are a function of, and goes into dataset.json."""
         self.target, self.folder = target, hidden_folder(target)
         self.arguments, self.rank, self.world_size = arguments, rank, world_size
-        tag = hashlib.sha256(json.dumps(self._compared()).encode()).hexdigest()[:8]
+        self._compared = {key: value for key, value in arguments.items() if key not in UNCOMPARED}
+        tag = hashlib.sha256(json.dumps(self._compared).encode()).hexdigest()[:8]
         self._of_all = f"_of_{world_size:05d}_{tag}"
         self.work = self.rank_folder(rank)
         self.tokenizer = self.folder / f"tokenizer_{tag}"
 
     def rank_folder(self, rank: int) -> Path:
         return self.folder / f"rank_{rank:05d}{self._of_all}"
-
-    def _compared(self) -> dict[str, Any]:
-        return {key: value for key, value in self.arguments.items() if key not in UNCOMPARED}
 
     def is_published(self) -> bool:
         """Whether the target is there. Raises ValueError if it was made with other arguments."""
@@ -87,7 +85,7 @@ class StagingFolder:
                              "it")
         made = arguments_in(record)
         if differing := ["the files of the source have changed" if key == "input_fingerprint" else
-                         f"{key} was {made.get(key)}, is {value}" for key, value in self._compared().items()
+                         f"{key} was {made.get(key)}, is {value}" for key, value in self._compared.items()
                          if made.get(key) != value]:
             raise ValueError(f"{folder} was made with other arguments ({'; '.join(differing)}): choose another "
                              "--name, or remove it")

@@ -82,9 +82,7 @@ def adopt_shape(shape: GPTConfig, given: Mapping[str, str], found: GPTConfig) ->
 
 def read(prompt: str) -> str:
     """The prompt itself, or the content of the file that FILE:path names."""
-    if not prompt.startswith("FILE:"):
-        return prompt
-    return files.read_text(Path(prompt[5:]))
+    return files.read_text(Path(prompt[5:])) if prompt.startswith("FILE:") else prompt
 
 
 def encode(tokenizer: Tokenizer, prompt: str) -> torch.Tensor:
@@ -127,8 +125,7 @@ def tokenizer_to_save(source: str, vocab_size: int, data: Mixture) -> Tokenizer 
 def find_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     """The model's known tokenizer, or GPT-2's where the vocabulary has its size. Raises ValueError, and OSError where
     GPT-2's is not to be had."""
-    tokenizer = known_tokenizer(path, vocab_size)
-    if tokenizer:
+    if tokenizer := known_tokenizer(path, vocab_size):
         return tokenizer
     data = DATA_DIR / str(options_of(path).get("dataset"))
     if GPT2_VOCAB_SIZE <= vocab_size <= NANOGPT_VOCAB_SIZE and not (data / "meta.pkl").is_file():
@@ -141,9 +138,8 @@ def find_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
 def same_vocabulary(tokenizer: Tokenizer | None, data: Mixture) -> bool:
     """Whether the data's tokens mean the same to a model with this tokenizer; what is not known is taken for the same.
     The model's may have more, one for padding say."""
-    if tokenizer is None or data.tokenizer is None:
-        return True
-    return data.tokenizer.hf.get_vocab().items() <= tokenizer.hf.get_vocab().items()
+    return (tokenizer is None or data.tokenizer is None
+            or data.tokenizer.hf.get_vocab().items() <= tokenizer.hf.get_vocab().items())
 
 
 def open_data(path: Path, dataset: str, vocab_size: int, tokenizer: Tokenizer | None) -> Mixture:
