@@ -90,11 +90,7 @@ def main(argv: list[str]) -> None:
     config, _ = parse_options(EvalConfig, argv, usage=__doc__)
     check_options(config)
     with distributed.init_job(config.where) as job:
-        try:
-            evaluate(config, job)
-        except torch.OutOfMemoryError as error:
-            raise ValueError(f"the memory of {job.device} is full: lower --batch_size (now {config.batch_size}) "
-                             f"({str(error).splitlines()[0]})") from None
+        evaluate(config, job)
 
 
 def evaluate(config: EvalConfig, job: Job) -> None:

@@ -54,7 +54,6 @@ from flatgpt.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 from flatgpt.options import changed_keys, check_options, parse_options, run_script
 
 BPE_BYTES = 500 << 20  # text that a bpe is trained on, at most
-TOKENS_PER_BYTE = {"gpt2": 0.25, "bpe": 0.25, "char": 1.0, "byte": 1.0}  # about, to know the disk space ahead
 FOLDER_NAME = re.compile(r"(?!\.)[\w.+-]+")
 SMALL_BYTES = 4 << 20  # below this, starting worker processes takes longer than the work
 
@@ -189,11 +188,9 @@ def write_shards(config: PrepareConfig, parts: list[Part], folder: StagingFolder
     with Workers(num_workers(config, mine), encoder) as workers, ThreadPoolExecutor(1) as background:
         saving = background.submit(save_tokenizer, encoder.tokenizer, folder.tokenizer) if rank == 0 else None
         rule = plan_splits(parts, source.text_column, tokens.val_fraction, tokens.test_fraction)
-        expected_bytes = int(sum(part.text_bytes for part in parts) * TOKENS_PER_BYTE.get(tokens.tokenizer, 0.25)
-                             * encoder.dtype.itemsize)
-        with Output(folder.work, tokens, encoder.tokenizer.vocab_size, expected_bytes, folder.arguments) as output:
+        with Output(folder.work, tokens, encoder.tokenizer.vocab_size, folder.arguments) as output:
             if output.cursor == Cursor() and rank == 0:
-                check_disk(folder.work, expected_bytes)
+                check_disk(folder.work, parts, encoder)
             if tokens.dedupe and folder.world_size > 1:
                 output.seen |= earlier_digests(config, mine, folder)
             write_batches(encode_in_order(mine, output.cursor, rule, workers), mine, output, silent=rank > 0)
@@ -209,8 +206,10 @@ def num_workers(config: PrepareConfig, mine: list[Part]) -> int:
     return config.tokens.workers or max(1, machine.num_cores() // launcher.ranks().local_world_size)
 
 
-def check_disk(folder: Path, expected_bytes: int) -> None:
-    """Raises OSError if the shards will hardly fit. (This is a rough estimate; each shard is checked as it begins.)"""
+def check_disk(folder: Path, parts: list[Part], encoder: Encoder) -> None:
+    """Raises OSError if the shards will hardly fit, by a rough estimate."""
+    tokens_per_byte = 1.0 if encoder.kind in ("char", "byte") else 0.25
+    expected_bytes = int(sum(part.text_bytes for part in parts) * tokens_per_byte * encoder.dtype.itemsize)
     free = shutil.disk_usage(folder).free
     if free < 0.8 * expected_bytes:
         raise OSError(f"the disk of {DATA_DIR}/ has {free:,} bytes free, and about {expected_bytes:,} are to be "

@@ -239,8 +239,6 @@ def _fault(path: Path, behind: str, error: Exception, own: bytes = b"") -> Recor
     elif "requires too much memory" in str(error):
         what = (f"{path} needs a window above 128 MB, which cannot be read here; recompress without --long: "
                 f"zstd -dc --long=31 {shlex.quote(str(path))} | zstd -o NEW.jsonl.zst")
-    elif "encrypted" in str(error):
-        what = f"{path} is encrypted, and a key for it cannot be given here"
     else:
         what = files.broken(path, f"{behind}: {error}", own)
     return Record(str(path), "fault", what, path.stat().st_size)

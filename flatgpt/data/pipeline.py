@@ -34,14 +34,13 @@ import numpy as np
 
 from flatgpt import files, signals
 from flatgpt.data.records import MAX_NAMED_FILES, Part, Record, text_of
-from flatgpt.data.shards import ShardWriter, narrow, shard_dtype
+from flatgpt.data.shards import ShardWriter, shard_dtype
 from flatgpt.data.splits import DIGEST_BYTES, SPLITS, SplitRule, digest_of
 from flatgpt.data.tokenizer import Tokenizer, check_kind, load_tokenizer, make_tokenizer
 from flatgpt.options import failed_rules
 
 BATCH_BYTES = 1 << 20  # text that a worker is handed at a time
 AHEAD_BYTES = 64 << 20  # text that is on its way at a time, or one document if that is longer
-RESERVE_BYTES = 64 << 20  # of disk that must be free for a shard of a source whose size is not known
 
 
 @dataclass
@@ -125,7 +124,7 @@ class Encoder:
                 of_record, outcome = [], Outcome([], fault=str(error))
             tokens += of_record
             outcomes.append(outcome)
-        return narrow(np.concatenate(tokens), self.dtype), outcomes
+        return np.concatenate(tokens).astype(self.dtype), outcomes
 
     def _encode_record(self, record: Record, rule: SplitRule) -> tuple[list[np.ndarray], Outcome]:
         """Each span of the record stands behind an end-of-text token if there is one. Raises ValueError, saying where
@@ -274,8 +273,7 @@ class Output(contextlib.AbstractContextManager):
     """What one rank writes: shards, counts, and progress.json, which says how far they go. A new Output goes on from
     there (staging.py writes the first); what an earlier run wrote beyond it is written anew."""
 
-    def __init__(self, folder: Path, config: TokensConfig, vocab_size: int, expected_bytes: int,
-                 arguments: dict[str, Any]):
+    def __init__(self, folder: Path, config: TokensConfig, vocab_size: int, arguments: dict[str, Any]):
         self._folder, self._config, self._arguments, self._vocab_size = folder, config, arguments, vocab_size
         with files.reading_values(folder / "progress.json"):
             state = files.read_json(folder / "progress.json")
@@ -283,9 +281,9 @@ class Output(contextlib.AbstractContextManager):
             self.files: dict[str, dict[str, int]] = state.get("files", {})  # what was counted -> the first it is of
             self.first_fault: str = state.get("first_fault", "")
             self._writers = {split: ShardWriter(
-                folder, split, shard_dtype(vocab_size), config.shard_tokens, (expected_bytes or RESERVE_BYTES) * share,
+                folder, split, shard_dtype(vocab_size), config.shard_tokens,
                 [shard for shard in state["shards"] if shard["split"] == split], state["open_tokens"].get(split, 0))
-                for split, share in zip(SPLITS, (1, config.test_fraction, config.val_fraction))}
+                for split in SPLITS}
         self.seen: set[bytes] = set()
         self._digests = open(folder / "digests", "a+b")  # noqa: SIM115  closed by __exit__
         self._digests.truncate(self.counts["digests"] * DIGEST_BYTES)

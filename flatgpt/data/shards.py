@@ -20,7 +20,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -52,14 +51,6 @@ def shard_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 65536 else "<u4")
 
 
-def narrow(ids: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Token ids as the type of a shard. Raises ValueError for one that does not fit."""
-    if len(ids) and (highest := int(ids.max())) > np.iinfo(dtype).max:
-        raise ValueError(f"token id {highest} does not fit {dtype}, which ends at {np.iinfo(dtype).max}: the tokenizer "
-                         "gives ids beyond its own vocabulary")
-    return ids.astype(dtype, copy=False)
-
-
 def shard_header(num_tokens: int, dtype: np.dtype) -> bytes:
     """The 1,024 bytes before a shard's tokens."""
     magic, version = next((magic, version) for magic, (version, kind) in FORMATS.items() if kind == dtype)
@@ -75,11 +66,9 @@ class ShardWriter:
     earlier writer had at a `checkpoint`, a new one goes on from there, and what came after it on disk is written over.
     """
 
-    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int, reserve_bytes: float = 0,
+    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int,
                  shards: list[dict[str, Any]] | None = None, open_tokens: int = 0):
-        """A shard is begun only if `reserve_bytes` are free, or as many as a full shard takes if that is less."""
         self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
-        self._reserve_bytes = int(min(reserve_bytes, HEADER_WORDS * 4 + shard_tokens * dtype.itemsize))
         self.shards, self.open_tokens = list(shards or []), 0
         self._file: BinaryIO | None = None
         if open_tokens:
@@ -92,10 +81,6 @@ class ShardWriter:
 
     def _begin(self, num_tokens: int = 0) -> None:
         """Open the next shard, to append behind its first `num_tokens`."""
-        free = shutil.disk_usage(self._folder).free
-        if not num_tokens and free < self._reserve_bytes:
-            raise OSError(f"{self._folder}: the next shard may take {self._reserve_bytes:,} bytes, and {free:,} are "
-                          "free on that disk")
         self._path = self._folder / f"{self._split}_{len(self.shards):06d}.tmp"
         if num_tokens and not self._path.exists():  # it was finished after the checkpoint
             os.replace(self._path.with_suffix(".bin"), self._path)
