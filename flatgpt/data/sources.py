@@ -110,14 +110,12 @@ def python_parts(keys: tuple[str, ...]) -> list[Part]:
     roots = {os.path.realpath(sysconfig.get_paths()[key]): key for key in reversed(keys)}
     parts = []
     for root, key in roots.items():
-        for folder, below, names in os.walk(root):
-            if key == "stdlib":  # packages may be installed in there
-                below[:] = [name for name in below if name not in ("site-packages", "dist-packages")]
-            for path in (f"{folder}/{name}" for name in names if name.endswith(".py")):
-                if os.path.isfile(path):
-                    name = key + path.removeprefix(root).replace(os.sep, "/")
-                    size = os.path.getsize(path)
-                    parts.append(Part(name, size, "", size, partial(READERS[".py"], Path(path), "")))
+        for path in Path(root).rglob("*.py"):
+            name = path.relative_to(root).as_posix()
+            is_installed = key == "stdlib" and re.match("(.*/)?(site|dist)-packages/", name)
+            if path.is_file() and not is_installed:
+                size = path.stat().st_size
+                parts.append(Part(f"{key}/{name}", size, "", size, partial(READERS[".py"], path, "")))
     return sorted(parts, key=lambda part: part.name)
 
 

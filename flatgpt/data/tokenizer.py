@@ -74,12 +74,11 @@ class GPT2Tokenizer(Tokenizer):
 
     @cached_property
     def hf(self) -> HFTokenizer:  # made on demand: encoding does not need it
-        ranks = self._encoding._mergeable_ranks
-        alphabet = byte_alphabet()
-        spell = {token: "".join(alphabet[byte] for byte in token) for token in ranks}
-        vocab = {spell[token]: rank for token, rank in ranks.items()} | {EOT: self._encoding.eot_token}
-        merges = [(spell[left], spell[right]) for left, right in _recover_merges(ranks)]
-        hf = _byte_level(models.BPE(vocab=vocab, merges=merges), EOT)
+        from tiktoken.load import read_file_cached
+
+        rules, vocab = (read_file_cached(url).decode() for url in GPT2_FILES)  # which tiktoken has read already
+        merges = [tuple(rule.split(" ")) for rule in rules.split("\n")[1:-1]]  # below a line with the version
+        hf = _byte_level(models.BPE(vocab=json.loads(vocab), merges=merges), EOT)
         hf.encode_special_tokens = True
         return hf
 
@@ -234,19 +233,3 @@ def _byte_level(model: models.BPE, eot: str | None = None, use_regex: bool = Tru
     if eot is not None:
         hf.add_special_tokens([AddedToken(eot, special=True)])
     return hf
-
-
-def _recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merge rules behind BPE ranks: a token's rule joins the two parts that earlier rules leave of its bytes."""
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [token[i:i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            lowest, at = rank, 0
-            for i in range(len(parts) - 1):
-                if (joined := ranks.get(parts[i] + parts[i + 1], rank)) < lowest:
-                    lowest, at = joined, i
-            parts[at:at + 2] = [parts[at] + parts[at + 1]]
-        if len(parts) == 2:
-            merges.append((parts[0], parts[1]))
-    return merges

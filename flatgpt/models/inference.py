@@ -7,6 +7,7 @@ model and its tokenizer, and a model and its data, find each other.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -18,14 +19,7 @@ import torch
 from flatgpt import files, run_folder
 from flatgpt.data.loader import MixedOrder, Mixture, TrainOrder, open_mixture
 from flatgpt.data.shards import DATA_DIR, UNKNOWN_VOCAB_SIZE, folder_tokenizer
-from flatgpt.data.tokenizer import (
-    GPT2_VOCAB_SIZE,
-    GPT2Tokenizer,
-    Tokenizer,
-    has_tokenizer,
-    load_tokenizer,
-    no_tokenizer,
-)
+from flatgpt.data.tokenizer import GPT2_VOCAB_SIZE, GPT2Tokenizer, Tokenizer, load_tokenizer, no_tokenizer
 from flatgpt.models import weights
 from model import GPTConfig, LanguageModel
 
@@ -104,8 +98,9 @@ def options_of(path: Path) -> Mapping[str, Any]:
 
 def known_tokenizer(path: Path, vocab_size: int) -> Tokenizer | None:
     """The tokenizer that lies beside the model at path, nanoGPT's by the data set it was trained on; else None."""
-    if path.is_dir() and has_tokenizer(path):
-        return load_tokenizer(path)
+    if path.is_dir():
+        with contextlib.suppress(FileNotFoundError):
+            return load_tokenizer(path)
     if path.is_file():
         looked_in = DATA_DIR / str(options_of(path).get("dataset"))
         tokenizer = folder_tokenizer(looked_in, vocab_size) if looked_in.is_dir() else None
