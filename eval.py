@@ -90,11 +90,7 @@ def main(argv: list[str]) -> None:
     config, _ = parse_options(EvalConfig, argv, usage=__doc__)
     check_options(config)
     with distributed.init_job(config.where) as job:
-        try:
-            evaluate(config, job)
-        except torch.OutOfMemoryError as error:
-            raise ValueError(f"the memory of {job.device} is full: lower --batch_size (now {config.batch_size}) "
-                             f"({str(error).splitlines()[0]})") from None
+        evaluate(config, job)
 
 
 def evaluate(config: EvalConfig, job: Job) -> None:
@@ -137,7 +133,9 @@ def evaluate(config: EvalConfig, job: Job) -> None:
         say("{}: acc {acc:.4f} +- {acc_stderr:.4f}, acc_norm {acc_norm:.4f} +- {acc_norm_stderr:.4f} "
             "({questions:,} questions)".format(name, **results[name]))
     if job.rank == 0 and config.json:
-        print(json.dumps({**report, "results": {name: without_nan(values) for name, values in results.items()}}))
+        # JSON has no NaN and no infinity: null.
+        print(json.dumps({**report, "results": {name: {key: value if math.isfinite(value) else None for key, value
+                                                       in values.items()} for name, values in results.items()}}))
 
 
 def load_model(config: EvalConfig, path: Path, job: Job) -> LanguageModel:
@@ -155,11 +153,6 @@ def load_model(config: EvalConfig, path: Path, job: Job) -> LanguageModel:
     return model
 
 
-def without_nan(values: dict[str, float]) -> dict[str, float | None]:
-    """JSON has no NaN and no infinity: null."""
-    return {key: value if math.isfinite(value) else None for key, value in values.items()}
-
-
 # Loss
 
 
@@ -167,12 +160,10 @@ def find_splits(config: EvalConfig, model: LanguageModel, tokenizer: Tokenizer |
                 data: Mixture | None) -> dict[str, Split]:
     """The tokens to measure the loss on, by name: the text's, and those of each data set. Raises ValueError or OSError
     for a text that is none or empty, and for data without such a split."""
-    splits = {}
+    splits = data.splits(config.split) if data else {}
     if config.text:
         ids = tokenizer.encode(inference.read(f"FILE:{config.text}"))
-        splits[config.text] = Split([Path(config.text)], model.config.vocab_size, [ids])
-    if data:
-        splits |= data.splits(config.split)
+        splits = {config.text: Split([Path(config.text)], model.config.vocab_size, [ids])} | splits
     for name, split in splits.items():
         if split.lengths.max(initial=0) < 2:
             raise ValueError(f"{name} has nothing to measure a loss on: that takes a text of two tokens or more")
@@ -183,7 +174,14 @@ def measure(model: LanguageModel, split: Split, tokenizer: Tokenizer | None, con
             job: Job) -> dict[str, float]:
     """Loss (nats a token), perplexity and, with a tokenizer, bits per byte; with the tokens and bytes they are of."""
     order = EvalOrder(split, model.config.block_size, config.eval_iters * config.batch_size, config.stride)
-    num_tokens, num_bytes = count_targets(order, byte_lengths(tokenizer, model.config.vocab_size))
+    known = tokenizer.byte_lengths() if tokenizer else {}  # a model may have ids that its tokenizer never makes
+    lengths = np.array([known.get(i, 0) for i in range(model.config.vocab_size)], dtype=np.int64)
+    num_tokens = num_bytes = 0
+    for first in range(0, len(order), 64):
+        y = order.batch(first, 64)[1]
+        targets = y[y >= 0]
+        num_tokens += len(targets)
+        num_bytes += int(lengths[targets].sum())
     loss = validation_loss(model, order, config.batch_size, job)
     return {"loss": loss, "perplexity": perplexity(loss),
             "bits_per_byte": loss / math.log(2) * num_tokens / num_bytes if num_bytes else math.nan,
@@ -192,23 +190,6 @@ def measure(model: LanguageModel, split: Split, tokenizer: Tokenizer | None, con
 
 def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
-
-
-def byte_lengths(tokenizer: Tokenizer | None, vocab_size: int) -> np.ndarray:
-    """(vocab_size,) int64: see Tokenizer.byte_lengths. A model may have ids that its tokenizer never makes."""
-    lengths = tokenizer.byte_lengths() if tokenizer else {}
-    return np.array([lengths.get(i, 0) for i in range(vocab_size)], dtype=np.int64)
-
-
-def count_targets(order: EvalOrder, lengths: np.ndarray) -> tuple[int, int]:
-    """How many targets an order has, and how many bytes of text they stand for."""
-    num_tokens = num_bytes = 0
-    for first in range(0, len(order), 64):
-        y = order.batch(first, 64)[1]
-        targets = y[y >= 0]
-        num_tokens += len(targets)
-        num_bytes += int(lengths[targets].sum())
-    return num_tokens, num_bytes
 
 
 # Multiple choice: the answer that the model finds likeliest is its own. Texts are formed, encoded and judged as
@@ -300,7 +281,7 @@ def answer(model: LanguageModel, questions: list[Question], tokenizer: Tokenizer
     with its standard error; the same on every rank."""
     rows = [row for question in questions for row in encode_question(question, tokenizer, model.config.block_size)]
     scores = iter(log_likelihoods(model, rows, config.batch_size, job))
-    right, right_by_character = 0, 0
+    right = right_by_character = 0
     for question in questions:
         score = np.array([next(scores) for _ in question.choices])
         right += int(score.argmax() == question.correct)

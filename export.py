@@ -38,7 +38,8 @@ from flatgpt.training.metrics import LogConfig, summarize
 from flatgpt.training.plots import PICTURES, Run, picture_of, render
 
 PARTS = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-UNSHOWN = {"dataset", "init_from", "eval_only", "max_minutes", "backend", "timeout_s"}  # options; the card has its own
+UNSHOWN = {"dataset", "init_from", "eval_only", "max_minutes", "backend", "timeout_s",  # options; the card has its own
+           *(field.name for group in (RunConfig, LogConfig) for field in fields(group))}
 
 
 @dataclass
@@ -98,11 +99,7 @@ def export(run: Path, folder: Path, to: Path, name: str) -> None:
     """Make `to` out of a checkpoint; `name` is what its card calls it. Raises ValueError when the checkpoint is
     damaged, OSError when the folder cannot be written."""
     model = inference.load_model(str(folder))  # its checksums are verified there
-    to.parent.mkdir(parents=True, exist_ok=True)
-    hidden = to.with_name(f".{to.name}.tmp")
-    shutil.rmtree(hidden, ignore_errors=True)  # what a killed export left
-    hidden.mkdir()
-    try:
+    with files.new_folder(to) as hidden:
         for part in PARTS:
             if (folder / part).is_file():
                 with files.named_errors(to / part):
@@ -112,12 +109,6 @@ def export(run: Path, folder: Path, to: Path, name: str) -> None:
         if curve:
             files.write_bytes(hidden / "loss.png", render(curve, "png"))
         files.write_text(hidden / "README.md", card(folder, name, model, records, curve is not None))
-        files.sync_tree(hidden)
-        os.rename(hidden, to)
-    except BaseException:
-        shutil.rmtree(hidden)
-        raise
-    files.sync(to.parent)
 
 
 def push(folder: Path, repo_id: str, public: bool) -> str:
@@ -149,14 +140,20 @@ def card(folder: Path, name: str, model: LanguageModel, records: list[dict[str, 
     data = open_data(options, trainer)
     is_ours = files.read_json(folder / "config.json")["model_type"] == "flatgpt"
     base = base_model(options)
+    # What made the model what it is: not where it was written or reported to, which is nobody's business.
+    shown = {key: value for key, value in options.items() if key not in UNSHOWN}
+    c = model.config
+    shape = "GPT-2" if weights.is_gpt2(c) else "Llama" if weights.is_llama(c) else f"flatGPT's {c.model}"
+    start = f"trained further from {base}" if base else "trained from scratch"
     header = {"library_name": "" if is_ours else "transformers", "pipeline_tag": "text-generation",
               "base_model": base if files.HUB_ID.fullmatch(base) else "", "tags": ["flatgpt"],
-              "datasets": hub_ids(data) if data else []}
+              "datasets": [source for source in map(hub_id, data.datasets.values()) if source] if data else []}
     sections = [
-        f"# {name}", describe(model, base), table(facts(model, trainer, records)),
+        f"# {name}", f"A language model in the shape of {shape}, {start} with flatGPT.",
+        table(facts(model, trainer, records)),
         f"## Loss\n\n{losses_section(records, has_curve)}", f"## Data\n\n{data_section(options, data)}",
-        f"## Use\n\n{use_section(name, is_ours, folder, model.config.block_size)}",
-        f"## Options\n\nflatGPT's, as the run had them:\n\n{table(shown_options(options))}",
+        f"## Use\n\n{use_section(name, is_ours, folder, c.block_size)}",
+        f"## Options\n\nflatGPT's, as the run had them:\n\n{table(shown)}",
         "## Licence\n\nNot stated yet. Whoever publishes this model says here, and as `license:` in the header, under "
         "which terms; the data's own terms have a say in them."]
     return f"---\n{yaml(header)}---\n\n" + "\n\n".join(section.strip() for section in sections) + "\n"
@@ -170,13 +167,6 @@ def yaml(header: Mapping[str, Any]) -> str:
 
 def table(rows: Mapping[str, Any]) -> str:
     return "| | |\n| --- | --- |\n" + "".join(f"| {key} | {value} |\n" for key, value in rows.items())
-
-
-def describe(model: LanguageModel, base: str) -> str:
-    c = model.config
-    shape = "GPT-2" if weights.is_gpt2(c) else "Llama" if weights.is_llama(c) else f"flatGPT's {c.model}"
-    return (f"A language model in the shape of {shape}, "
-            + (f"trained further from {base}" if base else "trained from scratch") + " with flatGPT.")
 
 
 def base_model(options: Mapping[str, Any]) -> str:
@@ -202,14 +192,7 @@ def facts(model: LanguageModel, trainer: Mapping[str, Any], records: list[dict[s
     } | {text: f"{loss:.4f}" for text, loss in losses.items() if loss is not None}
 
 
-def shown_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that made the model what it is: not where it was written or reported to, which is nobody's business."""
-    unshown = {field.name for room in (RunConfig, LogConfig) for field in fields(room)} | UNSHOWN
-    return {key: value for key, value in options.items() if key not in unshown}
-
-
 def losses_section(records: list[dict[str, Any]], has_curve: bool) -> str:
-    """The curve, with what it is of."""
     if not has_curve:
         return "No loss was recorded."
     what = "Cross-entropy in nats a token."
@@ -233,10 +216,6 @@ def hub_id(dataset: Dataset) -> str:
     made = dataset.manifest.get("arguments", {})
     source = made.get("source", "")
     return (SOURCES[source].hf if source in SOURCES else source) if made.get("commit") else ""
-
-
-def hub_ids(data: Mixture) -> list[str]:
-    return [source for source in map(hub_id, data.datasets.values()) if source]
 
 
 def data_section(options: Mapping[str, Any], data: Mixture | None) -> str:

@@ -28,7 +28,6 @@ from flatgpt import launcher, signals
 if __name__ == "__main__":
     signals.begin()
 
-import os
 import re
 import shutil
 import sys
@@ -43,19 +42,9 @@ import numpy as np
 from tqdm import tqdm
 
 from flatgpt import files, machine
-from flatgpt.data import hub, shards, sources, staging
+from flatgpt.data import hub, pipeline, shards, sources, staging
 from flatgpt.data.local_files import expand_glob, known_suffix
-from flatgpt.data.pipeline import (
-    Batch,
-    Cursor,
-    Encoder,
-    Output,
-    TokensConfig,
-    Workers,
-    encode_in_order,
-    read_digests,
-    refuse,
-)
+from flatgpt.data.pipeline import Batch, Cursor, Encoder, Output, TokensConfig, Workers, encode_in_order, refuse
 from flatgpt.data.records import Part, text_of
 from flatgpt.data.shards import DATA_DIR
 from flatgpt.data.sources import SOURCES, SourceConfig
@@ -65,7 +54,6 @@ from flatgpt.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 from flatgpt.options import check_options, parse_options, run_script
 
 BPE_BYTES = 500 << 20  # text that a bpe is trained on, at most
-TOKENS_PER_BYTE = {"gpt2": 0.25, "bpe": 0.25, "char": 1.0, "byte": 1.0}  # about, to know the disk space ahead
 FOLDER_NAME = re.compile(r"(?!\.)[\w.+-]+")
 SMALL_BYTES = 4 << 20  # below this, starting worker processes takes longer than the work
 
@@ -106,9 +94,8 @@ def main(argv: list[str]) -> None:
         return verify(shards.find_folder(config.verify))
     if config.info:
         return show_info(shards.find_folder(config.info))
-    source = SOURCES.get(config.source.dataset, sources.Source())
     if config.tokens.val_fraction is None:
-        config.tokens.val_fraction = source.val_fraction
+        config.tokens.val_fraction = SOURCES.get(config.source.dataset, sources.Source()).val_fraction
     config.tokens.tokenizer = tokenizer_kind(config)
     rank, world_size, *_ = launcher.ranks()
     if world_size > 1 and not launcher.UNDER_TORCHRUN:
@@ -122,8 +109,8 @@ def main(argv: list[str]) -> None:
 
 def tokenizer_kind(config: PrepareConfig) -> str:
     """The tokenizer asked for, else the source's own."""
-    kind, source = config.tokens.tokenizer, SOURCES.get(config.source.dataset, sources.Source())
-    return source.tokenizer if kind == "auto" else kind
+    source = SOURCES.get(config.source.dataset, sources.Source())
+    return source.tokenizer if config.tokens.tokenizer == "auto" else config.tokens.tokenizer
 
 
 def prepare(config: PrepareConfig, rank: int, world_size: int) -> None:
@@ -131,9 +118,9 @@ def prepare(config: PrepareConfig, rank: int, world_size: int) -> None:
     target = DATA_DIR / folder_name(config)
     repo, commit = sources.hub_name(config.source), ""
     if repo:  # all ranks, and a resumed run, read what the first one found
-        commit = staging.recorded_commit(target, config.source.hf or config.source.dataset, config.source.revision,
-                                            rank)
-        commit = hub.commit_of(repo, config.source.revision) if commit is None else commit
+        source = config.source
+        commit = staging.recorded_commit(target, source.hf or source.dataset, source.revision, rank)
+        commit = hub.commit_of(repo, source.revision) if commit is None else commit
     # A commit says what is in a data set; otherwise its parts have to be looked at.
     parts = [] if commit and target.exists() else sources.find_parts(config.source, commit)
     fingerprint = "" if commit else sources.fingerprint(parts)
@@ -163,13 +150,10 @@ def make(config: PrepareConfig, parts: list[Part], folder: StagingFolder) -> Non
 
 def folder_name(config: PrepareConfig) -> str:
     """The name of the folder to make: --name, else the name of the source. Raises ValueError if there is none."""
-    source = config.source
-    name = config.name or source.dataset
-    if not name:
-        path = Path(source.input or source.hf)
-        name = path.resolve().name if source.input else path.name
-        if path.is_file():
-            name = name.removesuffix(known_suffix(path) or path.suffix)
+    source, path = config.source, Path(config.source.input or config.source.hf)
+    name = config.name or source.dataset or (path.resolve() if source.input else path).name
+    if path.is_file() and not (config.name or source.dataset):
+        name = name.removesuffix(known_suffix(path) or path.suffix)
     if source.input and not expand_glob(source.input):
         raise FileNotFoundError(f"--input={source.input}: no such file or folder")
     if not FOLDER_NAME.fullmatch(name):
@@ -207,16 +191,12 @@ def write_shards(config: PrepareConfig, parts: list[Part], folder: StagingFolder
     with Workers(num_workers(config, mine), encoder) as workers, ThreadPoolExecutor(1) as background:
         saving = background.submit(save_tokenizer, encoder.tokenizer, folder.tokenizer) if rank == 0 else None
         rule = plan_splits(parts, source.text_column, tokens.val_fraction, tokens.test_fraction)
-        expected_bytes = int(sum(part.text_bytes for part in parts) * TOKENS_PER_BYTE.get(tokens.tokenizer, 0.25)
-                             * encoder.dtype.itemsize)
-        with Output(folder.work, tokens, encoder.tokenizer.vocab_size, expected_bytes, folder.arguments) as output:
+        with Output(folder.work, tokens, encoder.tokenizer.vocab_size, folder.arguments) as output:
             if output.cursor == Cursor() and rank == 0:
-                check_disk(folder.work, expected_bytes)
+                check_disk(folder.work, parts, encoder)
             if tokens.dedupe and folder.world_size > 1:
                 output.seen |= earlier_digests(config, mine, folder)
-            with Progress(mine, output, silent=rank > 0) as progress:
-                for batch in encode_in_order(mine, output.cursor, rule, workers):
-                    progress.show(batch, output.take(batch))
+            write_batches(encode_in_order(mine, output.cursor, rule, workers), mine, output, silent=rank > 0)
             if saving:
                 saving.result()
             output.finish()
@@ -229,8 +209,10 @@ def num_workers(config: PrepareConfig, mine: list[Part]) -> int:
     return config.tokens.workers or max(1, machine.num_cores() // launcher.ranks().local_world_size)
 
 
-def check_disk(folder: Path, expected_bytes: int) -> None:
-    """Raises OSError if the shards will hardly fit. (This is a rough estimate; each shard is checked as it begins.)"""
+def check_disk(folder: Path, parts: list[Part], encoder: Encoder) -> None:
+    """Raises OSError if the shards will hardly fit, by a rough estimate."""
+    tokens_per_byte = 1.0 if encoder.kind in ("char", "byte") else 0.25
+    expected_bytes = int(sum(part.text_bytes for part in parts) * tokens_per_byte * encoder.dtype.itemsize)
     free = shutil.disk_usage(folder).free
     if free < 0.8 * expected_bytes:
         raise OSError(f"the disk of {DATA_DIR}/ has {free:,} bytes free, and about {expected_bytes:,} are to be "
@@ -239,16 +221,9 @@ def check_disk(folder: Path, expected_bytes: int) -> None:
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Save a tokenizer in a folder that appears when it is complete, unless it is there."""
-    if folder.exists():
-        return
-    hidden = folder.with_name(f".{folder.name}")
-    shutil.rmtree(hidden, ignore_errors=True)
-    hidden.mkdir()
-    with files.named_errors(folder):
-        tokenizer.save(hidden)
-        for path in hidden.iterdir():
-            files.sync(path)
-    os.rename(hidden, folder)
+    if not folder.exists():
+        with files.named_errors(folder), files.new_folder(folder) as hidden:
+            tokenizer.save(hidden)
 
 
 def texts(parts: list[Part], config: PrepareConfig, max_bytes: float = float("inf")) -> Iterator[str]:
@@ -272,45 +247,35 @@ def earlier_digests(config: PrepareConfig, mine: list[Part], folder: StagingFold
     For that, every rank reads its files once before it tokenizes them."""
     own, earlier = folder.work / "all_digests", set()
     if not own.exists():
-        hidden = folder.work / "all_digests.tmp"
-        with files.named_errors(own):
-            hidden.write_bytes(b"".join(digest_of(text.encode()) for text in texts(mine, config)))
-        os.replace(hidden, own)
+        files.write_bytes(own, b"".join(digest_of(text.encode()) for text in texts(mine, config)))
     for rank in range(folder.rank):
         path = folder.rank_folder(rank) / "all_digests"
         wait_for(lambda path=path: [] if path.exists() else [f"the digests of {path.parent.name}"])
-        earlier |= read_digests(path)
+        earlier |= pipeline.read_digests(path)
     return earlier
 
 
-class Progress:
-    """A bar on a terminal, a line for each finished shard elsewhere: share done, MB/s of text, tokens, time left."""
+def write_batches(batches: Iterator[Batch], parts: list[Part], output: Output, silent: bool) -> None:
+    """Write all batches, and show the share done, MB/s of text, tokens and the time left: as a bar on a terminal, a
+    line for each finished shard elsewhere."""
+    part_starts = np.cumsum([0] + [part.size for part in parts])
+    began, bytes_before = time.monotonic(), output.counts["bytes"]
 
-    def __init__(self, parts: list[Part], output: Output, silent: bool):
-        self._before = np.cumsum([0] + [part.size for part in parts])
-        self._parts, self._output, self._silent = parts, output, silent
-        self._began, self._bytes_before = time.monotonic(), output.counts["bytes"]
-        columns, lines = shutil.get_terminal_size()  # 80 x 24 where it is unknown
-        self._bar = tqdm(total=max(1, int(self._before[-1])), initial=self._at(output.cursor, 0), ncols=columns,
-                         nrows=lines, disable=silent or not sys.stderr.isatty(),
-                         bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")
+    def place(cursor: Cursor, end: int) -> int:
+        return int(part_starts[cursor.part]) + min(end, parts[cursor.part].size) if parts else 0
 
-    def _at(self, cursor: Cursor, end: int) -> int:
-        return int(self._before[cursor.part]) + min(end, self._parts[cursor.part].size) if self._parts else 0
-
-    def show(self, batch: Batch, filled: list[dict[str, Any]]) -> None:
-        speed = (self._output.counts["bytes"] - self._bytes_before) / 1e6 / max(time.monotonic() - self._began, 1e-9)
-        text = f"{speed:.1f} MB/s, {self._output.num_tokens / 1e6:,.1f}M tokens, {len(self._output.shards)} shards"
-        if not self._silent and self._bar.disable and filled:
-            print(f"{filled[-1]['file']} is full: {text}", flush=True)
-        self._bar.set_postfix_str(text, refresh=False)
-        self._bar.update(self._at(batch.cursor, batch.end) - self._bar.n)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()
+    columns, lines = shutil.get_terminal_size()  # 80 x 24 where it is unknown
+    with tqdm(total=max(1, int(part_starts[-1])), initial=place(output.cursor, 0), ncols=columns, nrows=lines,
+              disable=silent or not sys.stderr.isatty(),
+              bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}") as bar:
+        for batch in batches:
+            filled = output.take(batch)
+            speed = (output.counts["bytes"] - bytes_before) / 1e6 / max(time.monotonic() - began, 1e-9)
+            text = f"{speed:.1f} MB/s, {output.num_tokens / 1e6:,.1f}M tokens, {len(output.shards)} shards"
+            if filled and bar.disable and not silent:
+                print(f"{filled[-1]['file']} is full: {text}", flush=True)
+            bar.set_postfix_str(text, refresh=False)
+            bar.update(place(batch.cursor, batch.end) - bar.n)
 
 
 # Looking into a folder

@@ -24,7 +24,6 @@ import sys
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Literal
 
 from flatgpt import machine
@@ -114,14 +113,18 @@ def sample(config: SampleConfig, job: Job) -> None:
     job.set_dtype(numerics.dtype)
     model.to(job.device, job.dtype)  # a token costs the time it takes to read the weights
     model.compile_decoding = config.compile == "True" or (config.compile == "auto" and job.device.type == "cuda")
-    windows = draw_windows(config, path, model, tokenizer) if config.split else None
+    if config.split:
+        data = inference.open_data(path, config.dataset, model.config.vocab_size, tokenizer)
+        prompt_tokens = config.prompt_tokens or max(1, model.config.block_size // 2)
+        windows = inference.draw_windows(data, config.split, config.num_samples, prompt_tokens + config.max_new_tokens,
+                                         config.seed)
     ids = inference.encode(tokenizer, prompt)
     print(f"{name}: {model.num_params(non_embedding=False):,} parameters on {job.device}, {job.dtype}", flush=True)
     torch.manual_seed(config.seed)
     began = time.perf_counter()
     if config.interactive:
         converse(model, tokenizer, config)
-    elif windows is not None:
+    elif config.split:
         continue_windows(model, tokenizer, windows, config)
     else:
         cache = model.make_cache(batch_size=1, num_tokens=ids.size(1) + config.max_new_tokens)
@@ -133,7 +136,6 @@ def sample(config: SampleConfig, job: Job) -> None:
 
 
 def make_sampler(config: SampleConfig) -> Sampler:
-    """Raises ValueError that lists all faults."""
     return Sampler(config.temperature, max(config.top_k, 0) or None, config.top_p, config.min_p or None,
                    config.repetition_penalty)
 
@@ -153,14 +155,6 @@ def write_sample(model: LanguageModel, tokenizer: Tokenizer, prompt: str, ids: t
     for text in list(texts) if config.show_probs else texts:
         print(text, end="", flush=True)
     print("\n---------------", flush=True)
-
-
-def draw_windows(config: SampleConfig, path: Path, model: LanguageModel, tokenizer: Tokenizer) -> np.ndarray:
-    """A prompt and what follows it for each sample, (num_samples, prompt_tokens + max_new_tokens) int64."""
-    data = inference.open_data(path, config.dataset, model.config.vocab_size, tokenizer)
-    prompt_tokens = config.prompt_tokens or max(1, model.config.block_size // 2)
-    return inference.draw_windows(data, config.split, config.num_samples, prompt_tokens + config.max_new_tokens,
-                                config.seed)
 
 
 def continue_windows(model: LanguageModel, tokenizer: Tokenizer, windows: np.ndarray, config: SampleConfig) -> None:

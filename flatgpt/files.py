@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +26,9 @@ MAGIC_BYTES = {  # first bytes of a file -> what it is, and the way out
     b"<!doctype html": HTML, b"<html": HTML,
     b"\x1f\x8b\x08": "compressed: `gzip -d` unpacks it", b"\x28\xb5\x2f\xfd": "compressed: `zstd -d` unpacks it",
     b"BZh91AY&SY": "compressed: `bzip2 -d` unpacks it", b"\xfd7zXZ\0": "compressed: `xz -d` unpacks it",
-    b"PK\x03\x04": "a ZIP archive: `unzip` unpacks it", b"%PDF-": "a PDF: `pdftotext` makes text of it"}
+    b"PK\x03\x04": "a ZIP archive, as np.savez and torch.save write one, too: `unzip` unpacks it",
+    b"\x93NUMPY": "a file of np.save, with a header: for tokens without one, np.load(FILE).astype('<u2').tofile(FILE)",
+    b"%PDF-": "a PDF: `pdftotext` makes text of it"}
 
 
 def read_json(path: Path) -> dict:
@@ -78,9 +81,8 @@ def read_text(path: Path) -> str:
 
 def identify(head: bytes) -> str:
     """What a file is by its first bytes, with the command that mends it; "" if they do not tell."""
-    head = head[:512].removeprefix(codecs.BOM_UTF8).lstrip()
-    return next((what for magic, what in MAGIC_BYTES.items()
-                 if head.startswith(magic) or head.lower().startswith(magic)), "")
+    head = head[:512].removeprefix(codecs.BOM_UTF8).lstrip().lower()
+    return next((what for magic, what in MAGIC_BYTES.items() if head.startswith(magic.lower())), "")
 
 
 def refuse_pointer(path: Path) -> None:
@@ -101,12 +103,10 @@ def broken(path: Path, reason: object, own: bytes = b"") -> str:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """See `write_text`."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """See `write_bytes`."""
     write_bytes(path, text.encode())
 
 
@@ -139,11 +139,10 @@ def fetch_snapshot(repo_id: str, patterns: list[str]) -> Path:
     """Folder of a hub repository's files that fit one of the patterns; what is in the cache is not fetched again.
     Raises OSError."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(repo_id, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (OSError, ValueError) as error:  # a ValueError over a name that the hub cannot have
         reason = str(error).strip().splitlines()[0]
         raise OSError(f"could not get {repo_id} from the hub, and the cache does not hold it: {reason} "
                       "(without network: copy its folder here, and name that in its place)") from None
@@ -168,7 +167,7 @@ def code_fingerprint() -> str:
 
 
 def edge_hash(path: Path, edge_bytes: int = 65536) -> str:
-    """A hash of a file's size and its two ends, for files too large to read whole at every start."""
+    """A hash of a file's two ends, for files too large to read whole at every start."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         head = file.read(edge_bytes)
@@ -178,8 +177,6 @@ def edge_hash(path: Path, edge_bytes: int = 65536) -> str:
 
 def sync(path: Path) -> None:
     """Force a file, or a folder's list of names, to the disk, so that a rename cannot outrun it in a power cut."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows opens no folders, and syncs their names by itself
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -191,3 +188,19 @@ def sync_tree(folder: Path) -> None:
     """The same of a folder with all that is in it."""
     for path in [*folder.rglob("*"), folder]:
         sync(path)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A hidden folder to fill, which becomes `path` when it is complete and synced. An error leaves neither."""
+    hidden = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(hidden, ignore_errors=True)  # what a kill has left
+    hidden.mkdir(parents=True)
+    try:
+        yield hidden
+        sync_tree(hidden)
+        os.rename(hidden, path)
+    except BaseException:
+        shutil.rmtree(hidden)
+        raise
+    sync(path.parent)

@@ -883,24 +883,6 @@ def test_a_disk_without_the_space_is_refused_before_anything_is_written(refused,
     prepare("--tokenizer=byte")
 
 
-def test_a_disk_that_fills_up_on_the_way_is_one_line_and_the_run_goes_on_later(refused, cli, monkeypatch):
-    source = write_lines("texts.jsonl", [f"document {i} " * 20 for i in range(300)])
-    command = (f"--input={source}", "--tokenizer=byte", "--shard_tokens=2000", "--name=made")
-    left = iter([10**9] * 9)
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "BATCH_BYTES", 1000)
-        free_bytes(patch, lambda: next(left, 4000))
-        line = refused("prepare_data", *command)
-    assert "the next shard may take 5,024 bytes, and 4,000 are free on that disk" in line
-    known = [shard["file"] for shard in progress_of()["shards"]]
-    finished = {path.name: path.stat().st_mtime_ns for path in Path("data").rglob("*.bin") if path.name in known}
-    assert 5 < len(finished) < 10
-    assert cli("prepare_data", *command).code == 0
-    assert cli("prepare_data", *command, "--name=whole").code == 0
-    assert files_of(Path("data/made")) == files_of(Path("data/whole"))
-    assert {name: Path("data/made", name).stat().st_mtime_ns for name in finished} == finished
-
-
 # What a user sees
 
 

@@ -52,6 +52,7 @@ class Tokenizer:
 
     kind = "bpe"
     _unknown_hint = ""  # ends the message on unknown text
+    _cuts_anywhere = False  # whether a long text may be cut anywhere
     token_ids: Mapping[str, Mapping[str, Any]]
 
     def __init__(self, hf: HFTokenizer, eot_id: int | None = None, config: Mapping[str, Any] | None = None):
@@ -177,6 +178,8 @@ class Tokenizer:
     def _next_start(self, text: str, place: int) -> int | None:
         """Where the next piece of a long text begins if one ends at `place`, before a space or line break. None if a
         cut there would change the ids."""
+        if self._cuts_anywhere:
+            return place
         if not WORD_END.match(text, place - 1):
             return None
         if self._splits_like_gpt2:
@@ -223,13 +226,9 @@ class Tokenizer:
                 yield ""
                 continue
             text = self.hf.decode(held, skip_special_tokens=False)
-            settled = self._clean(text.rstrip(CLEANED_ENDS) if self._cleans else text)
-            settled = settled.removesuffix("\ufffd")
-            if len(settled) <= len(out):
-                yield ""
-            else:
-                yield _new_text(out, settled)
-                out = settled
+            settled = self._clean(text.rstrip(CLEANED_ENDS) if self._cleans else text).removesuffix("\ufffd")
+            yield _new_text(out, settled) if len(settled) > len(out) else ""
+            out = max(out, settled, key=len)
             if len(held) > 2 * CONTEXT_TOKENS:  # so that a long text takes no longer by the token
                 text, recent = self._clean(text), held[-CONTEXT_TOKENS:]
                 num_left = len(known := self.decode(recent)) - (len(text) - len(out))
@@ -303,9 +302,8 @@ class Tokenizer:
 
 def _new_text(before: str, text: str) -> str:
     """The text that follows `before`. (The two differ earlier if a prompt ends within a character.)"""
-    if text.startswith(before):
-        return text[len(before):]
-    return text[sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, text))):]
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, text))
+    return text[sum(1 for _ in same):]
 
 
 def cut_text(text: str, next_start: Callable[[str, int], int | None] = lambda text, place: place) -> Iterator[str]:
@@ -329,6 +327,6 @@ def cut_text(text: str, next_start: Callable[[str, int], int | None] = lambda te
 
 def byte_alphabet() -> list[str]:
     """GPT-2's printable stand-in for each byte: itself where it is visible, else the next code point from 256 on."""
-    visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return [chr(byte) if byte in visible else chr(256 + hidden.index(byte)) for byte in range(256)]
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    hidden = iter([character for character in characters if ord(character) > 255])
+    return [chr(byte) if chr(byte) in characters else next(hidden) for byte in range(256)]

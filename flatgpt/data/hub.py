@@ -33,8 +33,7 @@ def commit_of(repo: str, revision: str) -> str:
 
 def hub_parts(repo: str, subset: str, split: str, commit: str, text_column: str,
               join: Callable[[Iterator[str]], Iterator[str]] | None) -> list[Part]:
-    """The files of a data set; `join` makes documents of rows that are less than one. Raises OSError or ValueError that
-    names the data set."""
+    """The files of a data set; for `join` see sources.Source. Raises OSError or ValueError that names the data set."""
     import datasets
 
     datasets.disable_progress_bars()

@@ -75,8 +75,7 @@ class BatchPlan:
         return self.accumulation_steps * self.micro_batch
 
     def first_seq(self, next_seq: int, rank: int) -> int:
-        """Number of the first sequence that a rank reads in the step whose S sequences begin at `next_seq`; it reads
-        `seqs_per_rank` from there on."""
+        """Number of the first of the `seqs_per_rank` that a rank reads in the step that begins at `next_seq`."""
         return next_seq + rank * self.seqs_per_rank
 
 
@@ -147,9 +146,8 @@ def open_mixture(spec: str, vocab_size: int = 0, tokenizer: str = "auto") -> Mix
     weights: dict[str, float] = {}
     is_one = "," not in spec or _is_folder(spec)
     for part in [spec] if is_one else spec.split(","):
-        has_no_weight = is_one or _is_folder(part.strip())
-        name, colon, weight = (word.strip() for word in (f"{part}:1" if has_no_weight else part).rpartition(":"))
-        name, weight = (name, weight) if colon else (weight, "1")  # without weights all count alike
+        has_weight = not is_one and ":" in part and not _is_folder(part.strip())  # without weights all count alike
+        name, _, weight = (word.strip() for word in (part if has_weight else f"{part}:1").rpartition(":"))
         try:
             if not name or name in weights or not 0 < float(weight) < float("inf"):
                 raise ValueError
@@ -163,7 +161,8 @@ def open_mixture(spec: str, vocab_size: int = 0, tokenizer: str = "auto") -> Mix
     mixture = Mixture({name: open_dataset(name, vocab_size, tokenizer) for name in weights}, shares)
     first, *others = mixture.datasets.values()
     for other in others:
-        if other.vocab_size != first.vocab_size or not _same_vocabulary(first, other):
+        known = [dataset.tokenizer.hf.get_vocab() for dataset in (first, other) if dataset.tokenizer]
+        if other.vocab_size != first.vocab_size or (len(known) == 2 and known[0] != known[1]):
             raise ValueError(f"{first.folder} and {other.folder} were made with different tokenizers: their ids mean "
                              "different things")
     return mixture
@@ -172,12 +171,6 @@ def open_mixture(spec: str, vocab_size: int = 0, tokenizer: str = "auto") -> Mix
 def _is_folder(name: str) -> bool:
     """Whether a data set has this very name, even if it looks like a mixture."""
     return (DATA_DIR / name).is_dir() or Path(name).is_dir()
-
-
-def _same_vocabulary(first: Dataset, other: Dataset) -> bool:
-    """Whether ids mean the same; data without a tokenizer may be anything."""
-    found = [dataset.tokenizer.hf.get_vocab() for dataset in (first, other) if dataset.tokenizer]
-    return found[:1] == found[1:] or len(found) < 2
 
 
 # The order
@@ -224,7 +217,7 @@ class TrainOrder:
     def __init__(self, split: Split, block_size: int, seed: int):
         """Raises ValueError when no shard of the split holds a single window."""
         self.split, self.block_size, self.seed = split, block_size, seed
-        self._epoch_ends: list[int] = []  # sequences up to the end of each epoch met so far
+        self._epoch_starts = [0]  # the first sequence of each epoch met so far, and of the next
         self._block = lru_cache(maxsize=4)(self._find_block)
         longest = int(split.lengths.max(initial=0))
         if longest < block_size + 1:
@@ -249,25 +242,20 @@ class TrainOrder:
         """The windows of the sequences [index * BLOCK_SEQS, (index + 1) * BLOCK_SEQS), found together because that
         takes hardly longer than finding one."""
         found: list[tuple[int, int]] = []
+        starts = self._epoch_starts
         while len(found) < BLOCK_SEQS:
             q = index * BLOCK_SEQS + len(found)
-            epoch, epoch_start, epoch_end = self._epoch_of(q)
+            while starts[-1] <= q:
+                starts.append(starts[-1] + int(self.cut(len(starts) - 1)[1].sum()))
+            epoch = int(np.searchsorted(starts, q, side="right")) - 1
             offset, per_shard = self.cut(epoch)
             ends = per_shard.cumsum()
-            places = np.arange(q, min((index + 1) * BLOCK_SEQS, epoch_end)) - epoch_start
+            places = np.arange(q, min((index + 1) * BLOCK_SEQS, starts[epoch + 1])) - starts[epoch]
             window = permute(places, int(ends[-1]), self.seed, epoch)
             shard = np.searchsorted(ends, window, side="right")
             start = offset[shard] + (window - ends[shard] + per_shard[shard]) * self.block_size
             found.extend(zip(shard.tolist(), start.tolist()))
         return found
-
-    def _epoch_of(self, q: int) -> tuple[int, int, int]:
-        """The epoch that sequence q falls in, its first sequence, and the first one after it."""
-        ends = self._epoch_ends
-        while not ends or ends[-1] <= q:
-            ends.append((ends[-1] if ends else 0) + int(self.cut(len(ends))[1].sum()))
-        epoch = int(np.searchsorted(ends, q, side="right"))
-        return epoch, ends[epoch - 1] if epoch else 0, ends[epoch]
 
     def rows(self, first_seq: int, count: int) -> np.ndarray:
         """The T + 1 tokens of `count` sequences, (count, T + 1) int64: inputs, and shifted by one the targets."""
@@ -323,11 +311,9 @@ class MixedOrder:
 
 def describe_epochs(data: Mixture, order: MixedOrder) -> str:
     """Returns "has 12,000 sequences", or the share and the length of an epoch of each data set of a mixture."""
-    lengths = [int(each.cut(0)[1].sum()) for each in order.orders]
-    if len(lengths) == 1:
-        return f"has {lengths[0]:,} sequences"
-    return "has, of " + "; of ".join(f"{name} ({share:.1%}), {length:,} sequences"
-                                     for name, share, length in zip(data.datasets, data.shares, lengths))
+    lengths = [f"{int(each.cut(0)[1].sum()):,} sequences" for each in order.orders]
+    return f"has {lengths[0]}" if len(lengths) == 1 else "has, of " + "; of ".join(
+        f"{name} ({share:.1%}), {length}" for name, share, length in zip(data.datasets, data.shares, lengths))
 
 
 class EvalOrder:
@@ -394,8 +380,7 @@ def read_step(order: MixedOrder, plan: BatchPlan, rank: int, device: torch.devic
     was read as which sequence."""
     first = plan.first_seq(next_seq, rank)
     x, y = order.batch(first, plan.seqs_per_rank)
-    batch_hash = sum(zlib.crc32(row.tobytes(), first + i) for i, row in enumerate(y))
-    sums = np.array([(y >= 0).sum(), batch_hash])
+    sums = np.array([(y >= 0).sum(), sum(zlib.crc32(row.tobytes(), first + i) for i, row in enumerate(y))])
     return first, pin(x, device), pin(y, device), pin(sums, device)
 
 

@@ -18,7 +18,7 @@ import shlex
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -78,12 +78,8 @@ def find_files(pattern: str) -> tuple[Path, dict[Path, str]]:
     base = Path(os.path.commonpath(top)) if top else Path(pattern)
     base = base if base.is_dir() else base.parent
     found = {path: why for path, why in _walk(top, base) if why != "folder"}
-    parent, real_base, seen = lru_cache(maxsize=None)(os.path.realpath), os.path.realpath(base), set()
-
-    def real(path: Path) -> str:
-        return os.path.realpath(path) if path.is_symlink() else os.path.join(parent(path.parent), path.name)
-
-    reals = {path: real(path) for path, why in found.items() if not why}
+    real_base, seen = os.path.realpath(base), set()
+    reals = {path: os.path.realpath(path) for path, why in found.items() if not why}
     for path in sorted(reals, key=lambda path: (reals[path] != os.path.join(real_base, path.relative_to(base)), path)):
         stat = path.stat()
         key = (stat.st_dev, stat.st_ino) if stat.st_nlink > 1 else reals[path]
@@ -124,7 +120,6 @@ def unknown_suffix(path: Path) -> str:
     *_, before, last = "", "", *path.suffixes
     last = (before if last.lower() in COMPRESSED else "") + last
     return last.lower() if re.fullmatch(r"(\.(?!\d+$)\w{1,8})+", last) else "without an ending"
-
 
 
 def count_skipped(base: Path, found: dict[Path, str]) -> dict[str, dict[str, Any]]:
@@ -173,11 +168,9 @@ def _read_whole(path: Path, text_column: str, form: str = "utf8") -> Iterator[Re
         data = path.read_bytes()
     except OSError as error:
         yield _fault(path, "", error)
-        return
-    if (what := files.identify(data)) not in ("", files.HTML):
-        yield Record(str(path), "fault", f"{path} is {what}", len(data))
     else:
-        yield Record(str(path), form, data, len(data))
+        what = files.identify(data).replace(files.HTML, "")
+        yield Record(str(path), "fault" if what else form, f"{path} is {what}" if what else data, len(data))
 
 
 def read_lines(path: Path, text_column: str = "") -> Iterator[Record]:
@@ -246,8 +239,6 @@ def _fault(path: Path, behind: str, error: Exception, own: bytes = b"") -> Recor
     elif "requires too much memory" in str(error):
         what = (f"{path} needs a window above 128 MB, which cannot be read here; recompress without --long: "
                 f"zstd -dc --long=31 {shlex.quote(str(path))} | zstd -o NEW.jsonl.zst")
-    elif "encrypted" in str(error):
-        what = f"{path} is encrypted, and a key for it cannot be given here"
     else:
         what = files.broken(path, f"{behind}: {error}", own)
     return Record(str(path), "fault", what, path.stat().st_size)

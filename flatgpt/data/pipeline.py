@@ -34,14 +34,13 @@ import numpy as np
 
 from flatgpt import files, signals
 from flatgpt.data.records import MAX_NAMED_FILES, Part, Record, text_of
-from flatgpt.data.shards import ShardWriter, narrow, shard_dtype
+from flatgpt.data.shards import ShardWriter, shard_dtype
 from flatgpt.data.splits import DIGEST_BYTES, SPLITS, SplitRule, digest_of
 from flatgpt.data.tokenizer import Tokenizer, check_kind, load_tokenizer, make_tokenizer
 from flatgpt.options import failed_rules
 
 BATCH_BYTES = 1 << 20  # text that a worker is handed at a time
 AHEAD_BYTES = 64 << 20  # text that is on its way at a time, or one document if that is longer
-RESERVE_BYTES = 64 << 20  # of disk that must be free for a shard of a source whose size is not known
 
 
 @dataclass
@@ -115,41 +114,36 @@ class Encoder:
         return shard_dtype(self.tokenizer.vocab_size)
 
     def encode(self, records: list[Record], rule: SplitRule) -> tuple[np.ndarray, list[Outcome]]:
-        """The tokens of all records one after the other, each document's behind an end-of-text token if there is one,
-        and the outcome of each record."""
-        eot_id, unk_id = self.tokenizer.eot_id, self.tokenizer.unk_id
-        before = np.array([] if eot_id is None else [eot_id], dtype=np.uint32)
-        tokens: list[np.ndarray] = []
+        """The tokens of all records one after the other, and the outcome of each record."""
+        tokens = [np.empty(0, np.uint32)]
         outcomes = []
         for record in records:
             try:
-                text, replaced = text_of(record, self.text_column)
+                of_record, outcome = self._encode_record(record, rule)
             except ValueError as error:
-                outcomes.append(Outcome([], fault=str(error)))
-                continue
-            if not text:
-                outcomes.append(Outcome([]))
-                continue
-            utf8 = text.encode()
-            digest = digest_of(utf8)
-            try:
-                encoded = [(split, self.tokenizer.encode(part)) for split, part in rule.split(text, digest)]
-            except ValueError as error:
-                outcomes.append(Outcome([], fault=f"{_place(record, text, error)}: {error}"))
-                continue
-            tokens += [part for _, ids in encoded for part in (before, ids)]
-            unknown = 0 if unk_id is None else sum(int(np.count_nonzero(ids == unk_id)) for _, ids in encoded)
-            counted = zip(NOTED, (replaced, text.count("\0"), unknown))
-            noted = {what: number for what, number in counted if number}
-            outcomes.append(Outcome([(split, len(before) + len(ids)) for split, ids in encoded], len(utf8), digest,
-                                    noted))
-        return narrow(np.concatenate([before[:0], *tokens]), self.dtype), outcomes
+                of_record, outcome = [], Outcome([], fault=str(error))
+            tokens += of_record
+            outcomes.append(outcome)
+        return np.concatenate(tokens).astype(self.dtype), outcomes
 
-
-def _place(record: Record, text: str, error: ValueError) -> str:
-    """Where a text cannot be encoded: the record, and its line if the record has several."""
-    at = min((text.find(unknown) for unknown in getattr(error, "unknown", [])), default=-1)
-    return record.where if at < 0 or record.form == "json" else f"{record.where}, line {text.count(chr(10), 0, at) + 1}"
+    def _encode_record(self, record: Record, rule: SplitRule) -> tuple[list[np.ndarray], Outcome]:
+        """Each span of the record stands behind an end-of-text token if there is one. Raises ValueError, saying where
+        and what, for a record that is broken or cannot be encoded."""
+        text, replaced = text_of(record, self.text_column)
+        if not text:
+            return [], Outcome([])
+        eot_id, unk_id, utf8 = self.tokenizer.eot_id, self.tokenizer.unk_id, text.encode()
+        before, digest = [] if eot_id is None else [np.array([eot_id], dtype=np.uint32)], digest_of(utf8)
+        try:
+            encoded = [(split, self.tokenizer.encode(part)) for split, part in rule.split(text, digest)]
+        except ValueError as error:
+            at = min((text.find(unknown) for unknown in getattr(error, "unknown", [])), default=-1)
+            line = "" if at < 0 or record.form == "json" else f", line {text.count(chr(10), 0, at) + 1}"
+            raise ValueError(f"{record.where}{line}: {error}") from None
+        unknown = 0 if unk_id is None else sum(int(np.count_nonzero(ids == unk_id)) for _, ids in encoded)
+        noted = {what: number for what, number in zip(NOTED, (replaced, text.count("\0"), unknown)) if number}
+        spans = [(split, len(before) + len(ids)) for split, ids in encoded]
+        return [part for _, ids in encoded for part in (*before, ids)], Outcome(spans, len(utf8), digest, noted)
 
 
 # Workers
@@ -163,27 +157,23 @@ def start_method(kind: str) -> str:
     return "fork" if sys.platform == "linux" and alone and kind in ("gpt2", "char", "byte") else "spawn"
 
 
-class Workers:
+class Workers(contextlib.AbstractContextManager):
     """Processes that tokenize; a single worker is a thread. They load their tokenizer at once, while the caller does
     other things. A context manager."""
 
     def __init__(self, count: int, encoder: Encoder):
         start = {"initializer": _init_worker, "initargs": (encoder,)}
-        count = min(count, 61) if os.name == "nt" else count  # Windows waits for no more than that
         self.count, method = count, start_method(encoder.kind)
         if method == "fork":
             _ = encoder.tokenizer  # the children share it
         self._pool: Executor = ThreadPoolExecutor(1, **start) if count == 1 else ProcessPoolExecutor(
             count, multiprocessing.get_context(method), **start)
         with _ignored_sigint():
-            for _ in range(count):
-                self._pool.submit(_load_tokenizer)
+            for _ in range(count):  # each loads its tokenizer; an error there is raised by the next `_encode` as well
+                self._pool.submit(_encode, [], None)
 
     def submit(self, records: list[Record], rule: SplitRule) -> Future:
         return self._pool.submit(_encode, records, rule)
-
-    def __enter__(self) -> Workers:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -218,11 +208,7 @@ def _exit_with_parent(parent_sentinel: int) -> None:
     os._exit(1)
 
 
-def _load_tokenizer() -> None:
-    _ = _encoder.tokenizer  # what goes wrong here is raised by the next `_encode` as well
-
-
-def _encode(records: list[Record], rule: SplitRule) -> tuple[np.ndarray, list[Outcome]]:
+def _encode(records: list[Record], rule: SplitRule | None) -> tuple[np.ndarray, list[Outcome]]:
     return _encoder.encode(records, rule)
 
 
@@ -230,31 +216,30 @@ def _encode(records: list[Record], rule: SplitRule) -> tuple[np.ndarray, list[Ou
 
 
 class Batch(NamedTuple):
-    """Records that were tokenized together: the reader's place behind the last, the bytes of its part up to there, the
-    file of each record, the tokens, and the outcome of each."""
+    """Records that were tokenized together."""
 
-    cursor: Cursor
-    end: int
-    files: list[str]
+    cursor: Cursor  # the reader's place behind the last
+    end: int  # bytes of the last one's part up to there
+    files: list[str]  # of each record
     tokens: np.ndarray
     outcomes: list[Outcome]
 
 
 def encode_in_order(parts: list[Part], start: Cursor, rule: SplitRule, pool: Workers) -> Iterator[Batch]:
     """All records from `start` on, tokenized by the workers. Raises OSError if a worker dies."""
-    ahead: deque[tuple[Cursor, int, list[str], int, Future]] = deque()
+    ahead: deque[tuple[int, Future, Cursor, int, list[str]]] = deque()
     bytes_ahead, max_bytes_ahead = 0, max(AHEAD_BYTES, 2 * pool.count * BATCH_BYTES)
     try:
         for cursor, names, records in _read_batches(parts, start):
             num_bytes = sum(len(record.data) for record in records)
-            ahead.append((cursor, records[-1].end, names, num_bytes, pool.submit(records, rule)))
+            ahead.append((num_bytes, pool.submit(records, rule), cursor, records[-1].end, names))
             bytes_ahead += num_bytes
             while len(ahead) > 8 * pool.count or bytes_ahead > max_bytes_ahead:
-                cursor, end, names, num_bytes, future = ahead.popleft()
+                num_bytes, future, *place = ahead.popleft()
                 bytes_ahead -= num_bytes
-                yield Batch(cursor, end, names, *future.result())
-        for cursor, end, names, _, future in ahead:
-            yield Batch(cursor, end, names, *future.result())
+                yield Batch(*place, *future.result())
+        for _, future, *place in ahead:
+            yield Batch(*place, *future.result())
     except BrokenExecutor:
         raise OSError("a tokenizing process died, perhaps for want of memory: the same command with fewer --workers "
                       "goes on from the last finished shard") from None
@@ -284,19 +269,11 @@ def refuse(fault: str, skip_bad: bool) -> None:
         raise ValueError(f"{fault} (--skip_bad=True counts what is broken, and goes on)")
 
 
-def begin_progress(folder: Path, arguments: dict[str, Any]) -> None:
-    """Write the first progress.json of a folder, for an Output of these arguments, unless it has one."""
-    if not (folder / "progress.json").exists():
-        files.write_json(folder / "progress.json", {
-            "arguments": arguments, "done": False, "cursor": Cursor(), "counts": {}, "shards": [], "open_tokens": {}})
-
-
-class Output:
+class Output(contextlib.AbstractContextManager):
     """What one rank writes: shards, counts, and progress.json, which says how far they go. A new Output goes on from
-    there (see `begin_progress`); what an earlier run wrote beyond it is written anew."""
+    there (staging.py writes the first); what an earlier run wrote beyond it is written anew."""
 
-    def __init__(self, folder: Path, config: TokensConfig, vocab_size: int, expected_bytes: int,
-                 arguments: dict[str, Any]):
+    def __init__(self, folder: Path, config: TokensConfig, vocab_size: int, arguments: dict[str, Any]):
         self._folder, self._config, self._arguments, self._vocab_size = folder, config, arguments, vocab_size
         with files.reading_values(folder / "progress.json"):
             state = files.read_json(folder / "progress.json")
@@ -304,9 +281,9 @@ class Output:
             self.files: dict[str, dict[str, int]] = state.get("files", {})  # what was counted -> the first it is of
             self.first_fault: str = state.get("first_fault", "")
             self._writers = {split: ShardWriter(
-                folder, split, shard_dtype(vocab_size), config.shard_tokens, (expected_bytes or RESERVE_BYTES) * share,
+                folder, split, shard_dtype(vocab_size), config.shard_tokens,
                 [shard for shard in state["shards"] if shard["split"] == split], state["open_tokens"].get(split, 0))
-                for split, share in zip(SPLITS, (1, config.test_fraction, config.val_fraction))}
+                for split in SPLITS}
         self.seen: set[bytes] = set()
         self._digests = open(folder / "digests", "a+b")  # noqa: SIM115  closed by __exit__
         self._digests.truncate(self.counts["digests"] * DIGEST_BYTES)
@@ -387,9 +364,6 @@ class Output:
             "arguments": self._arguments, "done": self.done, "cursor": self.cursor, "counts": self.counts,
             "files": self.files, "first_fault": self.first_fault, "vocab_size": self._vocab_size, "shards": self.shards,
             "open_tokens": {split: writer.open_tokens for split, writer in self._writers.items()}})
-
-    def __enter__(self) -> Output:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         for writer in self._writers.values():

@@ -20,7 +20,7 @@ import hashlib
 import json
 import os
 import re
-import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -51,14 +51,6 @@ def shard_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 65536 else "<u4")
 
 
-def narrow(ids: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Token ids as the type of a shard. Raises ValueError for one that does not fit."""
-    if len(ids) and (highest := int(ids.max())) > np.iinfo(dtype).max:
-        raise ValueError(f"token id {highest} does not fit {dtype}, which ends at {np.iinfo(dtype).max}: the tokenizer "
-                         "gives ids beyond its own vocabulary")
-    return ids.astype(dtype, copy=False)
-
-
 def shard_header(num_tokens: int, dtype: np.dtype) -> bytes:
     """The 1,024 bytes before a shard's tokens."""
     magic, version = next((magic, version) for magic, (version, kind) in FORMATS.items() if kind == dtype)
@@ -74,13 +66,10 @@ class ShardWriter:
     earlier writer had at a `checkpoint`, a new one goes on from there, and what came after it on disk is written over.
     """
 
-    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int, reserve_bytes: float = 0,
+    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int,
                  shards: list[dict[str, Any]] | None = None, open_tokens: int = 0):
-        """A shard is begun only if `reserve_bytes` are free, or as many as a full shard takes if that is less."""
         self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
-        self._reserve_bytes = int(min(reserve_bytes, HEADER_WORDS * 4 + shard_tokens * dtype.itemsize))
-        self.shards = list(shards or [])
-        self.open_tokens = 0
+        self.shards, self.open_tokens = list(shards or []), 0
         self._file: BinaryIO | None = None
         if open_tokens:
             self._begin(open_tokens)
@@ -92,10 +81,6 @@ class ShardWriter:
 
     def _begin(self, num_tokens: int = 0) -> None:
         """Open the next shard, to append behind its first `num_tokens`."""
-        free = shutil.disk_usage(self._folder).free
-        if not num_tokens and free < self._reserve_bytes:
-            raise OSError(f"{self._folder}: the next shard may take {self._reserve_bytes:,} bytes, and {free:,} are "
-                          "free on that disk")
         self._path = self._folder / f"{self._split}_{len(self.shards):06d}.tmp"
         if num_tokens and not self._path.exists():  # it was finished after the checkpoint
             os.replace(self._path.with_suffix(".bin"), self._path)
@@ -262,11 +247,9 @@ def find_folder(name: str) -> Path:
     for folder in (DATA_DIR / name, Path(name)):
         if folder.is_dir():
             return folder
-    if "/" in name:
-        raise FileNotFoundError(f"there is no data folder {name}")
-    raise FileNotFoundError(
+    raise FileNotFoundError(f"there is no data folder {name}" if "/" in name else (
         f"no data set {name!r} in {DATA_DIR}/; make it with: python prepare_data.py {name}   (or from your own text: "
-        f"python prepare_data.py --input=FILE_OR_FOLDER --name={Path(name).name})")
+        f"python prepare_data.py --input=FILE_OR_FOLDER --name={name})"))
 
 
 def list_shards(folder: Path) -> tuple[dict[str, list[Path]], dict[str, Any]]:
@@ -322,17 +305,16 @@ def verify(folder: Path) -> Iterator[tuple[str, list[str]]]:
                    if path.name not in listed]
     with contextlib.suppress(OSError, ValueError):  # a shard that cannot be opened is reported in its turn
         vocab_size = vocab_size or _guess_vocab_size(next(iter(paths.values()))[0])
-    found = dict.fromkeys(paths, 0)  # split -> end-of-text tokens
+    found: Counter[str] = Counter()  # split -> end-of-text tokens
     jobs = [(split, path) for split, split_paths in paths.items() for path in split_paths]
     with ThreadPoolExecutor(machine.num_cores()) as pool:  # hashing and NumPy let other threads work
         for (split, path), (shard_faults, num_eot) in zip(jobs, pool.map(
                 lambda job: _verify_shard(job[1], vocab_size, eot_id, manifest, listed.get(job[1].name)), jobs)):
             found[split] += num_eot
             yield path.name, shard_faults
-    for split, counts in manifest.get("splits", {}).items():
-        if eot_id is not None and found.get(split, 0) != counts["documents"]:
-            faults.append(f"the {split} split has {found.get(split, 0):,} end-of-text tokens, one a document, and "
-                          f"dataset.json counts {counts['documents']:,} documents")
+    faults += [f"the {split} split has {found[split]:,} end-of-text tokens, one a document, and dataset.json counts "
+               f"{counts['documents']:,} documents" for split, counts in manifest.get("splits", {}).items()
+               if eot_id is not None and found[split] != counts["documents"]]
     yield folder.name, faults
 
 

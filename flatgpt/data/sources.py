@@ -72,19 +72,17 @@ class Source:
 
 def hub_name(config: SourceConfig) -> str:
     """The hub data set that the options name, or ""."""
-    if config.input:
-        return ""
-    return config.hf or (SOURCES[config.dataset].hf if config.dataset else "")
+    return "" if config.input else config.hf or SOURCES.get(config.dataset, Source()).hf
 
 
 def find_parts(config: SourceConfig, commit: str = "") -> list[Part]:
     """The parts of what the options name, a hub data set at that commit. Raises OSError or ValueError."""
-    source = SOURCES.get(config.dataset, Source())
+    source = Source(hf=config.hf) if config.hf else SOURCES.get(config.dataset)
     if config.input:
         return local_parts(config.input, config.text_column)
-    if repo := hub_name(config):
-        subset = config.subset or ("" if config.hf else source.subset)
-        return hub_parts(repo, subset, config.split, commit, config.text_column, None if config.hf else source.join)
+    if source.hf:
+        return hub_parts(source.hf, config.subset or source.subset, config.split, commit, config.text_column,
+                         source.join)
     return source.find()
 
 
@@ -115,14 +113,12 @@ def python_parts(keys: tuple[str, ...]) -> list[Part]:
     roots = {os.path.realpath(sysconfig.get_paths()[key]): key for key in reversed(keys)}
     parts = []
     for root, key in roots.items():
-        for folder, below, names in os.walk(root):
-            if key == "stdlib":  # packages may be installed in there
-                below[:] = [name for name in below if name not in ("site-packages", "dist-packages")]
-            for path in (f"{folder}/{name}" for name in names if name.endswith(".py")):
-                if os.path.isfile(path):
-                    name = key + path.removeprefix(root).replace(os.sep, "/")
-                    size = os.path.getsize(path)
-                    parts.append(Part(name, size, "", size, partial(READERS[".py"], Path(path), "")))
+        for path in Path(root).rglob("*.py"):
+            name = path.relative_to(root).as_posix()
+            is_installed = key == "stdlib" and re.match("(.*/)?(site|dist)-packages/", name)
+            if path.is_file() and not is_installed:
+                size = path.stat().st_size
+                parts.append(Part(f"{key}/{name}", size, "", size, partial(READERS[".py"], path, "")))
     return sorted(parts, key=lambda part: part.name)
 
 

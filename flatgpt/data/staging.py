@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 
 from flatgpt import files
 from flatgpt.data.local_files import describe_skipped
-from flatgpt.data.pipeline import begin_progress
+from flatgpt.data.pipeline import Cursor
 from flatgpt.data.records import MAX_NAMED_FILES
 from flatgpt.data.shards import shard_dtype
 from flatgpt.data.splits import SPLITS
@@ -53,16 +53,14 @@ class StagingFolder:
         """`arguments` is what the shards are a function of, and goes into dataset.json."""
         self.target, self.folder = target, hidden_folder(target)
         self.arguments, self.rank, self.world_size = arguments, rank, world_size
-        tag = hashlib.sha256(json.dumps(self._compared()).encode()).hexdigest()[:8]
+        self._compared = {key: value for key, value in arguments.items() if key not in UNCOMPARED}
+        tag = hashlib.sha256(json.dumps(self._compared).encode()).hexdigest()[:8]
         self._of_all = f"_of_{world_size:05d}_{tag}"
         self.work = self.rank_folder(rank)
         self.tokenizer = self.folder / f"tokenizer_{tag}"
 
     def rank_folder(self, rank: int) -> Path:
         return self.folder / f"rank_{rank:05d}{self._of_all}"
-
-    def _compared(self) -> dict[str, Any]:
-        return {key: value for key, value in self.arguments.items() if key not in UNCOMPARED}
 
     def is_published(self) -> bool:
         """Whether the target is there. Raises ValueError if it was made with other arguments."""
@@ -87,7 +85,7 @@ class StagingFolder:
                              "it")
         made = arguments_in(record)
         if differing := ["the files of the source have changed" if key == "input_fingerprint" else
-                         f"{key} was {made.get(key)}, is {value}" for key, value in self._compared().items()
+                         f"{key} was {made.get(key)}, is {value}" for key, value in self._compared.items()
                          if made.get(key) != value]:
             raise ValueError(f"{folder} was made with other arguments ({'; '.join(differing)}): choose another "
                              "--name, or remove it")
@@ -105,15 +103,17 @@ class StagingFolder:
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # Windows keeps a file that is open
-                os.unlink(held.lock_file)
+            os.unlink(held.lock_file)
             held.release()
 
     def begin(self) -> bool:
         """Make this rank's folder, with its progress.json. False if rank 0 has published the target in the meantime:
         then nothing is left to do."""
         self.work.mkdir(parents=True, exist_ok=True)
-        begin_progress(self.work, self.arguments)
+        if not (self.work / "progress.json").exists():
+            files.write_json(self.work / "progress.json", {
+                "arguments": self.arguments, "done": False, "cursor": Cursor(), "counts": {}, "shards": [],
+                "open_tokens": {}})
         if published := self.target.exists():
             shutil.rmtree(self.work, ignore_errors=True)
             shutil.rmtree(self.target / self.work.name, ignore_errors=True)  # it went along

@@ -35,9 +35,9 @@ from flatgpt.files import HUB_ID, fetch_snapshot, read_json
 from flatgpt.run_folder import follow_link, newest_checkpoint
 
 KINDS = ("gpt2", "char", "byte", "bpe")
-TOKENIZER_FILES = ["tokenizer*.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-                   "chat_template.jinja", "additional_chat_templates/*.jinja", "config.json", "generation_config.json",
-                   ]  # of a hub repository
+TOKENIZER_FILES = [  # of a hub repository
+    "tokenizer*.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "additional_chat_templates/*.jinja", "config.json", "generation_config.json"]
 GPT2_VOCAB_SIZE = 50257
 WORD_CHARACTERS = 2000
 # As many letters, digits, signs or blanks in a row, as GPT-2's pattern tells them apart.
@@ -55,7 +55,7 @@ GPT2_FILES = {  # URL that tiktoken reads -> the name it keeps the file under, t
 class GPT2Tokenizer(Tokenizer):
     """GPT-2's tokenizer, encoded by tiktoken, which is several times faster than tokenizers."""
 
-    kind, vocab_size, unk_id = "gpt2", GPT2_VOCAB_SIZE, None
+    kind, vocab_size, unk_id, _cuts_anywhere = "gpt2", GPT2_VOCAB_SIZE, None, True
     config = CLASS_DEFAULTS["GPT2Tokenizer"]
 
     def __init__(self) -> None:
@@ -74,17 +74,13 @@ class GPT2Tokenizer(Tokenizer):
 
     @cached_property
     def hf(self) -> HFTokenizer:  # made on demand: encoding does not need it
-        ranks = self._encoding._mergeable_ranks
-        alphabet = byte_alphabet()
-        spell = {token: "".join(alphabet[byte] for byte in token) for token in ranks}
-        vocab = {spell[token]: rank for token, rank in ranks.items()} | {EOT: self._encoding.eot_token}
-        merges = [(spell[left], spell[right]) for left, right in _recover_merges(ranks)]
-        hf = _byte_level(models.BPE(vocab=vocab, merges=merges), EOT)
+        from tiktoken.load import read_file_cached
+
+        rules, vocab = (read_file_cached(url).decode() for url in GPT2_FILES)  # which tiktoken has read already
+        merges = [tuple(rule.split(" ")) for rule in rules.split("\n")[1:-1]]  # below a line with the version
+        hf = _byte_level(models.BPE(vocab=json.loads(vocab), merges=merges), EOT)
         hf.encode_special_tokens = True
         return hf
-
-    def _next_start(self, text: str, place: int) -> int:
-        return place
 
     def _encode_piece(self, text: str) -> np.ndarray:
         try:
@@ -98,7 +94,7 @@ class GPT2Tokenizer(Tokenizer):
 
 
 class CharTokenizer(Tokenizer):
-    kind = "char"
+    kind, _cuts_anywhere = "char", True
 
     def __init__(self, characters: list[str]):
         """`characters` in the order of their ids."""
@@ -110,8 +106,6 @@ class CharTokenizer(Tokenizer):
         self._ids = np.full(0x110000, -1, dtype=np.int32)  # code point -> id
         self._ids[[ord(character) for character in characters]] = np.arange(len(characters))
 
-    _next_start = GPT2Tokenizer._next_start
-
     def _encode_piece(self, text: str) -> np.ndarray:
         code_points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
         ids = self._ids[code_points]
@@ -121,13 +115,11 @@ class CharTokenizer(Tokenizer):
 
 
 class ByteTokenizer(Tokenizer):
-    kind = "byte"
+    kind, _cuts_anywhere = "byte", True
 
     def __init__(self) -> None:
         vocab = {character: byte for byte, character in enumerate(byte_alphabet())} | {EOT: 256}
         super().__init__(_byte_level(models.BPE(vocab=vocab, merges=[]), EOT, use_regex=False), 256)
-
-    _next_start = GPT2Tokenizer._next_start
 
     def _encode_piece(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint32)
@@ -157,10 +149,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A tokenizer of one of KINDS, or that of a folder, a run or a hub repository; `char` and `bpe` learn from texts,
     `vocab_size` is bpe's. Raises as `load_tokenizer` and `files.fetch_snapshot` do."""
-    if kind == "gpt2":
-        return GPT2Tokenizer()
-    if kind == "byte":
-        return ByteTokenizer()
+    if kind in ("gpt2", "byte"):
+        return GPT2Tokenizer() if kind == "gpt2" else ByteTokenizer()
     if kind == "char":
         return CharTokenizer(sorted({character for text in texts for character in set(text)}))
     if kind == "bpe":
@@ -203,22 +193,20 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     hf = _read_tokenizer(path) if path.is_file() else _read_vocab_and_merges(folder)
     if not hf.get_vocab_size():
         raise ValueError(f"{folder} holds a tokenizer without any token")
-    for ours in _faster_kinds(hf):
-        if ours.hf.to_str() == hf.to_str():
-            return ours
+    if (ours := _faster_kind(hf)) and ours.hf.to_str() == hf.to_str():
+        return ours
     config = read_config(folder, hf)
     tokenizer = Tokenizer(hf, hf.token_to_id(config["eos_token"]) if "eos_token" in config else None, config)
     tokenizer.token_ids = read_token_ids(folder, tokenizer.token_ids["config.json"])
     return tokenizer
 
 
-def _faster_kinds(hf: HFTokenizer) -> Iterator[Tokenizer]:
-    """The kinds of our own, with a faster encoder, that `hf` may be."""
+def _faster_kind(hf: HFTokenizer) -> Tokenizer | None:
+    """The kind of our own, with a faster encoder, that `hf` may be."""
     vocab = hf.get_vocab()
     if isinstance(hf.model, models.WordLevel) and all(len(token) == 1 for token in vocab):
-        yield CharTokenizer(sorted(vocab, key=vocab.get))
-    if isinstance(hf.model, models.BPE) and len(vocab) == 257:
-        yield ByteTokenizer()
+        return CharTokenizer(sorted(vocab, key=vocab.get))
+    return ByteTokenizer() if len(vocab) == 257 else None
 
 
 def _read_tokenizer(path: Path) -> HFTokenizer:
@@ -245,19 +233,3 @@ def _byte_level(model: models.BPE, eot: str | None = None, use_regex: bool = Tru
     if eot is not None:
         hf.add_special_tokens([AddedToken(eot, special=True)])
     return hf
-
-
-def _recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merge rules behind BPE ranks: a token's rule joins the two parts that earlier rules leave of its bytes."""
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [token[i:i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            lowest, at = rank, 0
-            for i in range(len(parts) - 1):
-                if (joined := ranks.get(parts[i] + parts[i + 1], rank)) < lowest:
-                    lowest, at = joined, i
-            parts[at:at + 2] = [parts[at] + parts[at + 1]]
-        if len(parts) == 2:
-            merges.append((parts[0], parts[1]))
-    return merges

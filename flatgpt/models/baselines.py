@@ -172,8 +172,7 @@ class WindowMLP(VectorModel):
         """The cache's state is the last window - 1 tokens (B, <= window - 1)."""
         window, tokens, T = self.config.window, idx, idx.size(1)
         if cache is not None:
-            if cache.state is not None:
-                tokens = torch.cat([cache.state, idx], dim=1)
+            tokens = idx if cache.state is None else torch.cat([cache.state, idx], dim=1)
             cache.state, cache.length = tokens[:, max(0, tokens.size(1) - window + 1):], cache.length + T
         num_zeros = window - 1 - (tokens.size(1) - T)
         x = F.pad(self.drop(self.wte(tokens)), (0, 0, num_zeros, 0))  # (B, window - 1 + T, C)
@@ -201,8 +200,7 @@ class Recurrent(VectorModel):
         states = [None] * len(self.layers)
         if cache is not None:
             states, cache.length = cache.state or states, cache.length + idx.size(1)
-        x = self.drop(self.wte(idx))
-        after = []
+        x, after = self.drop(self.wte(idx)), []
         for layer, state in zip(self.layers, states):
             x, *state = self._run_layer(layer, x, state)
             x = self.drop(x)

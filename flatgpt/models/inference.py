@@ -7,6 +7,7 @@ model and its tokenizer, and a model and its data, find each other.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -18,14 +19,7 @@ import torch
 from flatgpt import files, run_folder
 from flatgpt.data.loader import MixedOrder, Mixture, TrainOrder, open_mixture
 from flatgpt.data.shards import DATA_DIR, UNKNOWN_VOCAB_SIZE, folder_tokenizer
-from flatgpt.data.tokenizer import (
-    GPT2_VOCAB_SIZE,
-    GPT2Tokenizer,
-    Tokenizer,
-    has_tokenizer,
-    load_tokenizer,
-    no_tokenizer,
-)
+from flatgpt.data.tokenizer import GPT2_VOCAB_SIZE, GPT2Tokenizer, Tokenizer, load_tokenizer, no_tokenizer
 from flatgpt.models import weights
 from model import GPTConfig, LanguageModel
 
@@ -82,9 +76,7 @@ def adopt_shape(shape: GPTConfig, given: Mapping[str, str], found: GPTConfig) ->
 
 def read(prompt: str) -> str:
     """The prompt itself, or the content of the file that FILE:path names."""
-    if not prompt.startswith("FILE:"):
-        return prompt
-    return files.read_text(Path(prompt[5:]))
+    return files.read_text(Path(prompt[5:])) if prompt.startswith("FILE:") else prompt
 
 
 def encode(tokenizer: Tokenizer, prompt: str) -> torch.Tensor:
@@ -106,8 +98,9 @@ def options_of(path: Path) -> Mapping[str, Any]:
 
 def known_tokenizer(path: Path, vocab_size: int) -> Tokenizer | None:
     """The tokenizer that lies beside the model at path, nanoGPT's by the data set it was trained on; else None."""
-    if path.is_dir() and has_tokenizer(path):
-        return load_tokenizer(path)
+    if path.is_dir():
+        with contextlib.suppress(FileNotFoundError):
+            return load_tokenizer(path)
     if path.is_file():
         looked_in = DATA_DIR / str(options_of(path).get("dataset"))
         tokenizer = folder_tokenizer(looked_in, vocab_size) if looked_in.is_dir() else None
@@ -127,8 +120,7 @@ def tokenizer_to_save(source: str, vocab_size: int, data: Mixture) -> Tokenizer 
 def find_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     """The model's known tokenizer, or GPT-2's where the vocabulary has its size. Raises ValueError, and OSError where
     GPT-2's is not to be had."""
-    tokenizer = known_tokenizer(path, vocab_size)
-    if tokenizer:
+    if tokenizer := known_tokenizer(path, vocab_size):
         return tokenizer
     data = DATA_DIR / str(options_of(path).get("dataset"))
     if GPT2_VOCAB_SIZE <= vocab_size <= NANOGPT_VOCAB_SIZE and not (data / "meta.pkl").is_file():
@@ -141,9 +133,8 @@ def find_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
 def same_vocabulary(tokenizer: Tokenizer | None, data: Mixture) -> bool:
     """Whether the data's tokens mean the same to a model with this tokenizer; what is not known is taken for the same.
     The model's may have more, one for padding say."""
-    if tokenizer is None or data.tokenizer is None:
-        return True
-    return data.tokenizer.hf.get_vocab().items() <= tokenizer.hf.get_vocab().items()
+    return (tokenizer is None or data.tokenizer is None
+            or data.tokenizer.hf.get_vocab().items() <= tokenizer.hf.get_vocab().items())
 
 
 def open_data(path: Path, dataset: str, vocab_size: int, tokenizer: Tokenizer | None) -> Mixture:

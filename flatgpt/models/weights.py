@@ -57,9 +57,7 @@ State = dict[str, torch.Tensor]
 def load_pretrained(source: str) -> tuple[GPTConfig, State]:
     """Configuration and float32 state dict of any source that `resolve` knows. Raises ValueError or OSError."""
     path = resolve(source)
-    if path.is_file():
-        return load_nanogpt(path)
-    return load_huggingface(path)
+    return load_nanogpt(path) if path.is_file() else load_huggingface(path)
 
 
 def resolve(source: str) -> Path:
@@ -95,21 +93,22 @@ def full_name(source: str) -> str:
 def load_huggingface(folder: Path) -> tuple[GPTConfig, State]:
     """A Hugging Face GPT-2 or Llama folder, or one of our own: config.json and model.safetensors (one file, or shards
     with an index). Raises ValueError for a model of another type, or with a part that model.py does not have."""
-    folder = Path(folder)
-    with reading_values(folder / "config.json"):
-        settings = read_json(folder / "config.json")
-        kinds = {"gpt2": (_gpt2_config, _from_gpt2), "llama": (_llama_config, _from_llama),
-                 "flatgpt": (_own_config, lambda config, state: state)}
-        if settings.get("model_type") not in kinds:
-            raise ValueError(f"{folder}: model_type is {settings.get('model_type')!r}, and only gpt2 and llama can be "
-                             "loaded")
-        read_config, rename = kinds[settings["model_type"]]
+    path = folder / "config.json"
+    with reading_values(path):
+        settings = read_json(path)
+        kind = settings.get("model_type")
+        own = {field.name: settings[field.name] for field in fields(GPTConfig) if field.name in settings}
+        readers = {"gpt2": (_gpt2_config, _from_gpt2), "llama": (_llama_config, _from_llama),
+                   "flatgpt": (lambda settings: (own, []), lambda config, state: state)}
+        if kind not in readers:
+            raise ValueError(f"{folder}: model_type is {kind!r}, and only gpt2 and llama can be loaded")
+        read_config, rename = readers[kind]
         values, faults = read_config(settings)
         if faults:
-            raise ValueError(f"{folder}/config.json asks for what there is not here: {', '.join(faults)}")
-        config = _make_config(folder / "config.json", values)
-        state = rename(config, {name: tensor.float() for name, tensor in _read_safetensors(folder).items()})
-        if settings["model_type"] == "gpt2":
+            raise ValueError(f"{path} asks for what there is not here: {', '.join(faults)}")
+        config = _make_config(path, values)
+        state = rename(config, _read_safetensors(folder))
+        if kind == "gpt2":
             config.bias = (settings.get("flatgpt") or {}).get("bias", True) or any(
                 name.endswith(".bias") and bool(tensor.any()) for name, tensor in state.items())
             if not config.bias:
@@ -165,15 +164,15 @@ def _llama_rope(settings: dict) -> tuple[dict[str, Any], list[str]]:
         ("low_freq_factor", LOW_FREQ_FACTOR), ("high_freq_factor", HIGH_FREQ_FACTOR)) if rope.get(key) != bound]
 
 
-def _own_config(settings: dict) -> tuple[dict[str, Any], list[str]]:
-    known = {field.name for field in fields(GPTConfig)}
-    return {key: value for key, value in settings.items() if key in known}, []
+def _without_prefixes(theirs: State) -> State:
+    """GPT-2's parameters without what transformers and torch.compile put before their names."""
+    state = {name.removeprefix("_orig_mod.").removeprefix("transformer."): tensor for name, tensor in theirs.items()}
+    return {name: tensor.float() for name, tensor in state.items() if not ATTENTION_MASKS.fullmatch(name)}
 
 
 def _from_gpt2(config: GPTConfig, theirs: State) -> State:
-    state = {name.removeprefix("transformer."): tensor for name, tensor in theirs.items()}
-    return {name: tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor for name, tensor in state.items()
-            if not ATTENTION_MASKS.fullmatch(name)}
+    return {name: tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor
+            for name, tensor in _without_prefixes(theirs).items()}
 
 
 def _from_llama(config: GPTConfig, theirs: State) -> State:
@@ -199,16 +198,13 @@ def _make_config(path: Path, values: dict) -> GPTConfig:
 
 
 def load_nanogpt(path: Path) -> tuple[GPTConfig, State]:
-    """nanoGPT's ckpt.pt: `model_args`, and `model` with the prefixes that torch.compile leaves."""
+    """nanoGPT's ckpt.pt: `model_args`, and `model`."""
     checkpoint = read_nanogpt(path)
     with reading_values(path):
         args = checkpoint["model_args"]
         config = _make_config(path, {"mlp": "gelu"} | {key: args[key] for key in (
             "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias") if key in args})
-        state = {name.removeprefix("_orig_mod.").removeprefix("transformer."): tensor.float()
-                 for name, tensor in checkpoint["model"].items()}
-        state = {name: tensor for name, tensor in state.items() if not ATTENTION_MASKS.fullmatch(name)}
-        return config, _finish(config, state, path)
+        return config, _finish(config, _without_prefixes(checkpoint["model"]), path)
 
 
 def read_nanogpt(path: Path) -> dict:
@@ -237,15 +233,15 @@ def read_nanogpt(path: Path) -> dict:
 
 
 def _read_safetensors(folder: Path) -> State:
+    """All tensors, as float32."""
     files = [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if not files[0].is_file() and index.is_file():
-        names = set(read_json(index).get("weight_map", {}).values())
-        files = [folder / Path(name).name for name in sorted(names)]
+        files = [folder / Path(name).name for name in sorted({*read_json(index).get("weight_map", {}).values()})]
     state = {}
     for file in files:
         try:
-            state.update(load_file(file))
+            state |= {name: tensor.float() for name, tensor in load_file(file).items()}
         except FileNotFoundError:
             raise FileNotFoundError(f"{folder} has no {file.name}: weights are read from safetensors only") from None
         except SafetensorError as error:
@@ -289,8 +285,10 @@ def save_pretrained(config: GPTConfig, state: Mapping[str, torch.Tensor], folder
     token_ids = token_ids or {"config.json": ids, "generation_config.json": ids}
     state = {name: tensor.detach().float().cpu()[:config.vocab_size if name in TABLES else None]
              for name, tensor in state.items()}
-    to_theirs = _to_gpt2 if is_gpt2(config) else _to_llama if is_llama(config) else _to_own
-    settings, tensors = to_theirs(config, state)
+    if is_gpt2(config) or is_llama(config):
+        settings, tensors = (_to_gpt2 if is_gpt2(config) else _to_llama)(config, state)
+    else:
+        settings, tensors = {"architectures": ["FlatGPT"], "model_type": "flatgpt", **asdict(config)}, state
     write_json(folder / "config.json", settings | token_ids["config.json"] | {"torch_dtype": "float32"})
     write_json(folder / "generation_config.json", token_ids["generation_config.json"])
     save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
@@ -351,10 +349,6 @@ def _to_llama(config: GPTConfig, state: State) -> tuple[dict[str, Any], State]:
     if config.rope_original_block_size:
         settings["rope_scaling"] = rope  # transformers 4's name; it warns of a rope_theta in there
     return settings, tensors
-
-
-def _to_own(config: GPTConfig, state: State) -> tuple[dict[str, Any], State]:
-    return {"architectures": ["FlatGPT"], "model_type": "flatgpt", **asdict(config)}, state
 
 
 def save_tensors(tensors: State, path: Path) -> None:
