@@ -24,8 +24,8 @@ HTML = "an HTML page, as a failed download leaves one: download it again"
 MAGIC_BYTES = {  # first bytes of a file -> what it is, and the way out
     LFS_POINTER: "a Git LFS pointer, not the file itself: `git lfs pull` in its folder fetches that",
     b"<!doctype html": HTML, b"<html": HTML,
-    b"\x1f\x8b\x08": "compressed: `gzip -d` unpacks it", b"\x28\xb5\x2f\xfd": "compressed: `zstd -d` unpacks it",
-    b"BZh91AY&SY": "compressed: `bzip2 -d` unpacks it", b"\xfd7zXZ\0": "compressed: `xz -d` unpacks it",
+    **{magic: f"compressed: `{tool} -dc FILE > NEW` unpacks it" for magic, tool in {
+        b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh91AY&SY": "bzip2", b"\xfd7zXZ\0": "xz"}.items()},
     b"PK\x03\x04": "a ZIP archive, as np.savez and torch.save write one, too: `unzip` unpacks it",
     b"\x93NUMPY": "a file of np.save, with a header: for tokens without one, np.load(FILE).astype('<u2').tofile(FILE)",
     b"%PDF-": "a PDF: `pdftotext` makes text of it"}

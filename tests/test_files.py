@@ -76,7 +76,7 @@ def test_what_is_no_text_and_no_json_is_called_what_it_is(tmp_path):
             files.read_text(path)
     assert files.broken(path, ": reason") == f"{path} is broken: reason"
     path.write_bytes(b"\x1f\x8b\x08torn")
-    assert files.broken(path, ": reason") == f"{path} is compressed: `gzip -d` unpacks it"
+    assert files.broken(path, ": reason") == f"{path} is compressed: `gzip -dc FILE > NEW` unpacks it"
     assert files.broken(path, ": reason", b"\x1f\x8b") == f"{path} is broken: reason"
     assert files.broken(tmp_path / "gone", ": reason") == f"{tmp_path}/gone is broken: reason"
 

@@ -20,6 +20,8 @@ MAX_VOCAB_SIZE = 2**32
 MIN_VALUES = 64  # values other than 0 that it takes to tell what a file without a header holds
 MAX_ID = 1 << 20  # above that of any vocabulary
 SAMPLE_BYTES = 1 << 17  # read in each of three places
+FOREIGN_DTYPES = (("<i8", "64-bit numbers"), ("<i4", "32-bit numbers"), ("<f8", "64-bit floating-point numbers"),
+                   ("<f4", "32-bit floating-point numbers"), (">u2", "big-endian 16-bit numbers"))
 
 
 def refuse_foreign_bin(path: Path) -> None:
@@ -44,25 +46,31 @@ def refuse_foreign_bin(path: Path) -> None:
             codecs.getincrementaldecoder("utf-8")().decode(text)
             raise ValueError(f"{path} is a text, not tokens: make a data set of it with python prepare_data.py "
                              f"--input='{path}' --name=NAME")
-    for itemsize in (8, 4):
-        dtype = f"<i{itemsize}"
+    for dtype, what in FOREIGN_DTYPES:
+        itemsize = np.dtype(dtype).itemsize
         values = np.frombuffer(sample[:len(sample) // itemsize * itemsize], dtype)
         if size % itemsize == 0 and _are_tokens(values):
-            raise ValueError(f"{path} holds {8 * itemsize}-bit numbers, and nanoGPT's layout is 16-bit tokens: " + (
+            raise ValueError(f"{path} holds {what}, and nanoGPT's layout is 16-bit tokens: " + (
                 f"convert it with python -c \"import numpy as np; np.fromfile('{path}', '{dtype}').astype('<u2')"
                 f".tofile('{path}')\"" if values.max() < 65536 else "ids above 65,535 do not fit those; make the data "
                 "anew with python prepare_data.py, whose shards say how wide their tokens are"))
 
 
 def _are_tokens(values: np.ndarray) -> bool:
-    """Whether values of 32 or 64 bits are ids beyond doubt."""
+    """Whether values, read as one of FOREIGN_DTYPES, are ids beyond doubt."""
     held = values[values != 0]
-    if len(held) < MIN_VALUES or not (held.min() > 0 and held.max() < MAX_ID):
+    is_big_endian = values.itemsize == 2  # if all would be multiples of 256 to a little-endian reader
+    if len(held) < MIN_VALUES or not (held.min() > 0 and held.max() < (256 if is_big_endian else MAX_ID)):
         return False
     ids = np.unique(held)
+    is_monotonous = len(ids) == 1 and len(np.unique(np.diff(np.flatnonzero(values)))) == 1
+    if is_monotonous or (ids != np.floor(ids)).any():
+        return False
+    if is_big_endian or values.dtype.kind == "f":
+        return True
     if ids[-1] >= 65536:  # a high half that is no 0 belongs to a vocabulary that fills the low one
         return bool((ids % 65536).max() >= 32768)
-    return len(ids) > MIN_VALUES or (len(ids) > 1 and len(held) < len(values))
+    return len(ids) > MIN_VALUES or len(held) < len(values)
 
 
 def read_meta(folder: Path) -> dict:

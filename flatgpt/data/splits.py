@@ -54,8 +54,8 @@ def plan_splits(parts: list[Part], text_column: str, val_fraction: float, test_f
     """The rule for a source, from its beginning alone.
 
     In a small source too few documents, or none, might fall below `val_fraction` by chance. There the documents with
-    the lowest draws make the val split, as many as the fraction says and at least one; likewise the test split. Raises
-    ValueError for a source without text."""
+    the lowest draws make the val split, as many as the fraction says and at least one; likewise the test split; but one
+    is left to train on. Raises ValueError for a source without text."""
     rule = SplitRule(val_fraction, test_fraction, val_fraction, val_fraction + test_fraction)
     draws, num_bytes, fault = set(), 0, ""
     for part in parts:
@@ -75,7 +75,8 @@ def plan_splits(parts: list[Part], text_column: str, val_fraction: float, test_f
         rule.by_position = True
         return rule
     ordered = sorted(draws) + [1.0]
-    num_val = max(1, round(val_fraction * len(draws)))
-    num_test = max(1, round(test_fraction * len(draws))) if test_fraction else 0
-    rule.val_below, rule.test_below = ordered[num_val], ordered[min(num_val + num_test, len(draws))]
+    spare = len(draws) - 1  # at least one document is to train on
+    num_val = min(max(1, round(val_fraction * len(draws))), spare)
+    num_test = min(max(1, round(test_fraction * len(draws))), spare - num_val) if test_fraction else 0
+    rule.val_below, rule.test_below = ordered[num_val], ordered[num_val + num_test]
     return rule

@@ -376,8 +376,9 @@ def test_a_page_in_the_place_of_a_download_is_called_one(ending):
 
 
 @pytest.mark.parametrize(("content", "command"), [
-    (gzip.compress(b"text", mtime=0), "gzip -d"), (zstd(b"text"), "zstd -d"), (bz2.compress(b"text"), "bzip2 -d"),
-    (lzma.compress(b"text"), "xz -d"), (b"PK\x03\x04...", "unzip")])
+    (gzip.compress(b"text", mtime=0), "gzip -dc FILE > NEW"), (zstd(b"text"), "zstd -dc FILE > NEW"),
+    (bz2.compress(b"text"), "bzip2 -dc FILE > NEW"), (lzma.compress(b"text"), "xz -dc FILE > NEW"),
+    (b"PK\x03\x04...", "unzip")])
 def test_what_is_compressed_is_refused_with_the_command_that_unpacks_it(content, command):
     for name in ("a.txt", "a.jsonl"):
         write(name, content)

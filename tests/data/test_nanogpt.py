@@ -95,19 +95,25 @@ CHAR_IDS = RNG.choice(65, 5000, p=RNG.dirichlet(np.ones(65)))
 TOKEN_IDS = (50257 * RNG.random(5000) ** 4).astype(np.int64)  # most of them low, as tokens are
 
 
-@pytest.mark.parametrize("dtype", ["<u4", "<i4", "<i8", "<u8"])
-@pytest.mark.parametrize("ids", [CHAR_IDS, TOKEN_IDS, 4 * TOKEN_IDS, np.sort(CHAR_IDS), RNG.integers(0, 3, 3000),
+@pytest.mark.parametrize("dtype", ["<u4", "<i4", "<i8", "<u8", "<f4", "<f8"])
+@pytest.mark.parametrize("ids", [CHAR_IDS, TOKEN_IDS, 4 * TOKEN_IDS, np.sort(CHAR_IDS), RNG.integers(0, 2, 3000),
                                  np.concatenate([np.zeros(200_000, int), TOKEN_IDS])], ids=range(6))
 def test_wider_numbers_are_refused_with_what_mends_it(tmp_path, dtype, ids):
     path = tmp_path / "train.bin"
     ids.astype(dtype).tofile(path)
     bits = 8 * np.dtype(dtype).itemsize
-    with pytest.raises(ValueError, match=rf"train\.bin holds {bits}-bit numbers, and .* prepare_data\.py"
-                       if ids.max() > 65535 else rf"train\.bin holds {bits}-bit numbers, and .* python -c"):
+    with pytest.raises(ValueError, match=rf"train\.bin holds {bits}-bit .*numbers, and .* prepare_data\.py"
+                       if ids.max() > 65535 else rf"train\.bin holds {bits}-bit .*numbers, and .* python -c"):
         open_shard(path)
 
 
-@pytest.mark.parametrize("dtype", ["<u4", "<i8"])
+def test_big_endian_characters_are_refused(tmp_path):
+    CHAR_IDS.astype(">u2").tofile(tmp_path / "val.bin")
+    with pytest.raises(ValueError, match=r"val\.bin holds big-endian 16-bit numbers"):
+        open_shard(tmp_path / "val.bin")
+
+
+@pytest.mark.parametrize("dtype", ["<u4", "<i8", "<f4", ">u2"])
 def test_the_command_in_the_message_mends_the_file(tmp_path, dtype):
     path = tmp_path / "train.bin"
     CHAR_IDS.astype(dtype).tofile(path)
@@ -154,7 +160,7 @@ def save_npy(path: Path, ids: np.ndarray) -> None:
 
 @pytest.mark.parametrize(("write", "words"), [
     (save_npy, r"is a file of np\.save, with a header: .*np\.load"),
-    (lambda path, ids: path.write_bytes(gzip.compress(ids.tobytes())), "is compressed: `gzip -d`"),
+    (lambda path, ids: path.write_bytes(gzip.compress(ids.tobytes())), "is compressed: `gzip -dc FILE > NEW`"),
     (lambda path, ids: torch.save(torch.from_numpy(ids), path), "is a ZIP archive, as np.savez and torch.save write"),
     (lambda path, ids: path.write_text("to be or not to be\n" * 99), r"is a text, not tokens: .*prepare_data\.py"),
     (lambda path, ids: path.write_text("Sein oder Nichtsein, é und 一\n" * 999), "is a text"),
