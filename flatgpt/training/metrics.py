@@ -288,7 +288,7 @@ class Reporter:
         self._step = step
         if self._speaks:
             cut_to_events(self._path, step)
-            self._trackers.go_back(step)
+            self._trackers.each(lambda tracker: tracker.go_back(step))
         self.record({"step": step, "rollbacks": rollbacks, "skipped": skipped, "next_seq": next_seq,
                      "elapsed_s": self.elapsed_s()})
         if self._bar is not None:
@@ -312,13 +312,12 @@ class Reporter:
             if not self._is_missing_lines:
                 self.log(f"warning: {self._path} cannot be written ({error.strerror}); going on without")
             self._is_missing_lines = True
-        self._trackers.log(values)
+        self._trackers.each(lambda tracker: tracker.log(values))
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-        if self._trackers:
-            self._trackers.close(summarize(read_records(self._path)))
+        self._trackers.each(lambda tracker: tracker.close(summarize(read_records(self._path))))
 
 
 def printable(text: str) -> str:
