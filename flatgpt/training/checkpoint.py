@@ -114,9 +114,8 @@ class RunFolder:
 
     def state_in(self, folder: Path | None) -> dict[str, Any]:
         """What a checkpoint's trainer.json says, and `folder`; without one, the state of a new run."""
-        if folder is None:
-            return fresh_state() | {"options": self._begun()}
-        return fresh_state() | read_trainer(folder) | {"folder": str(folder)}
+        found = {"options": self._begun()} if folder is None else read_trainer(folder) | {"folder": str(folder)}
+        return fresh_state() | found
 
     def find(self, lock: bool) -> Path | None:
         """The checkpoint that `resume` means, None for a new run; makes nothing. With `lock`, a folder that holds a
@@ -132,12 +131,11 @@ class RunFolder:
             return None
         folder = self.newest_valid()
         if folder is None and self.config.resume == "must":
-            theirs = self.path / "ckpt.pt"
+            hint, theirs = "", self.path / "ckpt.pt"
             if theirs.is_file():
                 weights.read_nanogpt(theirs)  # raises ValueError for what is none
-            raise ValueError(f"nothing to resume: {self.path} holds no checkpoint"
-                             + (f" of ours (start from nanoGPT's with --init_from={theirs} and another --out_dir)"
-                                if theirs.is_file() else ""))
+                hint = f" of ours (start from nanoGPT's with --init_from={theirs} and another --out_dir)"
+            raise ValueError(f"nothing to resume: {self.path} holds no checkpoint{hint}")
         return folder
 
     def open(self, options: dict[str, Any], is_new: bool) -> bool:
@@ -161,9 +159,8 @@ class RunFolder:
     def _make_room_for_links(self) -> None:
         """What a copy that followed the links has put in their places: a checkpoint whose step's folder is missing
         becomes that, one that is there twice goes, and what is no checkpoint moves aside."""
-        for path in (self.checkpoints / name for name in LINKS):
-            if path.is_symlink() or not path.is_dir():
-                continue
+        folders = (path for name in LINKS if (path := self.checkpoints / name).is_dir() and not path.is_symlink())
+        for path in folders:
             with contextlib.suppress(OSError):  # then the link cannot be made, which will be said
                 if path in self.steps():
                     self._publish(path, self.checkpoints / _name(step_of(path)))

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import ROOT, TINY_RUN, records_of, run_process
-from test_faults import start_ranks, until
+from faults import start_ranks, until
 
 from flatgpt.training import trackers
 from model import GPT
