@@ -1,5 +1,7 @@
 """What the tests of faults share: a small run, on ranks that torchrun starts or that are forked, with faults planted in
 it. Tests that use the fixtures here name this module among their `pytest_plugins`.
+
+PYTEST_DONT_REWRITE: they import it before pytest could rewrite its assertions.
 """
 
 from __future__ import annotations
