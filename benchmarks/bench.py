@@ -8,8 +8,7 @@
     python -m benchmarks.bench gpu --config=config/gpt2_124m.py         the rows of BENCHMARKS.md's GPU table
 
 Each prints a line a round, then medians and spreads; `--json` prints all numbers as one JSON object in the end.
-With `--profile=FILE`, `train` writes a torch profiler trace of a few steps instead. BENCHMARKS.md says how to read
-the numbers, and baselines.py what the other ways do.
+BENCHMARKS.md says how to read the numbers, and baselines.py what the other ways do.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -43,19 +42,19 @@ import torch
 from benchmarks import baselines
 from benchmarks.baselines import NEW_TOKENS, PROMPT_IDS
 from benchmarks.scripts import Figures, command, compare, run, run_training, show, spread
-from flatgpt.data.loader import MixedOrder, TrainOrder
-from flatgpt.data.shards import Split, open_dataset
+from flatgpt.data.shards import open_dataset
 from flatgpt.data.tokenizer import GPT2Tokenizer
 from flatgpt.models.sampling import Sampler
 from flatgpt.options import parse_options, run_script
 from flatgpt.training.checkpoint import RunConfig, RunFolder
 from flatgpt.training.device import pick_device, pick_dtype, pick_numerics
-from flatgpt.training.distributed import Job, compile_parts
+from flatgpt.training.distributed import Job
 from flatgpt.training.optim import OptimConfig, build_optimizer
 from flatgpt.training.resume import Progress
 from model import GPT, GPTConfig
 from train import TrainConfig
 
+T = TypeVar("T")
 SAMPLED = GPTConfig(bias=True, mlp="gelu_tanh")  # GPT-2 small
 
 
@@ -69,7 +68,6 @@ class BenchConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of train.py and sample.py; the baselines are float32
     baseline: bool = False  # run what people would use instead as well
     json: bool = False  # print the numbers as JSON
-    profile: Annotated[str, "path"] = ""  # write a trace of a few training steps to this file
 
 
 def main(argv: list[str]) -> None:
@@ -77,7 +75,7 @@ def main(argv: list[str]) -> None:
     bench, _ = parse_options(BenchConfig, argv, usage=__doc__, bare_word="what")
     measures = {"train": bench_train, "sample": bench_sample, "data": bench_data, "checkpoint": bench_checkpoint,
                 "gpu": bench_gpu}
-    measured = profile_training(bench) if bench.profile else measures[bench.what](bench)
+    measured = measures[bench.what](bench)
     if bench.json:
         print(json.dumps(measured))
 
@@ -86,7 +84,7 @@ def train_config(bench: BenchConfig) -> TrainConfig:
     return parse_options(TrainConfig, [bench.config, *shlex.split(bench.options)])[0]
 
 
-def in_child(measure: Callable[..., Figures], *args: Any) -> Figures:
+def in_child(measure: Callable[..., T], *args: Any) -> T:
     """measure(*args) in a fresh process, which raises here what it raises there."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
         return child.submit(measure, *args).result()
@@ -131,45 +129,6 @@ def run_train(bench: BenchConfig, steps: int, dataset: str) -> Figures:
     return {"tokens_per_sec": tokens_per_sec, "ms_per_step": 1000 * trained[0]["tokens"] / tokens_per_sec,
             "run_s": last["elapsed_s"], "memory_gb": trained[-1]["memory_gb"], "mfu": trained[-1]["mfu"],
             "val_loss": last["val/loss"], "batch_size": options["batch_size"]}
-
-
-def profile_training(bench: BenchConfig) -> None:
-    """A trace of three steps of the configuration's model on random tokens, for chrome://tracing or Perfetto."""
-    config = train_config(bench)
-    device = pick_device(config.where.device)
-    model = GPT(GPTConfig(**asdict(config.model) | {"vocab_size": config.model.vocab_size or 50257}))
-    rows = max(1, config.data.batch_size) * config.model.block_size
-    numerics, _ = pick_numerics(model, bench.dtype, config.attention, device, rows, {})
-    job = Job(0, 1, device, numerics.dtype)
-    model.to(device).set_attention(numerics.attention)
-    if failure := compile_parts(model, config.compile, job, config.data.batch_size):
-        print(f"torch.compile failed: {failure}")
-    train_step, _ = make_train_step(model, job, config.data.batch_size, config.model.block_size)
-    [train_step() for _ in range(3)]
-    with torch.profiler.profile() as profile:
-        [train_step() for _ in range(3)]
-    profile.export_chrome_trace(bench.profile)
-    print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=50))
-
-
-def make_train_step(model: GPT, job: Job, batch_size: int,
-                    block_size: int) -> tuple[Callable[[], float], torch.optim.Optimizer]:
-    """A function that makes a step on random tokens and gives the seconds it took, and its optimiser."""
-    optimizer = build_optimizer(model, OptimConfig())
-    tokens = torch.randint(model.config.vocab_size, (batch_size, block_size + 1), device=job.device)
-
-    def train_step() -> float:
-        began = time.perf_counter()
-        with job.autocast():
-            loss = model(tokens[:, :-1], tokens[:, 1:])[1]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        loss.item()
-        return time.perf_counter() - began
-
-    return train_step, optimizer
 
 
 # Sampling
@@ -291,7 +250,7 @@ def bench_checkpoint(bench: BenchConfig) -> dict:
     device = pick_device("auto")
     job = Job(0, 1, device, pick_dtype("auto", device))
     model = GPT(GPTConfig()).to(device)
-    train_step, optimizer = make_train_step(model, job, batch_size=1, block_size=256)
+    train_step, optimizer = make_train_step(model, job)
     with tempfile.TemporaryDirectory() as folder, RunFolder(RunConfig(folder, keep_last=1), job, print) as run:
         run.open({}, is_new=True)
         [train_step() for _ in range(3)]
@@ -319,59 +278,47 @@ def bench_checkpoint(bench: BenchConfig) -> dict:
     return {"waiting": stalls, "waiting_and_slower_steps": costs}
 
 
+def make_train_step(model: GPT, job: Job) -> tuple[Callable[[], float], torch.optim.Optimizer]:
+    """A function that makes a step on 256 random tokens and gives the seconds it took, and its optimiser."""
+    optimizer = build_optimizer(model, OptimConfig())
+    tokens = torch.randint(model.config.vocab_size, (1, 257), device=job.device)
+
+    def train_step() -> float:
+        began = time.perf_counter()
+        with job.autocast():
+            loss = model(tokens[:, :-1], tokens[:, 1:])[1]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+        return time.perf_counter() - began
+
+    return train_step, optimizer
+
+
 # Data
 
 
 def bench_data(bench: BenchConfig) -> dict:
-    """Megabytes of text a second on every .py file of this Python with GPT-2's tokenizer, the peak memory of
-    prepare_data.py's process tree, and the tokens a second that one core reads as training batches."""
+    """Megabytes of text a second on every .py file of this Python with GPT-2's tokenizer."""
     megabytes = sum(len(text.encode()) for text in baselines.corpus()) / 1e6
     with tempfile.TemporaryDirectory() as folder:
-        def prepare() -> Figures:
+        def prepare() -> float:
             shutil.rmtree(f"{folder}/data", ignore_errors=True)
-            return run_with_children(command("prepare_data.py", "python_source"), folder)
+            began = time.perf_counter()
+            run("prepare_data.py", "python_source", cwd=folder)
+            return time.perf_counter() - began
 
-        def with_speed(measure: Callable[[], Figures]) -> Figures:
-            figures = measure()
-            return {"mb_per_sec": megabytes / figures["seconds"]} | figures
+        def with_speed(measure: Callable[[], float]) -> Figures:
+            seconds = measure()
+            return {"mb_per_sec": megabytes / seconds, "seconds": seconds}
 
         # The plain ways say themselves how long they took, the imports of this file left out.
         ways = {"prepare_data.py": prepare, "a bare pool": partial(in_child, baselines.encode_in_pool),
                 "datasets.map and memmap": partial(in_child, baselines.prepare_plainly, folder)}
-        seen = compare(bench.rounds, {way: partial(with_speed, measure) for way, measure in ways.items()},
-                       ("mb_per_sec", "seconds", "memory_gb"))
-        speed = reading_speed(open_dataset(f"{folder}/data/python_source").splits["train"])
-    print(f"reading batches of 12 x 1024: {speed / 1e6:.0f} million tokens/s a core, {os.cpu_count()} cores in this "
-          "machine")
-    return seen | {"reading_tokens_per_sec": speed}
-
-
-def run_with_children(args: list[str], cwd: str) -> Figures:
-    """A command's seconds, and the most memory that it and all its children held at a time, looked up every 50 ms
-    (Linux). Raises OSError with the end of what it said when it fails."""
-    peak, unit, began = 0, os.sysconf("SC_PAGE_SIZE"), time.perf_counter()
-    process = subprocess.Popen(args, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None:
-        tree, pages = [process.pid], 0
-        for pid in tree:
-            with contextlib.suppress(OSError):  # it has ended meanwhile
-                tree += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-                pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-        peak = max(peak, pages * unit)
-        time.sleep(0.05)
-    if process.returncode:
-        raise OSError(f"{args[1]} failed: {process.stderr.read()[-500:]}")
-    return {"seconds": time.perf_counter() - began, "memory_gb": peak / 1e9}
-
-
-def reading_speed(split: Split, block_size: int = 1024, batch_size: int = 12, batches: int = 2000) -> float:
-    """Tokens a second in one thread, the second time over the same batches."""
-    order = MixedOrder([TrainOrder(split, block_size, seed=1)], [1.0])
-    for _ in range(2):
-        began = time.perf_counter()
-        for i in range(batches):
-            order.batch(i * batch_size, batch_size)
-    return batches * batch_size * block_size / (time.perf_counter() - began)
+        return compare(bench.rounds, {way: partial(with_speed, measure) for way, measure in ways.items()},
+                       ("mb_per_sec", "seconds"))
 
 
 if __name__ == "__main__":

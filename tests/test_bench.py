@@ -46,14 +46,6 @@ def test_without_the_data_set_random_tokens_are_trained_on(cli, config):
     assert numbers_of(result.out)["train.py"][0]["val_loss"] == pytest.approx(10.82, abs=0.2)  # ln 50257
 
 
-def test_a_profile_is_a_trace(cli, config, tmp_path):
-    result = cli("benchmarks.bench", "train", f"--config={config}", f"--options={OPTIONS}",
-                 f"--profile={tmp_path / 'trace.json'}")
-    assert result.code == 0, result.err
-    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    assert "aten::" in result.out
-
-
 def test_the_rows_of_the_gpu_table_come_from_any_device(cli, config, monkeypatch):
     monkeypatch.setattr("benchmarks.bench.SAMPLED",
                         GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=160, vocab_size=300))
