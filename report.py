@@ -168,8 +168,8 @@ def summary_table(runs: list[Run]) -> str:
     """One row a run; a column that no run has a number for is left out."""
     rows = [run.summary() for run in runs]
     columns = {
-        "parameters": lambda s: short_with_exact(s["parameters"]),
-        "tokens": lambda s: short_with_exact(s["tokens"]),
+        "parameters": lambda s: short(s["parameters"]) if s["parameters"] else "",
+        "tokens": lambda s: short(s["tokens"]),
         "steps": lambda s: f"{s['steps']:,}" + (f" of {s['max_iters']:,.0f}" if s["max_iters"] else ""),
         "last train loss": lambda s: show(s["train_loss"], ".4f"),
         "last val loss": lambda s: show(s["val_loss"], ".4f") + (
@@ -207,10 +207,6 @@ def folded(title: str, content: str) -> str:
 
 def show(value: float | None, form: str, unit: str = "") -> str:
     return "" if value is None else format(value, form) + unit
-
-
-def short_with_exact(value: int | None) -> str:
-    return "" if value is None else f'<span title="{value:,}">{short(value)}</span>'
 
 
 def duration(seconds: float) -> str:

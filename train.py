@@ -169,15 +169,15 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     validation = Validation(model, val_splits, data.shares, config.eval_iters * config.data.batch_size,
                             plan.micro_batch, job)  # in rows of a micro-batch, a shape that compiled blocks know
     if config.eval_only:
-        report.log(f"step {trainer['step']}: {describe_losses(validation.whole())} on the whole validation split")
+        losses = describe_losses(validation.losses(whole=True))
+        report.log(f"step {trainer['step']}: {losses} on the whole validation split")
         return ""
     if trainer["folder"] and trainer["step"] >= config.max_iters:
         report.log(f"{run.path} is finished: {trainer['step']:,} steps. To go on, raise --max_iters (now "
                    f"{config.max_iters}); for another run, choose another --out_dir.")
         return ""
 
-    # 4) What it will take, before it is taken. Then the model's outer shells, compiled blocks and the averaging of
-    # gradients over the ranks, and the optimiser.
+    # 4) What it will take, before it is taken; then compiled blocks, the averaging over the ranks, and the optimiser.
     for line in preflight.report(model, plan, loader.describe_epochs(data, train_order), run, config.eval_interval,
                                  config.max_iters, config.optim, job):
         report.log(line)
@@ -207,13 +207,13 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
             evaluated, is_best = (now.step % config.eval_interval == 0 or is_last) and not is_done, False
             if evaluated:
                 with report.excluded():
-                    losses, sampled = validation.sample(), None
+                    losses, sampled = validation.losses(), None
                     best = math.inf if now.best_val_loss is None else now.best_val_loss
                     # A start is not saved, and so is not the best that there is to go back to.
                     if losses["val/loss"] < best and not now.bad_steps and (now.step or is_last):
                         is_best, now.best_val_loss = True, losses["val/loss"]
                     if is_last and not validation.sample_is_whole:
-                        losses, sampled = validation.whole(), losses
+                        losses, sampled = validation.losses(whole=True), losses
                     report.validation(now.step, now.step * tokens_per_step, losses, sampled)
 
             # Once in a while: read what it writes (all ranks).

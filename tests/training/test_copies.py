@@ -23,7 +23,7 @@ def scripted(monkeypatch):
 
     def script(at: int) -> None:
         left = iter(LOSSES[at:])
-        monkeypatch.setattr("flatgpt.training.metrics.validation_losses",
+        monkeypatch.setattr("flatgpt.training.metrics.Validation.losses",
                             lambda *args, **kwargs: {"val/loss": next(left, 9.0)})
 
     return script
