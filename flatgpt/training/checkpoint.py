@@ -85,8 +85,7 @@ class RunFolder:
         self._lock = FileLock(self.path / ".lock")
         self._host: tuple[State, State] = {}, {}  # the copies of weights and optimiser, used again by each save
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="save", initializer=_step_back)
-        self._writing: Future[Path] | None = None
-        self._saving = 0, False  # the step of that, and whether it is the best
+        self._writing: tuple[Future[Path], int, bool] | None = None  # with its step, and whether that is the best
         self._failures: list[str] = []  # of the latest saves in a row
         self._launch = [launcher.launch()]  # of every rank, when they have met
         self._warnings: dict[str, str | None] = {}  # of what a save can do without; None once it was said
@@ -220,23 +219,22 @@ class RunFolder:
 
     def save(self, model: LanguageModel, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer | None,
              trainer: dict[str, Any], is_best: bool) -> None:
-        """Begin to save the checkpoint of trainer["step"], once the one before is written; `settle` says how it went.
+        """Begin to save the checkpoint of trainer["step"], once the one before is written; `poll` says how it went.
 
         Every rank has to take part, since each may hold a part of the state; rank 0 writes."""
         distributed.on_rank0(self.poll, self._job)
         for live, host in zip((model.state_dict(), optim.optimizer_state(optimizer, model)), self._host):
             _copy_to_host(live, host, self._job)
         if self._job.rank == 0:
-            self._saving = trainer["step"], is_best
-            self._writing = self._writer.submit(self._write, model.config, tokenizer, trainer, is_best)
+            writing = self._writer.submit(self._write, model.config, tokenizer, trainer, is_best)
+            self._writing = writing, trainer["step"], is_best
 
     def poll(self, wait: bool = True) -> None:
         """When the save under way is over, say how it went; with `wait`, wait for that. A failure is a warning here:
         what was saved before is untouched by it."""
-        if self._writing is None or not (wait or self._writing.done()):
+        if self._writing is None or not (wait or self._writing[0].done()):
             return
-        writing, self._writing = self._writing, None
-        step, is_best = self._saving
+        (writing, step, is_best), self._writing = self._writing, None
         try:
             folder = writing.result()
         except OSError as error:

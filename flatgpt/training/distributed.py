@@ -83,8 +83,7 @@ def init_job(config: DeviceConfig, parallel: ParallelConfig | None = None, alone
     device = pick_device(config.device, local_rank)
     job = Job(rank, world_size, device, pick_dtype(config.dtype, device), parallel.parallel)
     job.set_dtype(job.dtype)  # is checked; what `auto` means is decided anew when the model is known
-    quota = machine.core_quota()  # without one, torch's own count of cores stays as it is
-    if quota and "OMP_NUM_THREADS" not in os.environ:
+    if machine.core_quota() and "OMP_NUM_THREADS" not in os.environ:  # else torch's own count of cores stays
         torch.set_num_threads(min(torch.get_num_threads(), max(1, machine.num_cores() // local_world_size)))
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -185,19 +185,16 @@ class Reporter:
                 # A terminal of unknown size counts as 80 x 24; tqdm by itself would show nothing there.
                 columns, lines = shutil.get_terminal_size()
                 self._bar = tqdm(total=self._max_iters, initial=step, unit="step", ncols=columns, nrows=lines)
-            self._start_trackers(step, is_new, options | {
-                "parameters": model.num_params(non_embedding=False), "world_size": self._job.world_size})
+            config, folder, facts = self._config, self._path.parent, options | {
+                "parameters": model.num_params(non_embedding=False), "world_size": self._job.world_size}
+            if config.wandb_log:
+                self._trackers.add("wandb", lambda: trackers.Wandb(
+                    folder, config.wandb_project, config.wandb_run_name, is_new, facts, self.log))
+            if config.tensorboard:
+                self._trackers.add("TensorBoard", lambda: trackers.TensorBoard(folder, step, facts))
         if step:
             self.record({"step": step, "resumed": True, "elapsed_s": elapsed_s})
         self._restart_clock()
-
-    def _start_trackers(self, step: int, is_new: bool, facts: dict[str, Any]) -> None:
-        config, folder = self._config, self._path.parent
-        if config.wandb_log:
-            self._trackers.add("wandb", lambda: trackers.Wandb(
-                folder, config.wandb_project, config.wandb_run_name, is_new, facts, self.log))
-        if config.tensorboard:
-            self._trackers.add("TensorBoard", lambda: trackers.TensorBoard(folder, step, facts))
 
     def log(self, line: str) -> None:
         if self._speaks:

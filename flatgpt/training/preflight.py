@@ -139,8 +139,7 @@ def memory_room(job: Job) -> float:
 
 
 def memory_parts(model: LanguageModel, plan: BatchPlan, job: Job) -> dict[str, float]:
-    """What takes how many bytes of the device on one rank; on a CPU, whose memory is the host's, all that lies there.
-    """
+    """What takes how many bytes of the device on one rank; on a CPU, all that lies in the host's memory."""
     parts = {"weights, gradients and the optimiser's means": state_bytes(model, plan, job),
              "a micro-batch": activation_bytes(model, plan.micro_batch, job)}
     if job.device.type != "cuda":
