@@ -19,6 +19,7 @@ import base64
 import html
 import json
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,15 +96,10 @@ def read_runs(folders: list[Path]) -> list[Run]:
 
 
 def labels(folders: list[Path]) -> list[str]:
-    """The folders' names, each with as many of its parents' as it takes to tell them apart."""
-    parts = [folder.resolve().parts for folder in folders]
-    depths = [1] * len(folders)
-    while True:
-        names = ["/".join(part[-depth:]) for part, depth in zip(parts, depths)]
-        alike = {name for name in names if names.count(name) > 1}
-        if not alike:
-            return names
-        depths = [depth + (name in alike) for name, depth in zip(names, depths)]
+    """The folders' paths below the last folder that holds them all."""
+    paths = [folder.resolve() for folder in folders]
+    common = os.path.commonpath([path.parent for path in paths])
+    return [path.relative_to(common).as_posix() for path in paths]
 
 
 def page(runs: list[Run], figures: dict[Picture, Figure]) -> str:
@@ -172,8 +168,8 @@ def summary_table(runs: list[Run]) -> str:
     """One row a run; a column that no run has a number for is left out."""
     rows = [run.summary() for run in runs]
     columns = {
-        "parameters": lambda s: short_with_exact(s["parameters"]),
-        "tokens": lambda s: short_with_exact(s["tokens"]),
+        "parameters": lambda s: short(s["parameters"]) if s["parameters"] else "",
+        "tokens": lambda s: short(s["tokens"]),
         "steps": lambda s: f"{s['steps']:,}" + (f" of {s['max_iters']:,.0f}" if s["max_iters"] else ""),
         "last train loss": lambda s: show(s["train_loss"], ".4f"),
         "last val loss": lambda s: show(s["val_loss"], ".4f") + (
@@ -190,8 +186,7 @@ def summary_table(runs: list[Run]) -> str:
         "restarts": lambda s: show(s["restarts"] or None, ",")}
     cells = {name: [cell(row) or "–" for row in rows] for name, cell in columns.items()}
     known = {name: column for name, column in cells.items() if set(column) != {"–"}}
-    names = [name_of(run, runs) + ("" if str(run.folder) == run.label else
-                                   f"<small>{html.escape(str(run.folder))}</small>") for run in runs]
+    names = [name_of(run, runs) + f"<small>{html.escape(str(run.folder))}</small>" for run in runs]
     return table(["run", *known], zip(names, *known.values())) + (
         "<p>Speed and MFU are medians over the reports. The best validation loss is over the windows that every "
         "evaluation of a run reads. Time includes evaluations and saves, and leaves out what a restart has lost.</p>")
@@ -212,10 +207,6 @@ def folded(title: str, content: str) -> str:
 
 def show(value: float | None, form: str, unit: str = "") -> str:
     return "" if value is None else format(value, form) + unit
-
-
-def short_with_exact(value: int | None) -> str:
-    return "" if value is None else f'<span title="{value:,}">{short(value)}</span>'
 
 
 def duration(seconds: float) -> str:

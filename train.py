@@ -166,17 +166,17 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     validation = Validation(model, val_splits, data.shares, config.eval_iters * config.data.batch_size,
                             plan.micro_batch, job)  # in rows of a micro-batch, a shape that compiled blocks know
     if config.eval_only:
-        report.log(f"step {trainer['step']}: {describe_losses(validation.whole())} on the whole validation split")
+        losses = describe_losses(validation.losses(whole=True))
+        report.log(f"step {trainer['step']}: {losses} on the whole validation split")
         return ""
     if trainer["folder"] and trainer["step"] >= config.max_iters:
         report.log(f"{run.path} is finished: {trainer['step']:,} steps. To go on, raise --max_iters (now "
                    f"{config.max_iters}); for another run, choose another --out_dir.")
         return ""
 
-    # 4) What it will take, before it is taken. Then the model's outer shells, compiled blocks and the averaging of
-    # gradients over the ranks, and the optimiser.
-    epochs, save_interval = loader.describe_epochs(data, train_order), config.run.save_interval or config.eval_interval
-    for line in preflight.report(model, plan, epochs, run, save_interval, config.max_iters, config.optim, job):
+    # 4) What it will take, before it is taken; then compiled blocks, the averaging over the ranks, and the optimiser.
+    for line in preflight.report(model, plan, loader.describe_epochs(data, train_order), run, config.eval_interval,
+                                 config.max_iters, config.optim, job):
         report.log(line)
     if failure := distributed.compile_parts(model, config.compile, job, plan.micro_batch):
         report.log(f"torch.compile failed, going on without it: {failure}")
@@ -194,25 +194,23 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     # 5) The loop. The next step reads the S sequences from now.next_seq on.
     batches = loader.prefetch(partial(loader.read_step, train_order, plan, job.rank, job.device),
                               itertools.count(now.next_seq, plan.seqs_per_step))
-    done_at = now.step if trainer["folder"] else None  # the step that was evaluated and saved before
-    stopped_by = ""
+    stopped_by, done_at = "", now.step if trainer["folder"] else None  # the step that was evaluated and saved before
     with signals.stop_requests() as asked:
         while True:
             is_last, is_done = now.step == config.max_iters, now.step == done_at
 
             # Once in a while: evaluate (all ranks). Checkpoints are compared on the same windows each time; the number
             # that counts at the end is the loss over the whole split.
-            evaluated = (now.step % config.eval_interval == 0 or is_last) and not is_done
-            is_best = False
+            evaluated, is_best = (now.step % config.eval_interval == 0 or is_last) and not is_done, False
             if evaluated:
                 with report.excluded():
-                    losses, sampled = validation.sample(), None
+                    losses, sampled = validation.losses(), None
                     best = math.inf if now.best_val_loss is None else now.best_val_loss
                     # A start is not saved, and so is not the best that there is to go back to.
                     if losses["val/loss"] < best and not now.bad_steps and (now.step or is_last):
                         is_best, now.best_val_loss = True, losses["val/loss"]
                     if is_last and not validation.sample_is_whole:
-                        losses, sampled = validation.whole(), losses
+                        losses, sampled = validation.losses(whole=True), losses
                     report.validation(now.step, now.step * tokens_per_step, losses, sampled)
 
             # Once in a while: read what it writes (all ranks).
@@ -246,9 +244,9 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
 
             # The one place where a step waits for the device: all that the ranks have to decide alike, in one piece.
             reason = why_stop(asked, config, run, job)
-            packed = [step_loss, distributed.full_tensor(norm) / job.world_size,
-                      torch.full_like(step_loss, bool(reason))]
-            mean_loss, norm, num_stops = distributed.sum_over_ranks(torch.stack(packed), job).tolist()
+            packed = torch.stack([step_loss, distributed.full_tensor(norm) / job.world_size,
+                                  torch.full_like(step_loss, bool(reason))])
+            mean_loss, norm, num_stops = distributed.sum_over_ranks(packed, job).tolist()
             batch_hash = int(batch_hash)  # is there as well; read later, it would wait for the update
             # A float16 gradient that overflows is the scaler's to skip: it tries again at a lower scale.
             overflow = (scaler.is_enabled() and math.isfinite(mean_loss) and not math.isfinite(norm)

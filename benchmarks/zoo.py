@@ -16,21 +16,17 @@ from flatgpt import signals
 if __name__ == "__main__":
     signals.begin()
 
-import json
 import shlex
 import statistics
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from benchmarks.scripts import PROJECT, run_training
 from flatgpt.files import write_text
 from flatgpt.options import parse_options, run_script
 
-PROJECT = Path(__file__).resolve().parent.parent
 CONFIG = "config/shakespeare_char_cpu.py"
 MARKS = "<!-- zoo -->\n", "<!-- /zoo -->\n"
 PLAIN_STEPS = 100  # of the plain GPT, ahead of each row
@@ -111,18 +107,12 @@ def show(line: str) -> str:
 
 
 def train(row: str, steps: int, dataset: str) -> Trained:
-    """One run of train.py. Raises OSError with the end of what it said when it fails."""
+    """One run of train.py. Raises OSError when it fails."""
     config, *options = shlex.split(row if row.startswith("config/") else f"{CONFIG} {row}")
-    with tempfile.TemporaryDirectory() as out_dir:
-        done = subprocess.run(
-            [sys.executable, str(PROJECT / "train.py"), str(PROJECT / config), *options, f"--dataset={dataset}",
-             f"--out_dir={out_dir}/run", f"--max_iters={steps}", f"--lr_decay_iters={steps}",
-             f"--eval_interval={10 * steps}", "--eval_iters=1", "--log_interval=10"],
-            text=True, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        if done.returncode:
-            raise OSError(f"train.py {row} failed: {done.stdout[-500:]}")
-        records = [json.loads(line) for line in Path(out_dir, "run/metrics.jsonl").read_text().splitlines()]
-    params = next(line for line in done.stdout.splitlines() if " parameters, " in line).split()[0]
+    records, _, output = run_training(
+        str(PROJECT / config), *options, f"--dataset={dataset}", f"--max_iters={steps}", f"--lr_decay_iters={steps}",
+        f"--eval_interval={10 * steps}", "--eval_iters=1", "--log_interval=10")
+    params = next(line for line in output.splitlines() if " parameters, " in line).split()[0]
     speeds = [768e3 / record["tokens_per_sec"] for record in records[1:] if "tokens_per_sec" in record]
     return Trained(int(params.replace(",", "")), records[-1]["val/loss"], statistics.median(speeds) if speeds else 0.0,
                    records[-1]["step"])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -93,19 +92,15 @@ def best_checkpoint(run: Path, before: int | None = None) -> Path | None:
     """The checkpoint with the best validation loss, of those before a step where one is given; None where none is
     known to be the best.
 
-    The newest whose trainer.json can be read says which it is. Where it does not, because it is older than that record,
-    the link says so; and where that checkpoint is not here, it is taken from the losses: each checkpoint carries the
-    best of the run so far, and an improvement always saves, so that the first with the lowest is the best."""
+    The newest whose trainer.json can be read says which it is. Where that checkpoint is not here, it is taken from the
+    losses: each checkpoint carries the best of the run so far, and an improvement always saves, so that the first with
+    the lowest is the best."""
     folders = {step: folder for step, folder in step_folders(run).items() if before is None or step < before}
     trainers = _readable_trainers(reversed(folders.values()))
     newest, trainer = next(trainers, (run, {"best_step": None}))
-    best, link = trainer.get("best_step"), run / "checkpoints" / "best"
-    if "best_step" not in trainer:
-        best = step_of(Path(os.readlink(link))) if link.is_symlink() else None
-    elif best is None:
-        return None
-    if best in folders:
-        return folders[best]
+    best = trainer.get("best_step", -1)
+    if best is None or best in folders:
+        return folders.get(best)
     losses = {folder: trainer["best_val_loss"] for folder, trainer in [(newest, trainer), *trainers]
               if trainer.get("best_val_loss") is not None}
     return min(reversed(losses), key=losses.get, default=None)

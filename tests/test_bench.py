@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 from conftest import TINY_RUN
 
+from benchmarks.baselines import train_plainly
 from model import GPTConfig
 
 OPTIONS = " ".join(option for option in TINY_RUN if not option.startswith(("--dataset", "--out_dir", "--max_iters")))
@@ -44,21 +46,6 @@ def test_without_the_data_set_random_tokens_are_trained_on(cli, config):
     assert numbers_of(result.out)["train.py"][0]["val_loss"] == pytest.approx(10.82, abs=0.2)  # ln 50257
 
 
-def test_a_profile_is_a_trace(cli, config, tmp_path):
-    result = cli("benchmarks.bench", "train", f"--config={config}", f"--options={OPTIONS}",
-                 f"--profile={tmp_path / 'trace.json'}")
-    assert result.code == 0, result.err
-    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    assert "aten::" in result.out
-
-
-def test_the_start_is_measured(cli, config):
-    result = cli("benchmarks.bench", "startup", f"--config={config}", f"--options={OPTIONS}", "--rounds=1",
-                 "--json=True")
-    assert result.code == 0, result.err
-    assert all(way[0]["seconds"] > 0.1 for way in numbers_of(result.out).values())
-
-
 def test_the_rows_of_the_gpu_table_come_from_any_device(cli, config, monkeypatch):
     monkeypatch.setattr("benchmarks.bench.SAMPLED",
                         GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=160, vocab_size=300))
@@ -76,19 +63,18 @@ def test_the_rows_of_the_gpu_table_come_from_any_device(cli, config, monkeypatch
 
 
 def test_a_way_that_fails_leaves_the_gpu_tables_other_rows(cli, config, monkeypatch):
-    def measure(way, *args, **kwargs):
-        if way == "plain":
-            raise OSError("bench.py failed: CUDA out of memory")
+    def measure(*args, **kwargs):
+        if train_plainly in args:
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return {"tokens_per_sec": 10.0, "seconds": 2.0}
 
-    monkeypatch.setattr("benchmarks.bench.run_train", measure)
-    monkeypatch.setattr("benchmarks.bench.run_baseline", measure)
-    monkeypatch.setattr("benchmarks.bench.time_until", measure)
+    for name in ("run_train", "in_child", "time_until"):
+        monkeypatch.setattr(f"benchmarks.bench.{name}", measure)
     monkeypatch.setattr("benchmarks.bench.SAMPLED",
                         GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=160, vocab_size=300))
     result = cli("benchmarks.bench", "gpu", f"--config={config}", f"--options={OPTIONS}", "--rounds=2")
     assert result.code == 0, result.err
-    assert "error: bench.py failed: CUDA out of memory" in result.out
+    assert "error: CUDA out of memory" in result.out
     assert "| the plain loop: failed, see above |  |  |  |  |  |" in result.out
     assert "| train.py |  | 10 |  |  | 2 |" in result.out
     assert "| uncached, 64 at a time |  | 10 |  |  | 2 |" in result.out

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY_RUN, records_of, torchrun
-from test_faults import start_ranks
+from faults import start_ranks
 
 from model import GPT
 

@@ -85,8 +85,7 @@ class RunFolder:
         self._lock = FileLock(self.path / ".lock")
         self._host: tuple[State, State] = {}, {}  # the copies of weights and optimiser, used again by each save
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="save", initializer=_step_back)
-        self._writing: Future[Path] | None = None
-        self._saving = 0, False  # the step of that, and whether it is the best
+        self._writing: tuple[Future[Path], int, bool] | None = None  # with its step, and whether that is the best
         self._failures: list[str] = []  # of the latest saves in a row
         self._launch = [launcher.launch()]  # of every rank, when they have met
         self._warnings: dict[str, str | None] = {}  # of what a save can do without; None once it was said
@@ -114,9 +113,8 @@ class RunFolder:
 
     def state_in(self, folder: Path | None) -> dict[str, Any]:
         """What a checkpoint's trainer.json says, and `folder`; without one, the state of a new run."""
-        if folder is None:
-            return fresh_state() | {"options": self._begun()}
-        return fresh_state() | read_trainer(folder) | {"folder": str(folder)}
+        found = {"options": self._begun()} if folder is None else read_trainer(folder) | {"folder": str(folder)}
+        return fresh_state() | found
 
     def find(self, lock: bool) -> Path | None:
         """The checkpoint that `resume` means, None for a new run; makes nothing. With `lock`, a folder that holds a
@@ -132,12 +130,11 @@ class RunFolder:
             return None
         folder = self.newest_valid()
         if folder is None and self.config.resume == "must":
-            theirs = self.path / "ckpt.pt"
+            hint, theirs = "", self.path / "ckpt.pt"
             if theirs.is_file():
                 weights.read_nanogpt(theirs)  # raises ValueError for what is none
-            raise ValueError(f"nothing to resume: {self.path} holds no checkpoint"
-                             + (f" of ours (start from nanoGPT's with --init_from={theirs} and another --out_dir)"
-                                if theirs.is_file() else ""))
+                hint = f" of ours (start from nanoGPT's with --init_from={theirs} and another --out_dir)"
+            raise ValueError(f"nothing to resume: {self.path} holds no checkpoint{hint}")
         return folder
 
     def open(self, options: dict[str, Any], is_new: bool) -> bool:
@@ -161,9 +158,8 @@ class RunFolder:
     def _make_room_for_links(self) -> None:
         """What a copy that followed the links has put in their places: a checkpoint whose step's folder is missing
         becomes that, one that is there twice goes, and what is no checkpoint moves aside."""
-        for path in (self.checkpoints / name for name in LINKS):
-            if path.is_symlink() or not path.is_dir():
-                continue
+        folders = (path for name in LINKS if (path := self.checkpoints / name).is_dir() and not path.is_symlink())
+        for path in folders:
             with contextlib.suppress(OSError):  # then the link cannot be made, which will be said
                 if path in self.steps():
                     self._publish(path, self.checkpoints / _name(step_of(path)))
@@ -223,23 +219,22 @@ class RunFolder:
 
     def save(self, model: LanguageModel, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer | None,
              trainer: dict[str, Any], is_best: bool) -> None:
-        """Begin to save the checkpoint of trainer["step"], once the one before is written; `settle` says how it went.
+        """Begin to save the checkpoint of trainer["step"], once the one before is written; `poll` says how it went.
 
         Every rank has to take part, since each may hold a part of the state; rank 0 writes."""
         distributed.on_rank0(self.poll, self._job)
         for live, host in zip((model.state_dict(), optim.optimizer_state(optimizer, model)), self._host):
             _copy_to_host(live, host, self._job)
         if self._job.rank == 0:
-            self._saving = trainer["step"], is_best
-            self._writing = self._writer.submit(self._write, model.config, tokenizer, trainer, is_best)
+            writing = self._writer.submit(self._write, model.config, tokenizer, trainer, is_best)
+            self._writing = writing, trainer["step"], is_best
 
     def poll(self, wait: bool = True) -> None:
         """When the save under way is over, say how it went; with `wait`, wait for that. A failure is a warning here:
         what was saved before is untouched by it."""
-        if self._writing is None or not (wait or self._writing.done()):
+        if self._writing is None or not (wait or self._writing[0].done()):
             return
-        writing, self._writing = self._writing, None
-        step, is_best = self._saving
+        (writing, step, is_best), self._writing = self._writing, None
         try:
             folder = writing.result()
         except OSError as error:

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from flatgpt import machine
 from flatgpt.options import check_options
 
 if TYPE_CHECKING:
@@ -217,9 +216,3 @@ def one_line(error: Exception) -> str:
     """What a compiler or a driver throws, as far as a person reads it."""
     return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
 
-
-def memory_bytes(device: torch.device) -> int:
-    """All the memory of a GPU; for everything else what this process may have of the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return machine.memory_bytes()

@@ -4,7 +4,7 @@ Owns every call of torch.distributed. One process without torchrun is the job of
 work there without a process group, so that train.py has no second path.
 
 Invariants: rank 0 decides what depends on files (where to resume) and broadcasts it; what the ranks must agree on is
-compared at the start; tensors that leave this room for a checkpoint are whole, whatever layout they were trained in.
+compared at the start; tensors that leave this module for a checkpoint are whole, whatever layout they were trained in.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,9 +28,6 @@ from flatgpt.models.baselines import build_empty
 from flatgpt.options import failed_rules
 from flatgpt.training import hosts
 from flatgpt.training.device import DeviceConfig, one_line, pick_device, pick_dtype
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
 FILE_TIMEOUT_S = 3600  # that the others wait while rank 0 reads, verifies or writes files
@@ -86,8 +83,7 @@ def init_job(config: DeviceConfig, parallel: ParallelConfig | None = None, alone
     device = pick_device(config.device, local_rank)
     job = Job(rank, world_size, device, pick_dtype(config.dtype, device), parallel.parallel)
     job.set_dtype(job.dtype)  # is checked; what `auto` means is decided anew when the model is known
-    quota = machine.core_quota()  # without one, torch's own count of cores stays as it is
-    if quota and "OMP_NUM_THREADS" not in os.environ:
+    if machine.core_quota() and "OMP_NUM_THREADS" not in os.environ:  # else torch's own count of cores stays
         torch.set_num_threads(min(torch.get_num_threads(), max(1, machine.num_cores() // local_world_size)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -130,7 +126,7 @@ def materialize(model: nn.Module, state: Mapping[str, torch.Tensor] | None, job:
     """Give a model made on the meta device its memory and rank 0's weights (`state`; None elsewhere): whole on every
     rank, or, with FSDP, each rank's part of it, so that no GPU ever holds it whole."""
     if job.world_size > 1 and job.parallel == "fsdp":
-        _shard(model, _mesh(job, job.world_size), job)
+        _shard(model, job.world_size, job)
     model.to_empty(device=job.device)
     fill(model, state, job)
     return model
@@ -152,7 +148,7 @@ def stand_in(model: nn.Module, job: Job) -> nn.Module:
     trial = build_empty(replace(model.config, n_layer=1) if model.h else model.config)
     trial.activation_checkpointing = model.activation_checkpointing
     if job.world_size > 1 and job.parallel == "fsdp":
-        _shard(trial, _mesh(job, 1), job)
+        _shard(trial, 1, job)
     trial.to_empty(device=job.device)
     with torch.no_grad():
         for p in trial.parameters():
@@ -161,20 +157,16 @@ def stand_in(model: nn.Module, job: Job) -> nn.Module:
     return trial
 
 
-def _mesh(job: Job, size: int) -> DeviceMesh:
-    """The ranks, in groups of `size`: the group that this rank is in."""
-    from torch.distributed.device_mesh import init_device_mesh  # takes a second, which every start would pay
+def _shard(model: nn.Module, num_parts: int, job: Job) -> None:
+    """FSDP2: each of `num_parts` neighbouring ranks holds its part of every parameter; a block's are gathered when it
+    runs, and its gradients summed in float32. With 16-bit products the blocks' weights travel in 16 bits; the residual
+    path stays float32, as in DDP."""
+    # These take a second, which every start would pay.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    shape = (job.world_size // size, size)
-    return init_device_mesh(job.device.type, shape, mesh_dim_names=("groups", "ranks"))["ranks"]
-
-
-def _shard(model: nn.Module, mesh: DeviceMesh, job: Job) -> None:
-    """FSDP2: each rank of the mesh holds its part of every parameter; a block's are gathered when it runs, and its
-    gradients summed in float32. With 16-bit products the blocks' weights travel in 16 bits; the residual path stays
-    float32, as in DDP."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method  # a second
-
+    shape = (job.world_size // num_parts, num_parts)
+    mesh = init_device_mesh(job.device.type, shape, mesh_dim_names=("groups", "ranks"))["ranks"]
     policy = MixedPrecisionPolicy()
     if job.dtype != torch.float32:
         policy = MixedPrecisionPolicy(job.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -245,7 +237,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 def from_rank0(tensor: torch.Tensor, p: torch.Tensor, job: Job) -> torch.Tensor:
     """Rank 0's whole tensor, on the device, laid out over the ranks as parameter p is if it has p's shape: the inverse
-    of `whole`. The other ranks hand in one of the same shape, which is overwritten."""
+    of `full_tensor`. The other ranks hand in one of the same shape, which is overwritten."""
     box = tensor.to(p.device)  # NCCL moves GPU memory only; an optimiser's step count may be on the host
     if job.world_size > 1:
         dist.broadcast(box, src=0)
@@ -327,17 +319,6 @@ def check_agreement(what: dict[str, Any], job: Job) -> None:
     if faults:
         raise ValueError(f"the processes do not run the same job: {'; '.join(faults)}. Start every node with the same "
                          "command, code and data")
-
-
-def bandwidth(job: Job, num_bytes: int) -> float:
-    """Bytes a second that an all-reduce of so many bytes sends from each rank: 2 (W - 1) / W of them, in a ring."""
-    tensor = torch.zeros(max(1, num_bytes // 4), device=job.device)
-    for _ in range(2):  # the first sets up connections
-        dist.barrier()
-        began = time.perf_counter()
-        dist.all_reduce(tensor)
-        tensor[0].item()  # waits for the device
-    return 2 * (job.world_size - 1) / job.world_size * num_bytes / (time.perf_counter() - began)
 
 
 def sum_over_ranks(values: torch.Tensor, job: Job) -> torch.Tensor:

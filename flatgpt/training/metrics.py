@@ -134,16 +134,6 @@ def write_samples(model: LanguageModel, tokenizer: Tokenizer, num_tokens: int, j
     return [tokenizer.decode(row) for row in tokens.tolist()]
 
 
-def validation_losses(model: LanguageModel, orders: Mapping[str, EvalOrder], shares: list[float], batch_size: int,
-                      job: Job) -> dict[str, float]:
-    """The loss as metrics.jsonl has it: {"val/loss": loss}, in a mixture the mean weighted by the data sets' shares,
-    with {"val/loss/NAME": loss} for each beside it."""
-    losses = {name: validation_loss(model, order, batch_size, job) for name, order in orders.items()}
-    mean = sum(share * loss for share, loss in zip(shares, losses.values()))
-    each = {f"val/loss/{name}": loss for name, loss in losses.items()} if len(losses) > 1 else {}
-    return {"val/loss": mean, **each}
-
-
 class Validation:
     """The validation losses of a run: of the same sample of the split each time, so that its checkpoints can be
     compared, and of the whole split."""
@@ -154,13 +144,15 @@ class Validation:
         self._sample, self._whole = ({name: EvalOrder(split, model.config.block_size, count)
                                       for name, split in splits.items()} for count in (num_seqs, 0))
         self.sample_is_whole = all(order.is_whole for order in self._sample.values())
-        self._losses = partial(validation_losses, model, shares=shares, batch_size=batch_size, job=job)
+        self._loss, self._shares = partial(validation_loss, model, batch_size=batch_size, job=job), shares
 
-    def sample(self) -> dict[str, float]:
-        return self._losses(self._sample)
-
-    def whole(self) -> dict[str, float]:
-        return self._losses(self._whole)
+    def losses(self, whole: bool = False) -> dict[str, float]:
+        """As metrics.jsonl has them: {"val/loss": loss}, in a mixture the mean weighted by the data sets' shares, with
+        {"val/loss/NAME": loss} for each beside it."""
+        losses = {name: self._loss(order) for name, order in (self._whole if whole else self._sample).items()}
+        mean = sum(share * loss for share, loss in zip(self._shares, losses.values()))
+        each = {f"val/loss/{name}": loss for name, loss in losses.items()} if len(losses) > 1 else {}
+        return {"val/loss": mean, **each}
 
 
 def describe_losses(losses: Mapping[str, float]) -> str:
@@ -171,7 +163,7 @@ def describe_losses(losses: Mapping[str, float]) -> str:
 
 
 class Reporter:
-    """Rank 0's mouth: `log` writes a line for people, `record` one of metrics.jsonl. Silent on the other ranks."""
+    """What rank 0 tells: `log` writes a line for people, `record` one of metrics.jsonl. Silent on the other ranks."""
 
     def __init__(self, folder: Path, config: LogConfig, max_iters: int, job: Job):
         """Nothing is written to `folder` before `start`."""
@@ -183,8 +175,7 @@ class Reporter:
 
     def start(self, model: LanguageModel, step: int, elapsed_s: float, options: dict[str, Any], is_new: bool) -> None:
         """Begin to report at `step`, after `elapsed_s` of earlier work: cut what a killed run wrote past it, open the
-        progress bar (on a terminal), and what else was asked for: that is told the `options`, and whether it `is_new`.
-        """
+        progress bar (on a terminal), and wandb and TensorBoard if wanted, which get the `options`."""
         self._flops_per_token, self._peak_flops = flops_per_token(model), peak_flops(self._job.device)
         self._step = step
         self._began = time.perf_counter() - elapsed_s
@@ -194,19 +185,16 @@ class Reporter:
                 # A terminal of unknown size counts as 80 x 24; tqdm by itself would show nothing there.
                 columns, lines = shutil.get_terminal_size()
                 self._bar = tqdm(total=self._max_iters, initial=step, unit="step", ncols=columns, nrows=lines)
-            self._start_trackers(step, is_new, options | {
-                "parameters": model.num_params(non_embedding=False), "world_size": self._job.world_size})
+            config, folder, facts = self._config, self._path.parent, options | {
+                "parameters": model.num_params(non_embedding=False), "world_size": self._job.world_size}
+            if config.wandb_log:
+                self._trackers.add("wandb", lambda: trackers.Wandb(
+                    folder, config.wandb_project, config.wandb_run_name, is_new, facts, self.log))
+            if config.tensorboard:
+                self._trackers.add("TensorBoard", lambda: trackers.TensorBoard(folder, step, facts))
         if step:
             self.record({"step": step, "resumed": True, "elapsed_s": elapsed_s})
         self._restart_clock()
-
-    def _start_trackers(self, step: int, is_new: bool, facts: dict[str, Any]) -> None:
-        config, folder = self._config, self._path.parent
-        if config.wandb_log:
-            self._trackers.add("wandb", lambda: trackers.Wandb(
-                folder, config.wandb_project, config.wandb_run_name, is_new, facts, self.log))
-        if config.tensorboard:
-            self._trackers.add("TensorBoard", lambda: trackers.TensorBoard(folder, step, facts))
 
     def log(self, line: str) -> None:
         if self._speaks:
@@ -264,14 +252,13 @@ class Reporter:
                      f"mfu {'unknown' if mfu is None else format(mfu, '.1%')}")
 
     def validation(self, step: int, tokens: int, losses: dict[str, float], sampled: dict[str, float] | None) -> None:
-        """Report the losses of an evaluation (`validation_losses`); when they are of the whole split, with those of the
-        windows that earlier evaluations read beside them."""
-        line = f"step {step}: "
+        """Report the losses of an evaluation; when they are of the whole split, with those of the windows that earlier
+        evaluations read beside them."""
+        line = describe_losses(losses)
         if sampled is not None:
-            line += f"{describe_losses(sampled)} on a sample, "
-        self.log(line + describe_losses(losses) + (" on the whole validation split" if sampled is not None else ""))
-        if sampled is not None:
+            line = f"{describe_losses(sampled)} on a sample, {line} on the whole validation split"
             losses = losses | {"val/sampled_loss": sampled["val/loss"]}
+        self.log(f"step {step}: {line}")
         self.record({"step": step, "tokens": tokens, **losses, "elapsed_s": self.elapsed_s()})
 
     def samples(self, step: int, texts: list[str]) -> None:
@@ -281,14 +268,13 @@ class Reporter:
         self.record({"step": step, "samples": texts, "elapsed_s": self.elapsed_s()})
 
     def rollback(self, step: int, rollbacks: int, skipped: int, next_seq: int) -> None:
-        """The run goes on from `step`, an earlier one than before: of what was reported since only the
-        events stay, and this is one more."""
+        """The run goes on from an earlier `step`: of what was reported since only the events stay, with this one."""
         self.log(f"warning: too many bad steps in a row; going back to the checkpoint of step {step}, and on with the "
                  "data that follows")
         self._step = step
         if self._speaks:
             cut_to_events(self._path, step)
-            self._trackers.go_back(step)
+            self._trackers.each(lambda tracker: tracker.go_back(step))
         self.record({"step": step, "rollbacks": rollbacks, "skipped": skipped, "next_seq": next_seq,
                      "elapsed_s": self.elapsed_s()})
         if self._bar is not None:
@@ -312,13 +298,12 @@ class Reporter:
             if not self._is_missing_lines:
                 self.log(f"warning: {self._path} cannot be written ({error.strerror}); going on without")
             self._is_missing_lines = True
-        self._trackers.log(values)
+        self._trackers.each(lambda tracker: tracker.log(values))
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-        if self._trackers:
-            self._trackers.close(summarize(read_records(self._path)))
+        self._trackers.each(lambda tracker: tracker.close(summarize(read_records(self._path))))
 
 
 def printable(text: str) -> str:
@@ -329,11 +314,10 @@ def printable(text: str) -> str:
 def cut_metrics(path: Path, step: int) -> None:
     """Drop the lines that a run has written since it was at `step` (all, for a new run at step 0), and a line torn by a
     kill. Events past `step` that a rollback has left stay: they lie before it."""
-    if not path.is_file():
-        return
-    records = read_records(path)
-    until = max((number for number, record in enumerate(records, 1) if record["step"] <= step), default=0)
-    write_records(path, records[:until] if step else [])
+    if path.is_file():
+        records = read_records(path) if step else []
+        until = max((number for number, record in enumerate(records, 1) if record["step"] <= step), default=0)
+        write_records(path, records[:until])
 
 
 def cut_to_events(path: Path, step: int) -> None:

@@ -174,25 +174,23 @@ class MuonAndAdamW(torch.optim.Optimizer):
         group = self.param_groups[0]
         for p in group["params"]:
             if p.grad is not None:
-                self._update(p, self.state[p], group)
+                rows, columns = p.shape
+                update = self._update(p, group["momentum"])
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
         self.adamw.step()
 
-    def _update(self, p: nn.Parameter, state: dict[str, torch.Tensor], group: dict[str, Any]) -> None:
+    def _update(self, p: nn.Parameter, momentum: float) -> torch.Tensor:
+        state = self.state[p]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p)
-        mean = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-        update = p.grad.lerp(mean, group["momentum"]).to(self.dtype)  # in 16 bits half the bytes to gather
-        is_spread = hasattr(p, "full_tensor")
-        if is_spread:
-            update = update.full_tensor()
-        update = orthogonalize(update)
-        if is_spread:
-            from torch.distributed.tensor import distribute_tensor  # takes a second to import
+        mean = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+        update = p.grad.lerp(mean, momentum).to(self.dtype)  # in 16 bits half the bytes to gather
+        if not hasattr(p, "full_tensor"):
+            return orthogonalize(update)
+        from torch.distributed.tensor import distribute_tensor  # takes a second to import
 
-            update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
-        rows, columns = p.shape
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.add_(update, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
+        return distribute_tensor(orthogonalize(update.full_tensor()), p.device_mesh, p.placements, src_data_rank=None)
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig,
@@ -200,16 +198,16 @@ def build_optimizer(model: nn.Module, config: OptimConfig,
     """AdamW in one fused kernel a group; matrices and tables decay, norms and biases do not. With Muon, which decays
     all that it has, AdamW keeps what is not `muon_params`. Muon's products are bfloat16 where the run's are (`dtype`),
     else float32."""
-    params = list(model.parameters())
-    muons = set(muon_params(model)) if config.optimizer == "muon" else set()
-    rest = [p for p in params if p not in muons]
+    muons = muon_params(model) if config.optimizer == "muon" else []
+    chosen = set(muons)
+    rest = [p for p in model.parameters() if p not in chosen]
     groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay, "lr_ratio": 1.0},
               {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0, "lr_ratio": 1.0}]
-    fused = params[0].device.type in ("cuda", "cpu")
-    adamw = AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused)
+    adamw = AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
+                  fused=next(model.parameters()).device.type in ("cuda", "cpu"))
     if config.optimizer == "adamw":
         return adamw
-    group = {"params": [p for p in params if p in muons], "lr": config.muon_lr, "weight_decay": config.weight_decay,
+    group = {"params": muons, "lr": config.muon_lr, "weight_decay": config.weight_decay,
              "momentum": config.muon_momentum, "lr_ratio": config.muon_lr / config.learning_rate}
     # A card that trains in float16 has no instructions for bfloat16, and float16 loses small gradients.
     return MuonAndAdamW(group, adamw, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)

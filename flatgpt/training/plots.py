@@ -153,12 +153,9 @@ def thin(curve: Curve) -> Curve:
     if size <= 1:
         return curve
     reduce = dict.fromkeys(PARTS, np.nanmean) | {"low": np.nanmin, "high": np.nanmax}
-
-    def of_group(part: str, group: np.ndarray) -> float:
-        return reduce[part](group) if np.isfinite(group).any() else math.nan
-
-    return {part: np.array([of_group(part, values[start:start + size]) for start in range(0, len(values), size)])
-            for part, values in curve.items()}
+    groups = {part: np.split(values, range(size, len(values), size)) for part, values in curve.items()}
+    return {part: np.array([reduce[part](group) if np.isfinite(group).any() else math.nan for group in of_part])
+            for part, of_part in groups.items()}
 
 
 def read_run(folder: Path, label: str) -> Run:
@@ -203,15 +200,13 @@ def picture_of(picture: Picture, runs: list[Run]) -> Figure | None:
     axes.set_title(picture.title, loc="left", fontweight="bold")
     x_scale = _set_x_axis(axes, picture.x, [run.place(run.records[-1], picture.x) for run in runs])
     _set_y_axis(axes, picture, np.concatenate([[curve["low"], curve["high"]] for curve in curves], axis=1))
-    entries = []
-    for index, run in enumerate(runs):
-        style = {"color": COLOURS[index % len(COLOURS)], "linestyle": (0, dashes(index))}
+    styles = [{"color": COLOURS[i % len(COLOURS)], "linestyle": (0, dashes(i))} for i in range(len(runs))]
+    for run, style in zip(runs, styles):
         _draw_run(axes, picture, run, x_scale, style)
-        entries.append((shorten(run.label), Line2D([], [], **style)))
     if picture.is_loss:
         _explain_signs(axes, runs)
     if len(runs) > 1:
-        _name_runs(figure, entries)
+        _name_runs(figure, [run.label for run in runs], [Line2D([], [], **style) for style in styles])
     return figure
 
 
@@ -276,13 +271,12 @@ def _explain_signs(axes: Axes, runs: list[Run]) -> None:
     axes.legend(handles.values(), handles.keys(), loc="best", fontsize=9, framealpha=0.85, edgecolor="none")
 
 
-def _name_runs(figure: Figure, entries: list[tuple[str, Line2D]]) -> None:
+def _name_runs(figure: Figure, labels: list[str], strokes: list[Line2D]) -> None:
     """Below the axes, in as many columns as there is room for, and the picture as much higher."""
-    names = [name.replace("$", r"\$") for name, _ in entries]  # matplotlib would read formulas between two of them
+    names = [shorten(label).replace("$", r"\$") for label in labels]  # matplotlib would read formulas between two $
     columns = max(1, min(len(names), 72 // (max(map(len, names)) + 6)))
     figure.set_figheight(figure.get_figheight() + 0.21 * math.ceil(len(names) / columns))
-    figure.legend([stroke for _, stroke in entries], names, loc="outside lower left", ncols=columns, frameon=False,
-                  fontsize=9)
+    figure.legend(strokes, names, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
 
 
 def _set_x_axis(axes: Axes, x: str, ends: list[float]) -> float:

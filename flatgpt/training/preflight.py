@@ -1,5 +1,4 @@
-"""What a run will take, said before its first step: tokens, memory, disk, the links between the ranks; and what will
-fail.
+"""What a run will take, said before its first step: tokens, memory, disk; and what will fail.
 
 The estimates count what grows with the model and the batch, and are meant to be right within a few tens of percent:
 enough to see on the first screen that a run cannot end well.
@@ -19,11 +18,10 @@ import torch.nn as nn
 
 from flatgpt import launcher
 from flatgpt.data.loader import BatchPlan
-from flatgpt.machine import free_memory_bytes, resident_bytes
+from flatgpt.machine import free_memory_bytes, memory_bytes, resident_bytes
 from flatgpt.models import fused
 from flatgpt.training import distributed
 from flatgpt.training.checkpoint import RunFolder
-from flatgpt.training.device import memory_bytes
 from flatgpt.training.distributed import Job
 from flatgpt.training.optim import OptimConfig, schedule_warnings
 from model import LanguageModel
@@ -33,9 +31,9 @@ HEAP = 1.5  # on a CPU, what a micro-batch takes of the heap, its holes included
 FIRST_STEP_BYTES = 60_000_000  # that torch's libraries take when they are first used
 
 
-def report(model: LanguageModel, plan: BatchPlan, epochs: str, run: RunFolder, steps_between_saves: int, max_iters: int,
+def report(model: LanguageModel, plan: BatchPlan, epochs: str, run: RunFolder, eval_interval: int, max_iters: int,
            optim: OptimConfig, job: Job) -> Iterator[str]:
-    """Lines for people, those that begin with "warning:" about what will fail; every rank has to take part."""
+    """Lines for people, those that begin with "warning:" about what will fail."""
     num_params, block_size = model.num_params(non_embedding=False), model.config.block_size
     how = f", {job.parallel}" if job.world_size > 1 else ""
     yield f"{num_params:,} parameters, {job.dtype} on {job.world_size} x {job.device.type}{how}"
@@ -51,21 +49,18 @@ def report(model: LanguageModel, plan: BatchPlan, epochs: str, run: RunFolder, s
 
     checkpoint, free = 12 * num_params, free_bytes(run.path)  # float32 weights, AdamW's two means (Muon has one)
     copy = copy_bytes(num_params, job.device)
-    kept = checkpoints_kept(run, steps_between_saves, max_iters)
+    save_interval = run.config.save_interval or eval_interval
+    kept = checkpoints_kept(run, save_interval, max_iters)
     yield (f"saving: {size(checkpoint)} a checkpoint, copied to host memory first ({size(copy)} there); at most {kept} "
            f"kept on the disk, {size(free)} free for {run.path}")
     yield from (f"warning: {line}" for line in schedule_warnings(optim, max_iters))
-    if run.config.keep_every % steps_between_saves:
+    if run.config.keep_every % save_interval:
         yield (f"warning: keep_every={run.config.keep_every} finds a checkpoint only where it meets the saves, one in "
-               f"{steps_between_saves} steps: set a multiple of that")
+               f"{save_interval} steps: set a multiple of that")
     if copy > free_memory_bytes():
         yield "warning: the host's memory will not hold the copy that is saved: use a machine with more"
     if checkpoint * (kept - len(run.steps())) > free:
         yield "warning: the disk will be full before the end: lower --keep_last, or choose another --out_dir"
-
-    if job.world_size > 1:
-        speed = distributed.bandwidth(job, min(4 * num_params, 100_000_000))
-        yield f"all-reduce: {size(speed)}/s from each of {job.world_size} ranks"
     if launcher.may_restart() and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
         yield ("warning: torchrun's restarts can hang on stale addresses: start it with "
                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment")
@@ -76,31 +71,21 @@ def fit_batch_size(model: LanguageModel, seqs_per_rank: int, job: Job, compile: 
 
     On a GPU it is tried, by a stand-in for the model, compiled if `compile` says so (see distributed.compile_parts);
     elsewhere, where a trial that fails is the end of the process, it is reckoned."""
-    sizes = [n for n in range(1, seqs_per_rank + 1) if seqs_per_rank % n == 0]
-    plans = [BatchPlan(seqs_per_rank * job.world_size, n, seqs_per_rank // n, job.world_size) for n in sizes]
-    if job.device.type == "cuda":
-        fits = _gpu_trial(model, job, compile)
-        largest = _largest_fitting(plans, fits, job)
-        del fits  # and the stand-in with it: the trial is no part of the run
+    on_gpu, largest = job.device.type == "cuda", 0
+    fits = _gpu_trial(model, job, compile) if on_gpu else partial(_fits_host, model, job)
+    for size in (n for n in range(1, seqs_per_rank + 1) if seqs_per_rank % n == 0):
+        plan = BatchPlan(seqs_per_rank * job.world_size, size, seqs_per_rank // size, job.world_size)
+        if not all(distributed.gather(fits(plan), job)):  # so that no rank goes on to a size alone
+            break
+        largest = size
+    del fits  # and the stand-in with it: the trial is no part of the run
+    if on_gpu:
         torch.compiler.reset()  # or what is trained would be compiled for all sizes, which is slower
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(job.device)
-    else:
-        largest = _largest_fitting(plans, partial(_fits_host, model, job), job)
     if not largest:
         raise ValueError(f"not even one sequence of {model.config.block_size} tokens fits the memory of {job.device}: "
                          "lower --block_size, or try --activation_checkpointing=True or --parallel=fsdp")
-    return largest
-
-
-def _largest_fitting(plans: list[BatchPlan], fits: Callable[[BatchPlan], bool], job: Job) -> int:
-    """The micro-batch of the last plan up to which all fit on all ranks, 0 for none. The ranks hear of each other's
-    verdict after each, so that none goes on to a size alone."""
-    largest = 0
-    for plan in plans:
-        if not all(distributed.gather(fits(plan), job)):
-            break
-        largest = plan.micro_batch
     return largest
 
 
@@ -148,21 +133,21 @@ def _fits_gpu(trial: LanguageModel, job: Job, micro_batch: int, num_bytes: int) 
 def memory_room(job: Job) -> float:
     """What a rank may come to hold of a GPU; elsewhere its share of what is free on the host, with what it has."""
     if job.device.type == "cuda":
-        return memory_bytes(job.device)
+        return torch.cuda.get_device_properties(job.device).total_memory
     processes = launcher.ranks().local_world_size
-    return min(memory_bytes(job.device), free_memory_bytes() + processes * resident_bytes()) / processes
+    return min(memory_bytes(), free_memory_bytes() + processes * resident_bytes()) / processes
 
 
 def memory_parts(model: LanguageModel, plan: BatchPlan, job: Job) -> dict[str, float]:
-    """What takes how many bytes of the device on one rank; on a CPU, whose memory is the host's, all that lies there.
-    """
+    """What takes how many bytes of the device on one rank; on a CPU, all that lies in the host's memory."""
     parts = {"weights, gradients and the optimiser's means": state_bytes(model, plan, job),
              "a micro-batch": activation_bytes(model, plan.micro_batch, job)}
     if job.device.type != "cuda":
         parts["a micro-batch"] *= HEAP
         copy = copy_bytes(model.num_params(non_embedding=False), job.device)  # rank 0's
         parts["a checkpoint's copy"] = copy / launcher.ranks().local_world_size
-        parts["the program itself"] = own_bytes(model, job)
+        weights = sum(distributed.local(p).nbytes for p in model.parameters()) if job.device.type == "cpu" else 0
+        parts["the program itself"] = max(0, resident_bytes() - weights) + FIRST_STEP_BYTES
     return parts
 
 
@@ -173,12 +158,6 @@ def copy_bytes(num_params: int, device: torch.device) -> int:
     if device.type == "cuda":
         copies = [1 << (num_bytes - 1).bit_length() for num_bytes in copies]
     return sum(copies) + 4 * num_params
-
-
-def own_bytes(model: LanguageModel, job: Job) -> int:
-    """Of the program without its model: torch, above all. A part of it comes with the first step."""
-    weights = sum(distributed.local(p).nbytes for p in model.parameters()) if job.device.type == "cpu" else 0
-    return max(0, resident_bytes() - weights) + FIRST_STEP_BYTES
 
 
 def state_bytes(model: LanguageModel, plan: BatchPlan, job: Job) -> int:
@@ -230,11 +209,10 @@ def _head_bytes(model: LanguageModel, rows: int, job: Job) -> int:
     return 4 * model.head.numel() + min(chunk + softmax, 8 * rows * model.config.padded_vocab_size)
 
 
-def checkpoints_kept(run: RunFolder, steps_between_saves: int, max_iters: int) -> int:
+def checkpoints_kept(run: RunFolder, save_interval: int, max_iters: int) -> int:
     """The most that lie in the run folder at a time, with the best one and the one that is being written."""
-    saves, nth = max_iters // max(1, steps_between_saves) + 1, 0
-    if run.config.keep_every:
-        nth = max_iters // run.config.keep_every
+    saves = max_iters // save_interval + 1
+    nth = max_iters // run.config.keep_every if run.config.keep_every else 0
     return min(saves, run.config.keep_last + nth + 2) if run.config.keep_last else saves
 
 

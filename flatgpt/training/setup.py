@@ -37,8 +37,7 @@ def open_data(config: DataConfig, vocab_size: int, sample_interval: int, log: Ca
 
 def make_model(options: GPTConfig, init_from: str, given: Mapping[str, str], data: Mixture, folder: str | None,
                bigram_k: float | None, log: Callable[[str], None]) -> LanguageModel:
-    """The model on the host: from the run's checkpoint `folder`, from elsewhere, or fresh, and with `bigram_k` counted.
-    """
+    """The model on the host: from the checkpoint `folder`, from elsewhere, fresh, or (with `bigram_k`) counted."""
     if folder:  # its checksums were verified when it was found
         return LanguageModel.from_pretrained(folder, dropout=options.dropout)
     if init_from != "scratch":

@@ -15,20 +15,10 @@ import os
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from flatgpt.files import write_text
 from flatgpt.training.device import one_line
-
-
-class Tracker(Protocol):
-    def log(self, record: dict[str, Any]) -> None: ...
-
-    def go_back(self, step: int) -> None:
-        """The records that follow begin behind `step`, an earlier one than that of the last."""
-
-    def close(self, summary: dict[str, Any]) -> None:
-        """The run has ended; `summary` is what it came to."""
 
 
 class Trackers:
@@ -36,26 +26,15 @@ class Trackers:
 
     def __init__(self, log: Callable[[str], None]):
         self._log = log
-        self._open: dict[str, Tracker] = {}
+        self._open: dict[str, Wandb | TensorBoard] = {}
 
-    def __bool__(self) -> bool:
-        return bool(self._open)
-
-    def add(self, name: str, start: Callable[[], Tracker]) -> None:
+    def add(self, name: str, start: Callable[[], Wandb | TensorBoard]) -> None:
         self._guard(name, lambda: self._open.update({name: start()}))
 
-    def log(self, record: dict[str, Any]) -> None:
+    def each(self, do: Callable[[Wandb | TensorBoard], None]) -> None:
+        """Call `do` with every tracker that has not failed yet."""
         for name, tracker in [*self._open.items()]:
-            self._guard(name, lambda tracker=tracker: tracker.log(record))
-
-    def go_back(self, step: int) -> None:
-        for name, tracker in [*self._open.items()]:
-            self._guard(name, lambda tracker=tracker: tracker.go_back(step))
-
-    def close(self, summary: dict[str, Any]) -> None:
-        for name, tracker in [*self._open.items()]:
-            self._guard(name, lambda tracker=tracker: tracker.close(summary))
-        self._open.clear()
+            self._guard(name, lambda tracker=tracker: do(tracker))
 
     def _guard(self, name: str, do: Callable[[], None]) -> None:
         try:
@@ -110,9 +89,10 @@ class Wandb:
             self._run.log(values)
 
     def go_back(self, step: int) -> None:
-        pass  # the curves go back with their axis
+        """The records that follow begin behind `step`, an earlier one: the curves go back with their axis."""
 
     def close(self, summary: dict[str, Any]) -> None:
+        """The run has ended; `summary` is what it came to."""
         with self._or_leave():
             self._run.summary.update(summary)
             self._run.finish()

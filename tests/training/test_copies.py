@@ -23,7 +23,7 @@ def scripted(monkeypatch):
 
     def script(at: int) -> None:
         left = iter(LOSSES[at:])
-        monkeypatch.setattr("flatgpt.training.metrics.validation_losses",
+        monkeypatch.setattr("flatgpt.training.metrics.Validation.losses",
                             lambda *args, **kwargs: {"val/loss": next(left, 9.0)})
 
     return script
@@ -106,12 +106,6 @@ def made_before_the_record(run: Path, to: Path) -> None:
         forget_best_step(folder)
 
 
-def made_before_the_record_without_links(run: Path, to: Path) -> None:
-    without_links(run, to)
-    for folder in (to / "checkpoints").glob("step_*"):
-        forget_best_step(folder)
-
-
 def forget_best_step(folder: Path) -> None:
     path, sums = folder / "training" / "trainer.json", folder / "SHA256SUMS"
     before, trainer = path.read_bytes(), read_trainer(folder)
@@ -142,7 +136,7 @@ def what_it_does(cli, run: str) -> dict[str, object]:
 
 COPIES = (without_links, with_links_followed, with_links_as_text, with_dangling_links, with_links_to_the_original,
           with_swapped_links, with_the_best_under_its_link_alone, with_half_of_the_best_beside_its_link, amid_clutter,
-          made_before_the_record, made_before_the_record_without_links)
+          made_before_the_record)
 
 
 @pytest.fixture

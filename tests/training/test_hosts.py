@@ -17,9 +17,9 @@ import planted
 import pytest
 import wire
 from conftest import ROOT, TEXT, files_of, run_process, torchrun
-from filelock import FileLock
-from test_faults import RUN, TINY, Torchrun, assert_same_end, newest_step, resumed_at, start_ranks, until
+from faults import RUN, TINY, Torchrun, assert_same_end, newest_step, resumed_at, until
 
+pytest_plugins = ["faults"]
 pytestmark = [pytest.mark.soak, pytest.mark.skipif(sys.platform != "linux", reason="namespaces are Linux's")]
 
 TIED = ("setpriv", "--pdeathsig", "KILL")  # ends with us
@@ -103,27 +103,10 @@ def hosts(tmp_path):
     made.close()
 
 
-@pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory) -> Path:
-    """A folder with data/tiny and out/whole, a run of two ranks on one host that nothing happened to."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "one_host"
-    folder.mkdir(exist_ok=True)
-    with FileLock(folder / "lock"):
-        if not (folder / "out").exists():
-            (folder / "tiny.txt").write_text(TEXT)
-            run_process(ROOT / "prepare_data.py", "--input=tiny.txt", "--name=tiny", "--tokenizer=char", cwd=folder)
-            code, log = start_ranks(2, folder, *RUN, "--out_dir=out/whole")
-            assert code == 0, log
-    return folder
-
-
 @pytest.fixture
-def data(undisturbed, tmp_path, monkeypatch) -> Path:
-    """The current directory, with data/tiny in it."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").symlink_to(undisturbed / "data")
-    return tmp_path
+def one_host(undisturbed) -> Path:
+    """The folder of a run of two ranks on one host that nothing happened to."""
+    return undisturbed("ddp")
 
 
 @pytest.fixture
@@ -159,9 +142,9 @@ def errors(run: Torchrun) -> list[str]:
     return [line for line in run.log.splitlines() if "error: " in line]
 
 
-def assert_ends_like_one_host(runs: dict[str, Torchrun], undisturbed: Path, limit_s: float = 200) -> None:
+def assert_ends_like_one_host(runs: dict[str, Torchrun], one_host: Path, limit_s: float = 200) -> None:
     assert set(wait_for_all(runs, limit_s).values()) == {0}, logs(runs)
-    assert_same_end(TINY, undisturbed / "out" / "whole")
+    assert_same_end(TINY, one_host)
 
 
 def assert_lines(runs: dict[str, Torchrun], *words: str) -> None:
@@ -189,7 +172,7 @@ def go_on() -> float:
     return time.monotonic()
 
 
-def test_two_hosts_with_folders_of_their_own_end_as_one_host_does(launch, data, undisturbed):
+def test_two_hosts_with_folders_of_their_own_end_as_one_host_does(launch, data, one_host):
     since_s, runs = time.monotonic(), {}
     for name in ADDRESSES:
         (data / name).mkdir()
@@ -198,13 +181,13 @@ def test_two_hosts_with_folders_of_their_own_end_as_one_host_does(launch, data, 
     assert set(wait_for_all(runs, 200).values()) == {0}, logs(runs)
     cost("undisturbed, 40 steps with the start", since_s)
     [folder] = data.glob("*/out/tiny")  # rank 0's
-    assert_same_end(folder, undisturbed / "out" / "whole")
+    assert_same_end(folder, one_host)
 
 
 @pytest.mark.parametrize(("own_name", "cure"), [("127.0.1.1 east", ()),  # Debian's way
                                                 ("127.0.0.1 east", ("--local-addr=192.168.77.1",))])
 def test_a_host_whose_name_leads_to_loopback_is_named_and_with_the_interface_named_all_is_well(
-        launch, hosts, undisturbed, own_name, cure):
+        launch, hosts, one_host, own_name, cure):
     hosts.set_names("east", f"{LOCALHOST}{own_name}\n{ADDRESSES['west']} west\n")
     runs, since_s = launch("--timeout_s=20"), time.monotonic()
     assert 0 not in wait_for_all(runs, 100).values()
@@ -217,33 +200,33 @@ def test_a_host_whose_name_leads_to_loopback_is_named_and_with_the_interface_nam
         assert_lines(runs, "cannot reach each other: east (127.0.", "GLOO_SOCKET_IFNAME=NAME NCCL_SOCKET_IFNAME=NAME")
     runs = launch(on=("west",), GLOO_SOCKET_IFNAME="link0")
     runs |= launch(on=("east",), agent=cure, GLOO_SOCKET_IFNAME="link0")
-    assert_ends_like_one_host(runs, undisturbed)
+    assert_ends_like_one_host(runs, one_host)
 
 
-def test_a_short_cut_is_waited_out(launch, hosts, undisturbed):
+def test_a_short_cut_is_waited_out(launch, hosts, one_host):
     runs = hold_in_step_26(launch, "--timeout_s=60")
     hosts.set_wire(loss=1)
     since_s = go_on()
     time.sleep(20)
     hosts.set_wire(loss=0)
-    assert_ends_like_one_host(runs, undisturbed)
+    assert_ends_like_one_host(runs, one_host)
     assert not any(map(errors, runs.values()))
     cost("the wire cut for 20 s, to the end of the last 14 steps", since_s)
 
 
-def test_after_a_cut_that_outlasts_the_timeout_torchrun_starts_all_again(launch, hosts, undisturbed):
+def test_after_a_cut_that_outlasts_the_timeout_torchrun_starts_all_again(launch, hosts, one_host):
     runs = hold_in_step_26(launch, "--timeout_s=10", agent=("--max-restarts=3",))
     hosts.set_wire(loss=1)
     since_s = go_on()
     time.sleep(25)
     hosts.set_wire(loss=0)
-    assert_ends_like_one_host(runs, undisturbed)
+    assert_ends_like_one_host(runs, one_host)
     assert [step for run in runs.values() for step in resumed_at(run.log)] == [20]
     assert_lines(runs, "lost the connection to", "Timed out waiting")
     cost("the wire cut for 25 s with --timeout_s=10 and --max-restarts=3, to the end of 20 steps", since_s)
 
 
-def test_a_cut_for_good_ends_both_hosts_with_a_line_and_the_same_command_goes_on(launch, hosts, undisturbed):
+def test_a_cut_for_good_ends_both_hosts_with_a_line_and_the_same_command_goes_on(launch, hosts, one_host):
     hosts.set_tcp_retries(6)  # torchrun itself asks the store without any limit in time
     runs = hold_in_step_26(launch, "--timeout_s=10")
     hosts.set_wire(loss=1)
@@ -256,27 +239,27 @@ def test_a_cut_for_good_ends_both_hosts_with_a_line_and_the_same_command_goes_on
         assert f"on {name} ({ADDRESSES[name]}) lost the connection to {other} ({ADDRESSES[other]})" in errors(run)[0]
         assert "give the same command again on every host" in errors(run)[0]
     hosts.set_wire(loss=0)
-    assert_ends_like_one_host(launch(), undisturbed)
+    assert_ends_like_one_host(launch(), one_host)
 
 
-def test_a_bad_wire_costs_time_only(launch, hosts, undisturbed):
+def test_a_bad_wire_costs_time_only(launch, hosts, one_host):
     hosts.set_wire(loss=0.05, delay_s=0.05)
     since_s = time.monotonic()
-    assert_ends_like_one_host(launch(), undisturbed, 300)
+    assert_ends_like_one_host(launch(), one_host, 300)
     cost("5% of packets lost and 50 ms each way, 40 steps with the start", since_s)
 
 
-def test_a_host_that_is_killed_and_started_again_joins_the_other(launch, undisturbed):
+def test_a_host_that_is_killed_and_started_again_joins_the_other(launch, one_host):
     runs = hold_in_step_26(launch, agent=("--max-restarts=3",))
     runs["west"].process.kill()
     since_s = go_on()
     runs |= launch(on=("west",), agent=("--max-restarts=3",))
-    assert_ends_like_one_host(runs, undisturbed)
+    assert_ends_like_one_host(runs, one_host)
     assert [step for run in runs.values() for step in resumed_at(run.log)] == [20]
     cost("west killed and started again at once, to the end of 20 steps", since_s)
 
 
-def test_with_the_host_of_the_store_the_other_ends_too_and_the_same_command_goes_on(launch, undisturbed):
+def test_with_the_host_of_the_store_the_other_ends_too_and_the_same_command_goes_on(launch, one_host):
     runs = hold_in_step_26(launch, agent=("--max-restarts=3",))
     runs["east"].process.kill()
     since_s = go_on()
@@ -284,15 +267,16 @@ def test_with_the_host_of_the_store_the_other_ends_too_and_the_same_command_goes
     cost("east killed, to the end of west's torchrun", since_s)
     assert "on west (192.168.77.2) lost the connection to east (192.168.77.1)" in errors(runs["west"])[0]
     runs = launch()
-    assert_ends_like_one_host(runs, undisturbed)
+    assert_ends_like_one_host(runs, one_host)
     assert [step for run in runs.values() for step in resumed_at(run.log)] == [20]
 
 
 def test_a_host_with_another_copy_of_the_code_is_named(launch, data):
     copy = data / "copy"
-    shutil.copytree(ROOT, copy, ignore=lambda folder, names: {
-        name for name in names if not name.endswith(".py") or Path(folder) != ROOT})
-    with open(copy / "optim.py", "a") as file:
+    shutil.copytree(ROOT / "flatgpt", copy / "flatgpt")
+    for name in ("train.py", "model.py"):
+        shutil.copy(ROOT / name, copy)
+    with open(copy / "flatgpt" / "training" / "optim.py", "a") as file:
         file.write("# another version\n")
     runs, since_s = launch(on=("east",), script=ROOT / "train.py"), time.monotonic()
     runs |= launch(on=("west",), script=copy / "train.py")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TEXT, TINY_RUN, records_of, write_shard
-from test_faults import start_ranks
+from faults import start_ranks
 
 from flatgpt import run_folder
 from flatgpt.data.loader import EvalOrder

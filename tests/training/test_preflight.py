@@ -116,7 +116,7 @@ def test_what_will_fail_is_a_warning(tmp_path, monkeypatch):
         full.setattr("flatgpt.training.preflight.shutil.disk_usage", lambda path: usage(10**9, 10**9 - 10**6, 10**6))
         assert "the disk will be full" in warnings(report(tmp_path))[0]
     with monkeypatch.context() as small:
-        small.setattr("flatgpt.training.preflight.memory_bytes", lambda device: 10**6)
+        small.setattr("flatgpt.training.preflight.memory_bytes", lambda: 10**6)
         assert "will not fit: lower --batch_size" in warnings(report(tmp_path))[0]
     monkeypatch.setattr("flatgpt.launcher.UNDER_TORCHRUN", True)
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
@@ -159,13 +159,13 @@ def test_the_micro_batch_is_the_largest_that_memory_holds(monkeypatch):
 
     assert kept_bytes(model) == pytest.approx(preflight.activation_bytes(model, 1, HERE), rel=0.3)
     for limit, free in (("memory_bytes", "free_memory_bytes"), ("free_memory_bytes", "memory_bytes")):
-        monkeypatch.setattr(preflight, free, lambda *device: 10**12)
+        monkeypatch.setattr(preflight, free, lambda: 10**12)
         held = 300_000_000 * (limit == "free_memory_bytes")  # what is free comes on top of what is held
         for micro_batch in (1, 4, 6, 24):
             monkeypatch.setattr(preflight, limit,
-                                lambda *device, n=micro_batch, held=held: 1.001 * needed(n) / 0.9 - held)
+                                lambda n=micro_batch, held=held: 1.001 * needed(n) / 0.9 - held)
             assert preflight.fit_batch_size(model, 24, HERE) == micro_batch
-        monkeypatch.setattr(preflight, limit, lambda *device, held=held: needed(1) - held)
+        monkeypatch.setattr(preflight, limit, lambda held=held: needed(1) - held)
         with pytest.raises(ValueError, match="not even one sequence of 64 tokens fits"):
             preflight.fit_batch_size(model, 24, HERE)
 
@@ -188,7 +188,7 @@ def test_a_gpus_trial_leaves_room_for_what_is_no_tensor(monkeypatch, allowed, in
 
 
 def test_what_was_fitted_is_forecast_to_fit(tmp_path, monkeypatch):
-    monkeypatch.setattr("flatgpt.training.preflight.memory_bytes", lambda device: 600_000_000)
+    monkeypatch.setattr("flatgpt.training.preflight.memory_bytes", lambda: 600_000_000)
     monkeypatch.setattr("flatgpt.training.preflight.resident_bytes", lambda: 300_000_000)
     model = make_model(block_size=256, n_embd=128)
     micro_batch = preflight.fit_batch_size(model, 1024, HERE)
