@@ -321,6 +321,17 @@ def check_agreement(what: dict[str, Any], job: Job) -> None:
                          "command, code and data")
 
 
+def bandwidth(job: Job, num_bytes: int) -> float:
+    """Bytes a second that an all-reduce of so many bytes sends from each rank: 2 (W - 1) / W of them, in a ring."""
+    tensor = torch.zeros(max(1, num_bytes // 4), device=job.device)
+    for _ in range(2):  # the first sets up connections
+        dist.barrier()
+        began = time.perf_counter()
+        dist.all_reduce(tensor)
+        tensor[0].item()  # waits for the device
+    return 2 * (job.world_size - 1) / job.world_size * num_bytes / (time.perf_counter() - began)
+
+
 def sum_over_ranks(values: torch.Tensor, job: Job) -> torch.Tensor:
     """The sum of a tensor on the device over all ranks, the same bits on each; nothing waits for the device."""
     if job.world_size == 1:

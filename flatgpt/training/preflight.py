@@ -1,4 +1,4 @@
-"""What a run will take, said before its first step: tokens, memory, disk; and what will fail.
+"""What a run will take, said before its first step: tokens, memory, disk, the links between ranks; and what will fail.
 
 The estimates count what grows with the model and the batch, and are meant to be right within a few tens of percent:
 enough to see on the first screen that a run cannot end well.
@@ -33,7 +33,7 @@ FIRST_STEP_BYTES = 60_000_000  # that torch's libraries take when they are first
 
 def report(model: LanguageModel, plan: BatchPlan, epochs: str, run: RunFolder, eval_interval: int, max_iters: int,
            optim: OptimConfig, job: Job) -> Iterator[str]:
-    """Lines for people, those that begin with "warning:" about what will fail."""
+    """Lines for people, those that begin with "warning:" about what will fail; every rank has to take part."""
     num_params, block_size = model.num_params(non_embedding=False), model.config.block_size
     how = f", {job.parallel}" if job.world_size > 1 else ""
     yield f"{num_params:,} parameters, {job.dtype} on {job.world_size} x {job.device.type}{how}"
@@ -61,6 +61,9 @@ def report(model: LanguageModel, plan: BatchPlan, epochs: str, run: RunFolder, e
         yield "warning: the host's memory will not hold the copy that is saved: use a machine with more"
     if checkpoint * (kept - len(run.steps())) > free:
         yield "warning: the disk will be full before the end: lower --keep_last, or choose another --out_dir"
+    if job.world_size > 1:
+        speed = distributed.bandwidth(job, min(4 * num_params, 100_000_000))
+        yield f"all-reduce: {size(speed)}/s from each of {job.world_size} ranks"
     if launcher.may_restart() and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
         yield ("warning: torchrun's restarts can hang on stale addresses: start it with "
                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment")
