@@ -173,7 +173,8 @@ def test_a_killed_rank_is_started_again_and_loses_nothing_that_was_saved(launch,
 
 
 @linux
-@cells("ddp")
+@pytest.mark.soak
+@cells()
 def test_after_torchrun_was_killed_its_ranks_are_gone_and_the_same_command_goes_on(launch, undisturbed, layout):
     run = launch(f"--parallel={layout}", HOLD_STEP="25")
     run.wait_until_held()
@@ -186,7 +187,8 @@ def test_after_torchrun_was_killed_its_ranks_are_gone_and_the_same_command_goes_
 
 
 @linux
-@pytest.mark.parametrize("delay_s", [0.0, pytest.param(1.0, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("delay_s", [0.0, 1.0])
 def test_ranks_that_had_only_begun_to_start_are_gone_too(launch, delay_s):
     run = launch("--max_iters=100000", "--eval_interval=100000", "--save_interval=100000")
     run.wait_until(lambda: len(run.ranks()) == 2)
@@ -195,7 +197,8 @@ def test_ranks_that_had_only_begun_to_start_are_gone_too(launch, delay_s):
 
 
 @linux
-@cells("ddp")
+@pytest.mark.soak
+@cells()
 def test_sigterm_to_torchrun_saves_the_step_under_way(launch, undisturbed, layout):
     run = launch(f"--parallel={layout}", HOLD_STEP="25")
     run.wait_until_held()
@@ -256,7 +259,7 @@ def hide(folder: Path) -> None:
     folder.rename(folder.with_name(f".{folder.name}"))
 
 
-@pytest.mark.parametrize("damage", [flip_byte, cut_in_half, hide])
+@pytest.mark.parametrize("damage", [flip_byte, pytest.param(cut_in_half, marks=pytest.mark.soak), hide])
 @cells("ddp")
 def test_a_damaged_newest_checkpoint_is_passed_over(data, undisturbed, layout, damage):
     copy_until(30, undisturbed(layout))
@@ -281,7 +284,8 @@ def copy_until(step: int, run: Path) -> None:
 # Asked to stop, or told to go on elsewhere
 
 
-@pytest.mark.parametrize("number", signals.STOP_SIGNALS)
+@pytest.mark.parametrize("number", [pytest.param(number, marks=() if number == signal.SIGTERM else pytest.mark.soak)
+                                    for number in signals.STOP_SIGNALS])
 def test_a_signal_finishes_the_step_saves_and_exits_with_75(cli, data, undisturbed, monkeypatch, number):
     with monkeypatch.context() as patch:
         patch.setattr(metrics.Reporter, "count", raising_at(15, number, metrics.Reporter.count))
@@ -308,7 +312,7 @@ def raising_at(step: int, number: int, count: Callable) -> Callable:
 
 
 @linux
-@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
+@pytest.mark.parametrize("name", ["SIGINT", pytest.param("SIGHUP", marks=pytest.mark.soak)])
 def test_a_reader_that_has_left_does_not_keep_a_run_from_saving(data, undisturbed, name):
     """`train.py | tee log`, where Ctrl-C ends tee as well; a terminal that is closed."""
     run = subprocess.Popen([sys.executable, planted.__file__, *RUN], cwd=data, env={**os.environ, "HOLD_STEP": "15"},
@@ -353,6 +357,7 @@ def test_a_run_that_was_told_to_stop_is_not_started_again_by_torchrun(launch):
 
 
 @linux
+@pytest.mark.soak
 def test_never_and_overwrite_speak_of_what_was_there_before_the_launch(cli, launch):
     assert cli("train", *RUN, "--max_iters=30").code == 0
     run = launch("--resume=never", "--overwrite=True", HOLD_STEP="25")
@@ -364,7 +369,8 @@ def test_never_and_overwrite_speak_of_what_was_there_before_the_launch(cli, laun
 
 
 @linux
-@pytest.mark.parametrize("held_at", [5, pytest.param(25, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("held_at", [5, 25])
 def test_never_goes_on_after_torchruns_own_restart_before_and_after_the_first_checkpoint(launch, held_at):
     run = launch("--resume=never", HOLD_STEP=str(held_at))
     saved = 20 if held_at > 20 else 0
@@ -479,6 +485,7 @@ def rendezvous():
     process.wait()
 
 
+@pytest.mark.soak
 def test_two_agents_train_together(launch, rendezvous, undisturbed):
     agents = [launch(nproc=1, agent=rendezvous) for _ in range(2)]
     for agent in agents:
@@ -580,7 +587,7 @@ one_and_two = pytest.mark.parametrize(("layout", "nproc"), [
     ("ddp", 1), pytest.param("ddp", 2, marks=pytest.mark.soak), pytest.param("fsdp", 2, marks=pytest.mark.soak)])
 
 
-@pytest.mark.parametrize(("layout", "nproc"), [("ddp", 1), ("ddp", 2), ("fsdp", 2)])
+@pytest.mark.parametrize(("layout", "nproc"), [("ddp", 1), pytest.param("ddp", 2, marks=pytest.mark.soak), ("fsdp", 2)])
 def test_a_step_without_a_finite_loss_is_skipped_on_all_ranks_and_reported(data, layout, nproc):
     code, log = start_ranks(nproc, data, *RUN, f"--parallel={layout}", NAN_STEPS="30")
     assert code == 0, log
