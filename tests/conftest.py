@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import locale
@@ -15,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +103,23 @@ def torchrun(nproc: int, *args: object, cwd: Path) -> str:
 
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "torch.distributed.fsdp"])
+FORKS.set_forkserver_preload(["torch.distributed.fsdp", "torch._dynamo", "tyro", "faults"])  # faults: train.py
+
+
+@functools.cache
+def start_fork_server() -> None:
+    """Where it finds what it is to import: before Python 3.12 it does not get the path of this process."""
+    cwd = os.getcwd()
+    os.chdir(Path(__file__).parent)
+    forkserver.ensure_running()
+    os.chdir(cwd)
 
 
 def on_ranks(nproc: int, do: Callable, *args: Any) -> list:
     """do(*args) on `nproc` ranks with torchrun's environment; its values, in the order of ranks. They are forked from
-    a process that has imported torch, and so start in a fraction of the time that torchrun takes. CPU only; `do` has to
-    be a function of a module. The test fails with the traceback of a rank that raises."""
+    a process that has imported train.py, and so start in a fraction of the time that torchrun takes. CPU only; `do`
+    has to be a function of a module. The test fails with the traceback of a rank that raises."""
+    start_fork_server()
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks = []
     for rank in range(nproc):
