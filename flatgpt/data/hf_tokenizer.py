@@ -272,8 +272,8 @@ class Tokenizer:
         return {i: 0 if i in nothing else length for i, length in lengths.items()}
 
     def piece(self, token: int) -> str | bytes | None:
-        """What a token stands for by itself, None for an id without token. A byte-level token is its text, or its bytes
-        if those are no whole characters; any other is what the vocabulary calls it, such as '▁the', '##ing' or '<0xE2>'.
+        """What a token is by itself, None for an id without token. A byte-level token is its text, or its bytes if
+        those are no whole characters; any other is what the vocabulary calls it, such as '▁the', '##ing' or '<0xE2>'.
         """
         piece = self.hf.id_to_token(token)
         if piece is None or "ByteLevel" not in str(self.hf.decoder):

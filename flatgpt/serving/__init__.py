@@ -1,0 +1,9 @@
+"""What serve.py hands to a browser and to other tools. It needs the web packages (`pip install -e .[serve]`).
+
+    engine.py         the models that can be chosen, and the one thread that runs them
+    bodies.py         what a client posts -> dataclasses; exceptions -> answers
+    writing.py        text as it is written, token by token, with its candidates
+    introspection.py  tokens of a prompt, attention, nearest embeddings
+    openai_api.py     OpenAI's /v1/models and /v1/completions
+    static/           the page: index.html, style.css, modules of JavaScript; nothing is built, nothing comes from elsewhere
+"""

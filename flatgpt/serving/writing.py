@@ -1,0 +1,108 @@
+"""The Write view's side of the server: which models there are, and text as it is written, token by token.
+
+    GET  /api/models     {"models": [Choice, ...]}
+    POST /api/generate   a line of JSON for the prompt, one for each token, one for the end
+
+A token's line has what the page shows of it: {"id": 262, "name": "' the'", "text": " the", "surprise": 1.2,
+"candidates": {"stages": [...], "rows": [{"id", "name", "probs"}, ...], "others": [...]}}. `name` is quoted as sample.py
+quotes it. `text` may be empty, where a token ends within a character, and then comes with a later token. The texts
+joined are what sample.py prints behind the prompt with the same options and seed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from flatgpt.data.tokenizer import Tokenizer
+from flatgpt.models.sampling import Sampler, candidates
+from flatgpt.serving.bodies import answering, error_body, first_of, read_body
+from flatgpt.serving.engine import Engine, Loaded, Step, check_size, write
+
+MAX_CANDIDATES = 50
+
+
+@dataclass
+class GenerateBody:
+    """Keys and defaults are sample.py's."""
+
+    model: str
+    prompt: str | list[int] = ""  # text, or token ids
+    max_new_tokens: int = 500
+    temperature: float = 0.8
+    top_k: int = 200
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 1337
+    candidates: int = 10  # for each token so many, as --show_probs
+
+    def sampler(self) -> Sampler:
+        """Raises ValueError that lists all faults."""
+        faults = [f"{key}={getattr(self, key)} must be {what}" for key, ok, what in (
+            ("max_new_tokens", self.max_new_tokens >= 0, "0 or more"), ("top_k", self.top_k >= 0, "0 or more"),
+            ("seed", self.seed >= 0, "0 or more"),
+            ("candidates", 1 <= self.candidates <= MAX_CANDIDATES, f"1 to {MAX_CANDIDATES}")) if not ok]
+        if faults:
+            raise ValueError("; ".join(faults))
+        return Sampler(self.temperature, self.top_k or None, self.top_p, self.min_p or None, self.repetition_penalty)
+
+
+def generate(body: GenerateBody) -> Callable[[Loaded], Iterator[dict[str, Any]]]:
+    """The lines. Raises ValueError for options that cannot be; the work itself, for a prompt that cannot be."""
+    sampler = body.sampler()
+
+    def lines(loaded: Loaded) -> Iterator[dict[str, Any]]:
+        ids, tokenizer = loaded.encode(body.prompt), loaded.tokenizer
+        check_size(loaded, len(ids) + body.max_new_tokens)
+        text = body.prompt if isinstance(body.prompt, str) else tokenizer.decode(ids)
+        yield {"prompt": {"ids": ids, "text": text}}
+        inbox: list[int | None] = []
+        texts = tokenizer.decode_stream(iter(inbox.pop, None), ids)  # takes an id, gives a text
+        for step in write(loaded, torch.tensor([ids]), body.max_new_tokens, sampler, [body.seed]):
+            inbox.append(int(step.tokens[0]))
+            yield describe_token(step, next(texts), tokenizer, body.candidates)
+        inbox.append(None)
+        yield {"end": next(texts)}
+
+    return lines
+
+
+def describe_token(step: Step, text: str, tokenizer: Tokenizer, num_rows: int) -> dict[str, Any]:
+    token = int(step.tokens[0])
+    found = candidates(step.stages, step.tokens, num_rows)
+    rows = [{"id": i, "name": tokenizer.spell(i), "probs": probs} for i, probs in zip(found.ids, found.probs)]
+    prob = found.probs[found.ids.index(token)][0]
+    return {"id": token, "name": tokenizer.spell(token), "text": text, "surprise": -math.log(max(prob, 1e-45)),
+            "candidates": {"stages": found.stages, "rows": rows, "others": found.others}}
+
+
+def routes(engine: Engine) -> list[Route]:
+    async def list_models(request: Request) -> Response:
+        return JSONResponse({"models": [choice._asdict() for choice in engine.choices()]})
+
+    async def stream_text(request: Request) -> Response:
+        body = await read_body(request, GenerateBody)
+        results = await first_of(engine.submit(body.model, generate(body), request.is_disconnected))
+
+        async def lines():
+            try:
+                async for result in results:
+                    yield json.dumps(result) + "\n"
+            except Exception as error:  # the status is sent already
+                yield json.dumps(error_body(error)[1]) + "\n"
+            finally:
+                await results.aclose()
+
+        return StreamingResponse(lines(), media_type="application/x-ndjson")
+
+    return [Route("/api/models", answering(list_models)),
+            Route("/api/generate", answering(stream_text), methods=["POST"])]
