@@ -5,5 +5,5 @@
     writing.py        text as it is written, token by token, with its candidates
     introspection.py  tokens of a prompt, attention, nearest embeddings
     openai_api.py     OpenAI's /v1/models and /v1/completions
-    static/           the page: index.html, style.css, modules of JavaScript; nothing is built, nothing comes from elsewhere
+    static/           the page: HTML, CSS, modules of JavaScript; nothing is built, nothing comes from elsewhere
 """

@@ -18,6 +18,7 @@ import typing
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -109,6 +110,8 @@ def answering(handle: Callable[[Request], Awaitable[Response]]) -> Callable[[Req
     async def answer(request: Request) -> Response:
         try:
             return await handle(request)
+        except HTTPException:  # the application's own
+            raise
         except Exception as error:
             status, body = error_body(error)
             return JSONResponse(body, status, headers={"Retry-After": "1"} if status == 429 else None)

@@ -1,12 +1,13 @@
 """The Write view's side of the server: which models there are, and text as it is written, token by token.
 
     GET  /api/models     {"models": [Choice, ...]}
-    POST /api/generate   a line of JSON for the prompt, one for each token, one for the end
+    POST /api/generate   a line of JSON for the prompt's ids, one for each token, one for the end
 
 A token's line has what the page shows of it: {"id": 262, "name": "' the'", "text": " the", "surprise": 1.2,
 "candidates": {"stages": [...], "rows": [{"id", "name", "probs"}, ...], "others": [...]}}. `name` is quoted as sample.py
 quotes it. `text` may be empty, where a token ends within a character, and then comes with a later token. The texts
-joined are what sample.py prints behind the prompt with the same options and seed.
+joined are what sample.py prints behind the prompt with the same options and seed. A token that was `written` before has
+neither surprise nor candidates.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,7 +36,8 @@ class GenerateBody:
     """Keys and defaults are sample.py's."""
 
     model: str
-    prompt: str | list[int] = ""  # text, or token ids
+    prompt: str = ""
+    written: list[int] = field(default_factory=list)  # tokens that stand behind the prompt already: to go on from them
     max_new_tokens: int = 500
     temperature: float = 0.8
     top_k: int = 200
@@ -61,12 +63,15 @@ def generate(body: GenerateBody) -> Callable[[Loaded], Iterator[dict[str, Any]]]
     sampler = body.sampler()
 
     def lines(loaded: Loaded) -> Iterator[dict[str, Any]]:
-        ids, tokenizer = loaded.encode(body.prompt), loaded.tokenizer
+        tokenizer, prompt = loaded.tokenizer, loaded.encode(body.prompt)
+        ids = loaded.encode(prompt + body.written)
         check_size(loaded, len(ids) + body.max_new_tokens)
-        text = body.prompt if isinstance(body.prompt, str) else tokenizer.decode(ids)
-        yield {"prompt": {"ids": ids, "text": text}}
+        yield {"prompt": prompt}
         inbox: list[int | None] = []
-        texts = tokenizer.decode_stream(iter(inbox.pop, None), ids)  # takes an id, gives a text
+        texts = tokenizer.decode_stream(iter(inbox.pop, None), prompt)  # takes an id, gives a text
+        for token in body.written:
+            inbox.append(token)
+            yield {"id": token, "name": tokenizer.spell(token), "text": next(texts)}
         for step in write(loaded, torch.tensor([ids]), body.max_new_tokens, sampler, [body.seed]):
             inbox.append(int(step.tokens[0]))
             yield describe_token(step, next(texts), tokenizer, body.candidates)

@@ -11,12 +11,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import prepare_data
-import train
 import uvicorn
 from conftest import TEXT, TINY_RUN
 from starlette.applications import Starlette
 
+import prepare_data
+import train
 from flatgpt.serving import introspection, openai_api, writing
 from flatgpt.serving.engine import Engine
 from flatgpt.training.device import DeviceConfig

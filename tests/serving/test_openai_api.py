@@ -89,8 +89,8 @@ def test_openais_client_completes_streams_and_stops():
 def test_openais_client_gets_the_models_own_log_probabilities():
     with served(make_app()) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-        choice = client.completions.create(model=LAST, prompt=PROMPT, max_tokens=20, temperature=0.5, seed=1, logprobs=3,
-                                           echo=True).choices[0]
+        choice = client.completions.create(model=LAST, prompt=PROMPT, max_tokens=20, temperature=0.5, seed=1, echo=True,
+                                           logprobs=3).choices[0]
     assert choice.text.startswith(PROMPT)
     found = choice.logprobs
     assert "".join(found.tokens) == choice.text
@@ -114,7 +114,8 @@ def test_prompts_of_one_request_give_what_single_requests_give(complete, prompts
     singles = [choice for prompt in prompts for choice in complete(prompt=ids_of(prompt), **options)["choices"]]
     for ours, alone in zip(together["choices"], singles, strict=True):
         assert ours["text"] == alone["text"]
-        assert ours["logprobs"]["token_logprobs"][1:] == pytest.approx(alone["logprobs"]["token_logprobs"][1:], abs=1e-4)
+        found, wanted = (choice["logprobs"]["token_logprobs"][1:] for choice in (ours, alone))
+        assert found == pytest.approx(wanted, abs=1e-4)
     assert together["usage"]["prompt_tokens"] == sum(len(ids_of(prompt)) for prompt in prompts)
 
 

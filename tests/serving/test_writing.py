@@ -4,12 +4,13 @@ import json
 import re
 
 import pytest
-import sample
 from served import FIRST, LAST, make_app, tiny_run
 from starlette.testclient import TestClient
 
-OPTIONS = {"max_new_tokens": 30, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.1,
-           "seed": 5}
+import sample
+
+OPTIONS = {"max_new_tokens": 30, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.02,
+           "repetition_penalty": 1.1, "seed": 5}
 
 
 @pytest.fixture
@@ -34,20 +35,21 @@ def lines_of(client, **body) -> list[dict]:
 
 
 def text_of(lines: list[dict]) -> str:
-    return lines[0]["prompt"]["text"] + "".join(line.get("text", line.get("end", "")) for line in lines[1:])
+    """What was written behind the prompt."""
+    return "".join(line.get("text", line.get("end", "")) for line in lines[1:])
 
 
 @pytest.mark.parametrize(("prompt", "options"), [
     ("the quick", {}), ("", {}), ("Ünïc", {"max_new_tokens": 90, "top_k": 0}), ("Line", {"temperature": 0})])
 def test_the_text_is_sample_pys(client, capsys, prompt, options):
     lines = lines_of(client, prompt=prompt, **OPTIONS | options)
-    assert text_of(lines) == sampled(capsys, prompt, **OPTIONS | options)
+    assert prompt + text_of(lines) == sampled(capsys, prompt, **OPTIONS | options)
     assert len(lines) == 2 + (OPTIONS | options)["max_new_tokens"]
 
 
 def test_each_tokens_table_is_that_of_show_probs(client, capsys):
     """Drawn as sample.py prints it, from the numbers of the page."""
-    *tables, text = sampled(capsys, "the quick", show_probs=4, **OPTIONS).split("\n\n")
+    *tables, _ = sampled(capsys, "the quick", show_probs=4, **OPTIONS).split("\n\n")
     lines = lines_of(client, prompt="the quick", candidates=4, **OPTIONS)[1:-1]
     assert len(lines) == len(tables) == OPTIONS["max_new_tokens"]
     for number, (line, printed) in enumerate(zip(lines, tables), 1):
@@ -61,13 +63,16 @@ def test_each_tokens_table_is_that_of_show_probs(client, capsys):
             assert re.findall(r"[\d.]+%|-(?=\s|$)", row[len(mark + name):]) == [f"{p:.2%}" if p else "-" for p in probs]
 
 
-def test_a_token_is_replaced_and_the_text_goes_on(client):
-    lines = lines_of(client, prompt="the quick", **OPTIONS)
+def test_a_token_is_replaced_and_the_text_goes_on(client, capsys):
+    """As if what stands before had been the prompt."""
+    prompt = "the quick"
+    lines = lines_of(client, prompt=prompt, **OPTIONS)
     other = next(row["id"] for row in lines[3]["candidates"]["rows"] if row["id"] != lines[3]["id"])
-    ids = [*lines[0]["prompt"]["ids"], lines[1]["id"], lines[2]["id"], other]
-    again = lines_of(client, prompt=ids, **OPTIONS)
-    assert again[0]["prompt"]["ids"] == ids
-    assert text_of(again).startswith(text_of(lines)[:len("the quick") + 2] + chr(other))
+    again = lines_of(client, prompt=prompt, written=[lines[1]["id"], lines[2]["id"], other], **OPTIONS)
+    assert again[0] == lines[0]
+    kept = prompt + text_of(lines)[:2] + chr(other)
+    assert prompt + text_of(again) == sampled(capsys, kept, **OPTIONS)
+    assert [line["text"] for line in again[1:4]] == [*kept[-3:]]
 
 
 def test_surprise_is_what_the_model_thought_of_the_token_before_any_filter(client):
@@ -92,8 +97,8 @@ def test_the_models_are_the_runs_checkpoints_and_those_named(client):
     ({"model": LAST, "temperature": -1, "top_p": 0}, 400, "temperature=-1 must be 0 or more; top_p=0 must be above 0"),
     ({"model": LAST, "seed": -1, "candidates": 0}, 400, "seed=-1 must be 0 or more; candidates=0 must be 1 to 50"),
     ({"model": LAST, "promt": "a"}, 400, "unknown key 'promt'; did you mean 'prompt'?"),
-    ({"model": LAST, "prompt": [1, 257]}, 400, "token id 257 is outside the vocabulary: 0 to 256"),
-    ({"model": LAST, "prompt": []}, 400, "the prompt is empty"),
+    ({"model": LAST, "written": [1, 257]}, 400, "token id 257 is outside the vocabulary: 0 to 256"),
+    ({"model": LAST, "written": [[1]]}, 400, "written=[[1]] must be a list, each item a whole number"),
     ({"model": LAST, "prompt": "\ud800"}, 400, "the prompt is no valid text"),
     ({"model": LAST, "max_new_tokens": 10**9}, 400, "take 1,000,000,001 tokens"),
     ({"model": LAST, "prompt": "x" * 10**7}, 413, "the request is larger than 1,048,576 bytes"),
