@@ -5,12 +5,12 @@ import { postStream } from "./api.js";
 import { el, errorNote } from "./dom.js";
 import { listModels, modelSelect, surpriseColor, surpriseLegend, visible } from "./models.js";
 
-const KNOBS = [
-  { key: "temperature", value: 0.8, step: 0.1, help: "below 1 more predictable, above 1 more random; 0: always the likeliest" },
-  { key: "top_k", value: 200, step: 1, help: "draw among this many likeliest tokens; 0: all" },
-  { key: "top_p", value: 1, step: 0.05, help: "draw among the likeliest that hold this much probability; 1: all" },
-  { key: "min_p", value: 0, step: 0.01, help: "draw among those at least this share as likely as the likeliest; 0: all" },
-  { key: "repetition_penalty", value: 1, step: 0.05, help: "above 1: tokens that were there before become less likely" },
+const KNOBS = [ // keys, defaults and meanings are sample.py's; `off` changes nothing
+  { key: "temperature", value: 0.8, off: 1, step: 0.1, help: "below 1 more predictable, above 1 more random; 0: always the likeliest" },
+  { key: "top_k", value: 200, off: 0, step: 1, help: "draw among this many likeliest tokens; 0: all" },
+  { key: "top_p", value: 1, off: 1, step: 0.05, help: "draw among the likeliest that hold this much probability; 1: all" },
+  { key: "min_p", value: 0, off: 0, step: 0.01, help: "draw among those at least this share as likely as the likeliest; 0: all" },
+  { key: "repetition_penalty", value: 1, off: 1, step: 0.05, help: "above 1: tokens that were there before become less likely" },
 ];
 const SHARED = [
   { key: "max_new_tokens", value: 200, step: 1, help: "tokens to write" },
@@ -97,6 +97,12 @@ class Knobs {
     }));
   }
 
+  /** Those that change something, in words. */
+  get summary() {
+    const parts = this.knobs.map(({ key, off }, i) => Number(this.inputs[i].value) !== off && `${key} ${this.inputs[i].value}`);
+    return parts.filter(Boolean).join(" · ") || "the model's own probabilities";
+  }
+
   addTo(params) {
     this.knobs.forEach(({ key, value }, i) => {
       if (this.inputs[i].value !== String(value)) params.set(this.prefix + key, this.inputs[i].value);
@@ -111,6 +117,7 @@ class Column {
     this.tokens = []; // the lines of the server, each with the element that shows it
     this.select = modelSelect(models, params.get(`${prefix}model`), "Model", () => view.writeLink());
     this.knobs = new Knobs(KNOBS, params, prefix, () => view.writeLink());
+    this.summary = el("summary", {});
     this.promptText = el("span", { class: "prompt" });
     this.written = el("span", {});
     this.tail = el("span", {});
@@ -120,8 +127,8 @@ class Column {
     this.status = el("p", { class: "muted status", role: "status" });
     this.details = el("div", { class: "details", hidden: true });
     this.element = el("div", { class: "card column" },
-      el("div", { class: "column-head" }, this.select, el("details", { class: "settings" }, el("summary", {}, "settings"),
-        this.knobs.element)),
+      el("div", { class: "column-head" }, this.select, el("details", { class: "settings", open: innerWidth > 700 },
+        this.summary, this.knobs.element)),
       this.output, el("div", { class: "under" }, this.status, surpriseLegend()), this.details);
   }
 
@@ -130,6 +137,7 @@ class Column {
   }
 
   addTo(params) {
+    this.summary.textContent = this.knobs.summary;
     params.set(`${this.prefix}model`, this.select.value);
     this.knobs.addTo(params);
   }
