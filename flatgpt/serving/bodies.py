@@ -100,8 +100,8 @@ def in_words(error: Exception) -> tuple[int, str]:
 
 def error_body(error: Exception) -> tuple[int, dict[str, Any]]:
     status, message = in_words(error)
-    kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
-    return status, {"error": {"message": message, "type": kind, "code": status}}
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return status, {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 
 def answering(handle: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:

@@ -2,8 +2,9 @@
 
 Owns which models there are (the checkpoints under the run folders, and those named at the start), which of them lie in
 memory, and whose turn it is. What a request wants is a function of the loaded model that yields results; the thread
-runs one step of it, then one of the other request that is under way, and so on. It does not know HTTP: bodies.py,
-page_api.py and openai_api.py do.
+runs one step of it, then one of the other request that is under way, and so on. It knows neither HTTP nor what a model
+does: loaded.py does, and with it torch, which is imported when a model is asked for the first time. So a server of runs
+alone starts at once and stays small.
 
 Example: two columns of the page write with two checkpoints. Both requests are under way, and their tokens come in turn.
 A third waits. When its client leaves before its turn, it is never begun.
@@ -21,25 +22,15 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flatgpt import run_folder
-from flatgpt.data.tokenizer import Tokenizer
-from flatgpt.models import inference, weights
-from flatgpt.models.generate import Cache
-from flatgpt.models.language_model import LanguageModel
-from flatgpt.models.sampling import Sampler, Stage, draw
-from flatgpt.training import distributed
-from flatgpt.training.device import DeviceConfig, pick_device, pick_numerics
+
+if TYPE_CHECKING:
+    from flatgpt.serving.loaded import Loaded
 
 MAX_ACTIVE = 2  # requests that take turns, and models in memory: two columns side by side
 MAX_WAITING = 64  # further requests
-MAX_TOKENS = 2**14  # a prompt's and those written behind it
-CACHE_BYTES = 2**29  # of keys and values that the rows of a batch may take; one row may take four times as much
-MAX_BATCH = 64  # rows
-LOGIT_CELLS = 2**24  # logits that are computed at a time: 64 MB in float32
 POLL_S = 0.2  # seconds between looks whether a client that waits is still there
 
 
@@ -59,27 +50,6 @@ class Choice(NamedTuple):
     step: int | None
     is_best: bool  # of its run
     created: int  # seconds since 1970
-
-
-class Loaded(NamedTuple):
-    """A model in memory."""
-
-    id: str
-    model: LanguageModel
-    tokenizer: Tokenizer
-
-    def encode(self, prompt: str | list[int]) -> list[int]:
-        """The ids of a prompt, of which there is at least one. Raises ValueError."""
-        if isinstance(prompt, str):
-            if any("\ud800" <= character <= "\udfff" for character in prompt):
-                raise ValueError("the prompt is no valid text: it holds half of a surrogate pair")
-            return inference.encode(self.tokenizer, prompt)[0].tolist()
-        vocab_size = self.model.config.vocab_size
-        if bad := next((i for i in prompt if not 0 <= i < vocab_size), None):
-            raise ValueError(f"token id {bad} is outside the vocabulary: 0 to {vocab_size - 1}")
-        if not prompt:
-            raise ValueError("the prompt is empty: it takes at least one token id")
-        return prompt
 
 
 class Work:
@@ -103,13 +73,12 @@ END = object()  # the last result
 
 
 class Engine:
-    """`find_runs` lists run folders, `models` names further models (see weights.resolve)."""
+    """`find_runs` lists run folders, `models` names further models (see weights.resolve); `device` and `dtype` are
+    DeviceConfig's."""
 
-    def __init__(self, find_runs: Callable[[], Sequence[Path]], models: Sequence[str] = (),
-                 where: DeviceConfig | None = None):
-        """Raises ValueError for a device that is not here."""
-        self.find_runs, self.named, self.where = find_runs, tuple(models), where or DeviceConfig()
-        self.device = pick_device(self.where.device)  # here, where the script can still complain
+    def __init__(self, find_runs: Callable[[], Sequence[Path]], models: Sequence[str] = (), device: str = "auto",
+                 dtype: str = "auto"):
+        self.find_runs, self.named, self.device, self.dtype = find_runs, tuple(models), device, dtype
         self.loaded: OrderedDict[str, Loaded] = OrderedDict()  # least recently used first; the thread's own
         self.active: deque[Work] = deque()  # the thread's own
         self.waiting: deque[Work] = deque()
@@ -132,16 +101,12 @@ class Engine:
     def _load(self, model_id: str) -> Loaded:
         """Raises ValueError or OSError in words for a user."""
         if model_id not in self.loaded:
+            from flatgpt.serving.loaded import load
+
             while len(self.loaded) >= MAX_ACTIVE:
                 in_use = {work.model_id for work in self.active}
                 del self.loaded[next(other for other in self.loaded if other not in in_use)]
-            path = weights.resolve(model_id)
-            with run_folder.reading(path):
-                model = inference.load_model(str(path)).eval()
-                tokenizer = inference.find_tokenizer(path, model.config.vocab_size)
-            numerics, _ = pick_numerics(model, self.where.dtype, "sdpa", self.device, 1, inference.options_of(path),
-                                        training=False)
-            self.loaded[model_id] = Loaded(model_id, model.to(self.device, numerics.dtype), tokenizer)
+            self.loaded[model_id] = load(model_id, self.device, self.dtype)
         self.loaded.move_to_end(model_id)
         return self.loaded[model_id]
 
@@ -185,16 +150,15 @@ class Engine:
 
     def _run(self) -> None:
         """The thread: a step of one request, then one of the next."""
-        with distributed.init_job(self.where, alone=True):
-            while True:
-                with self.changed:
-                    self.changed.wait_for(lambda: self.active or self.waiting)
-                    while self.waiting and len(self.active) < MAX_ACTIVE:
-                        self.active.append(self.waiting.popleft())
-                if self._step(self.active[0]):
-                    self.active.rotate(-1)
-                else:
-                    self.active.popleft()
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.active or self.waiting)
+                while self.waiting and len(self.active) < MAX_ACTIVE:
+                    self.active.append(self.waiting.popleft())
+            if self._step(self.active[0]):
+                self.active.rotate(-1)
+            else:
+                self.active.popleft()
 
     def _step(self, work: Work) -> bool:
         """Whether there is more to do."""
@@ -217,91 +181,3 @@ def shown(folder: Path) -> str:
     """A folder as seen from the one that the server was started in."""
     folder, here = folder.absolute(), Path.cwd()
     return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
-
-
-# What a loaded model does, a step at a time
-
-
-def check_size(loaded: Loaded, num_tokens: int) -> int:
-    """How many rows of so many tokens, prompt and new ones, make a batch. Raises ValueError for a row too long."""
-    if num_tokens > MAX_TOKENS:
-        raise ValueError(f"the prompt and what is to be written take {num_tokens:,} tokens, and the server reads at "
-                         f"most {MAX_TOKENS:,}: shorten the prompt, or ask for fewer tokens")
-    c = loaded.model.config
-    positions = min(num_tokens, c.max_positions or num_tokens)
-    row_bytes = 2 * c.n_layer * c.num_kv_heads * (c.n_embd // c.n_head) * positions * loaded.model.head.itemsize
-    if c.pos == "alibi":
-        row_bytes += 4 * c.n_head * positions**2  # its mask
-    if row_bytes > 4 * CACHE_BYTES:
-        raise ValueError(f"the keys and values of {num_tokens:,} tokens take {row_bytes / 1e9:.1f} GB, and the server "
-                         f"keeps at most {4 * CACHE_BYTES / 1e9:.1f}: shorten the prompt, or ask for fewer tokens")
-    return min(MAX_BATCH, max(1, CACHE_BYTES // row_bytes))
-
-
-class Step(NamedTuple):
-    """A token of each row, and what it was drawn from."""
-
-    tokens: torch.Tensor  # (B,)
-    stages: list[Stage]
-
-
-def write(loaded: Loaded, ids: torch.Tensor, max_new_tokens: int, sampler: Sampler, seeds: Sequence[int],
-          cache: Cache | None = None) -> Iterator[Step]:
-    """Continue each row of ids (B, T). A row with seed s is drawn as sample.py draws its first sample with --seed=s,
-    whatever rows are beside it."""
-    device = loaded.model.head.device
-    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-    stages: list[Stage] = []
-
-    def choose(logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        stages[:] = sampler.stages(logits, seen)
-        if logits.isnan().any():
-            raise ValueError("what this model computes are no numbers (NaN): it has diverged in its training")
-        rows = stages[-1].probs().split(1)
-        return torch.cat([draw(probs, generator) for probs, generator in zip(rows, generators)])
-
-    for tokens in loaded.model.stream(ids.to(device), max_new_tokens, choose, cache=cache):
-        yield Step(tokens, list(stages))
-
-
-class Scores(NamedTuple):
-    """What a model thought of tokens (B, T) that came, in nats."""
-
-    log_probs: torch.Tensor  # (B, T)
-    top_ids: torch.Tensor  # (B, T, K): the likeliest tokens at each place, likeliest first
-    top_log_probs: torch.Tensor
-
-    def at(self, row: int, place: int) -> tuple[float, list[tuple[int, float]]]:
-        """The log-probability of the token there, and the likeliest ones with theirs."""
-        top = zip(self.top_ids[row, place].tolist(), self.top_log_probs[row, place].tolist())
-        return self.log_probs[row, place].item(), list(top)
-
-
-def score_logits(logits: torch.Tensor, tokens: torch.Tensor, top: int) -> Scores:
-    """Of logits (B, T, V), what they say of tokens (B, T) and of the `top` likeliest."""
-    log_probs = logits.float().log_softmax(dim=2)
-    likeliest = log_probs.topk(min(top, log_probs.size(2)), dim=2)
-    return Scores(log_probs.gather(2, tokens.unsqueeze(2)).squeeze(2).cpu(), likeliest.indices.cpu(),
-                  likeliest.values.cpu())
-
-
-@torch.no_grad()
-def score(loaded: Loaded, ids: torch.Tensor, top: int = 0, cache: Cache | None = None) -> Iterator[Scores]:
-    """What the model thinks of ids (B, T) behind the first: (B, T - 1). Yields what is known after each step of the
-    work, last all of it. A cache can then be continued from, as if `stream` had read the prompt. Raises ValueError for
-    more tokens than the model has positions, and one, because nothing is read behind the last."""
-    model, limit = loaded.model, loaded.model.config.max_positions or MAX_TOKENS
-    ids = ids.to(model.head.device)
-    if ids.size(1) > limit + 1:
-        raise ValueError(f"log-probabilities of {ids.size(1):,} tokens were asked for, and this model reads {limit:,} "
-                         f"at a time: shorten the prompt (lm_eval: --model_args max_length={limit})")
-    if cache and ids.size(1) <= limit:
-        x = model.hidden_states(ids, cache)  # (B, T, C)
-        cache.mark(model.compute_logits(x[:, -1]))
-    else:
-        x = model.hidden_states(ids[:, :limit])
-    length, parts = max(1, LOGIT_CELLS // (len(x) * model.config.vocab_size)), []
-    for start in range(0, max(1, ids.size(1) - 1), length):
-        targets = ids[:, 1:][:, start:start + length]
-        parts.append(score_logits(model.compute_logits(x[:, start:start + targets.size(1)]), targets, top))
-        yield Scores(*(torch.cat(tensors, dim=1) for tensors in zip(*parts)))

@@ -19,26 +19,19 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from flatgpt.data.tokenizer import Tokenizer
-from flatgpt.models.sampling import Sampler
 from flatgpt.serving.bodies import answering, error_body, first_of, read_body
-from flatgpt.serving.engine import (
-    MAX_TOKENS,
-    Engine,
-    Loaded,
-    Scores,
-    check_size,
-    score,
-    score_logits,
-    write,
-)
+from flatgpt.serving.engine import Engine
+
+if TYPE_CHECKING:
+    from flatgpt.data.tokenizer import Tokenizer
+    from flatgpt.models.sampling import Sampler
+    from flatgpt.serving.loaded import Loaded, Scores
 
 MAX_CHOICES = 128  # in one answer
 MAX_ANSWER_TOKENS = 2**17  # prompts and what is written, of all choices
@@ -79,10 +72,10 @@ class CompletionBody:
     def stops(self) -> list[str]:
         return [stop for stop in ([self.stop] if isinstance(self.stop, str) else self.stop) if stop]
 
-    def sampler(self) -> Sampler:
-        """Raises ValueError that lists all faults."""
+    def validate(self) -> None:
+        """Raises ValueError that lists all faults, but for those that Sampler finds."""
         faults = [f"{key}={getattr(self, key)} must be {what}" for key, ok, what in (
-            ("max_tokens", 0 <= self.max_tokens <= MAX_TOKENS, f"0 to {MAX_TOKENS}"),
+            ("max_tokens", self.max_tokens >= 0, "0 or more"),
             ("top_k", self.top_k >= 0, "0 or more"), ("n", self.n >= 1, "1 or more"),
             ("seed", (self.seed or 0) >= 0, "0 or more"),
             ("logprobs", 0 <= (self.logprobs or 0) <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}")) if not ok]
@@ -94,7 +87,6 @@ class CompletionBody:
             faults.append(f"{len(self.stops())} stops: at most 16")
         if faults:
             raise ValueError("; ".join(faults))
-        return Sampler(self.temperature, self.top_k or None, self.top_p, self.min_p or None, self.repetition_penalty)
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
@@ -174,11 +166,12 @@ class Writer:
 
 
 def complete(body: CompletionBody) -> Callable[[Loaded], Iterator[list[dict[str, Any]]]]:
-    """The work of a request: lists of chunks, one for each step, some empty; last [{"usage": ...}]. Raises ValueError
-    for options that cannot be; the work itself, for prompts that cannot be."""
-    sampler, first_seed = body.sampler(), secrets.randbelow(2**32) if body.seed is None else body.seed
+    """The work of a request, which gives lists of chunks, one for each step, some empty; last [{"usage": ...}]. It
+    raises ValueError for what cannot be before the first."""
+    first_seed = secrets.randbelow(2**32) if body.seed is None else body.seed
 
     def chunks(loaded: Loaded) -> Iterator[list[dict[str, Any]]]:
+        sampler = loaded.sampler(body.temperature, body.top_k, body.top_p, body.min_p, body.repetition_penalty)
         prompts = [(prompt, loaded.encode(prompt)) for prompt in body.prompts()]
         total = body.n * sum(len(ids) + body.max_tokens for _, ids in prompts)
         if total > MAX_ANSWER_TOKENS:
@@ -203,7 +196,7 @@ def batches(loaded: Loaded, writers: list[Writer], max_tokens: int) -> list[list
         by_length.setdefault(len(writer.ids), []).append(writer)
     found = []
     for length, group in by_length.items():
-        size = check_size(loaded, length + max_tokens)
+        size = loaded.batch_size(length + max_tokens)
         found += [group[i:i + size] for i in range(0, len(group), size)]
     return found
 
@@ -211,17 +204,17 @@ def batches(loaded: Loaded, writers: list[Writer], max_tokens: int) -> list[list
 def run_batch(loaded: Loaded, body: CompletionBody, sampler: Sampler, batch: list[Writer],
               seeds: list[int]) -> Iterator[list[dict[str, Any]]]:
     """The chunks of prompts of equal length."""
-    ids, scores = torch.tensor([writer.ids for writer in batch]), None
-    cache = loaded.model.make_cache(len(batch), ids.size(1) + body.max_tokens)
+    rows, scores = [writer.ids for writer in batch], None
+    cache = loaded.model.make_cache(len(rows), len(rows[0]) + body.max_tokens)
     if body.echo and body.logprobs is not None:
-        for so_far in score(loaded, ids, body.logprobs, cache):
+        for so_far in loaded.score(rows, body.logprobs, cache):
             scores = so_far
             yield []
     if body.echo:
         yield [writer.echo(scores, row) for row, writer in enumerate(batch)]
-    for step in write(loaded, ids, body.max_tokens, sampler, seeds, cache):
-        scored = score_logits(step.stages[0].logits[:, None], step.tokens[:, None], body.logprobs or 0)
-        chunks = [writer.add(token, *scored.at(row, 0)) for row, (writer, token) in enumerate(
+    for step in loaded.write(rows, body.max_tokens, sampler, seeds, cache):
+        scores = step.scores(body.logprobs or 0)
+        chunks = [writer.add(token, *scores.at(row, 0)) for row, (writer, token) in enumerate(
             zip(batch, step.tokens.tolist())) if not writer.finish_reason]
         yield [chunk for chunk in chunks if chunk]
         if all(writer.finish_reason for writer in batch):
@@ -253,6 +246,7 @@ def routes(engine: Engine) -> list[Route]:
 
     async def completions(request: Request) -> Response:
         body = await read_body(request, CompletionBody)
+        body.validate()
         results = await first_of(engine.submit(body.model, complete(body), request.is_disconnected))
         head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time()),
                 "model": body.model}

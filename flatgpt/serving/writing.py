@@ -16,17 +16,18 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from flatgpt.data.tokenizer import Tokenizer
-from flatgpt.models.sampling import Sampler, candidates
 from flatgpt.serving.bodies import answering, error_body, first_of, read_body
-from flatgpt.serving.engine import Engine, Loaded, Step, check_size, write
+from flatgpt.serving.engine import Engine
+
+if TYPE_CHECKING:
+    from flatgpt.data.tokenizer import Tokenizer
+    from flatgpt.serving.loaded import Loaded, Step
 
 MAX_CANDIDATES = 50
 
@@ -47,32 +48,31 @@ class GenerateBody:
     seed: int = 1337
     candidates: int = 10  # for each token so many, as --show_probs
 
-    def sampler(self) -> Sampler:
-        """Raises ValueError that lists all faults."""
+    def validate(self) -> None:
+        """Raises ValueError that lists all faults, but for those that Sampler finds."""
         faults = [f"{key}={getattr(self, key)} must be {what}" for key, ok, what in (
             ("max_new_tokens", self.max_new_tokens >= 0, "0 or more"), ("top_k", self.top_k >= 0, "0 or more"),
             ("seed", self.seed >= 0, "0 or more"),
             ("candidates", 1 <= self.candidates <= MAX_CANDIDATES, f"1 to {MAX_CANDIDATES}")) if not ok]
         if faults:
             raise ValueError("; ".join(faults))
-        return Sampler(self.temperature, self.top_k or None, self.top_p, self.min_p or None, self.repetition_penalty)
 
 
 def generate(body: GenerateBody) -> Callable[[Loaded], Iterator[dict[str, Any]]]:
-    """The lines. Raises ValueError for options that cannot be; the work itself, for a prompt that cannot be."""
-    sampler = body.sampler()
+    """The work, which gives the lines. It raises ValueError for what cannot be before the first."""
 
     def lines(loaded: Loaded) -> Iterator[dict[str, Any]]:
+        sampler = loaded.sampler(body.temperature, body.top_k, body.top_p, body.min_p, body.repetition_penalty)
         tokenizer, prompt = loaded.tokenizer, loaded.encode(body.prompt)
         ids = loaded.encode(prompt + body.written)
-        check_size(loaded, len(ids) + body.max_new_tokens)
+        loaded.batch_size(len(ids) + body.max_new_tokens)  # it has to be one at least
         yield {"prompt": prompt}
         inbox: list[int | None] = []
         texts = tokenizer.decode_stream(iter(inbox.pop, None), prompt)  # takes an id, gives a text
         for token in body.written:
             inbox.append(token)
             yield {"id": token, "name": tokenizer.spell(token), "text": next(texts)}
-        for step in write(loaded, torch.tensor([ids]), body.max_new_tokens, sampler, [body.seed]):
+        for step in loaded.write([ids], body.max_new_tokens, sampler, [body.seed]):
             inbox.append(int(step.tokens[0]))
             yield describe_token(step, next(texts), tokenizer, body.candidates)
         inbox.append(None)
@@ -83,7 +83,7 @@ def generate(body: GenerateBody) -> Callable[[Loaded], Iterator[dict[str, Any]]]
 
 def describe_token(step: Step, text: str, tokenizer: Tokenizer, num_rows: int) -> dict[str, Any]:
     token = int(step.tokens[0])
-    found = candidates(step.stages, step.tokens, num_rows)
+    found = step.candidates(num_rows)
     rows = [{"id": i, "name": tokenizer.spell(i), "probs": probs} for i, probs in zip(found.ids, found.probs)]
     prob = found.probs[found.ids.index(token)][0]
     return {"id": token, "name": tokenizer.spell(token), "text": text, "surprise": -math.log(max(prob, 1e-45)),
@@ -96,6 +96,7 @@ def routes(engine: Engine) -> list[Route]:
 
     async def stream_text(request: Request) -> Response:
         body = await read_body(request, GenerateBody)
+        body.validate()
         results = await first_of(engine.submit(body.model, generate(body), request.is_disconnected))
 
         async def lines():

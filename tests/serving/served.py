@@ -19,7 +19,6 @@ import prepare_data
 import train
 from flatgpt.serving import introspection, openai_api, writing
 from flatgpt.serving.engine import Engine
-from flatgpt.training.device import DeviceConfig
 
 FIRST, LAST = (f"out/tiny/checkpoints/step_000000{step}" for step in (40, 80))
 
@@ -42,7 +41,7 @@ def tiny_run() -> tempfile.TemporaryDirectory:
 @functools.cache
 def models() -> Engine:
     """The run's checkpoints, for a test that stands in its folder."""
-    return Engine(lambda: [Path("out/tiny")], ["out/tiny"], DeviceConfig("cpu", "float32"))
+    return Engine(lambda: [Path("out/tiny")], ["out/tiny"], "cpu", "float32")
 
 
 def make_app(engine: Engine | None = None) -> Starlette:

@@ -9,11 +9,11 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from conftest import ROOT, run_process
 from served import FIRST, LAST, make_app, models, served, tiny_run
 
 from flatgpt.serving import engine as engine_module
 from flatgpt.serving.engine import MAX_ACTIVE, MAX_WAITING, Engine
-from flatgpt.training.device import DeviceConfig
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +129,7 @@ def run_alone(engine: Engine, model_id: str, begin=lambda loaded: iter([loaded.i
 
 def test_no_more_models_lie_in_memory_than_are_used_at_once(monkeypatch):
     shutil.copytree(LAST, "copy", dirs_exist_ok=True)
-    engine = Engine(lambda: [Path("out/tiny")], ["copy"], DeviceConfig("cpu", "float32"))
+    engine = Engine(lambda: [Path("out/tiny")], ["copy"], "cpu", "float32")
     for model_id in (FIRST, LAST, "copy", LAST):
         assert run_alone(engine, model_id) == [model_id]
         assert len(engine.loaded) <= MAX_ACTIVE
@@ -138,7 +138,7 @@ def test_no_more_models_lie_in_memory_than_are_used_at_once(monkeypatch):
 
 def test_a_checkpoint_that_is_deleted_is_told_from_one_that_never_was(tmp_path):
     shutil.copytree("out/tiny", tmp_path / "run", symlinks=True)
-    engine = Engine(lambda: [tmp_path / "run"], [], DeviceConfig("cpu", "float32"))
+    engine = Engine(lambda: [tmp_path / "run"], [], "cpu", "float32")
     model_id = next(choice.id for choice in engine.choices())
     choices = engine.choices()
     shutil.rmtree(tmp_path / "run")
@@ -148,6 +148,20 @@ def test_a_checkpoint_that_is_deleted_is_told_from_one_that_never_was(tmp_path):
     engine.choices = lambda: choices  # it was there when it was asked for
     with pytest.raises(OSError, match="no model at"):
         run_alone(engine, model_id)
+
+
+def test_a_server_without_a_model_in_use_has_no_torch_in_memory():
+    """It is most of what a process takes, and seconds of its start."""
+    modules = "engine, bodies, writing, introspection, openai_api"
+    run_process("-c", f"from flatgpt.serving import {modules}; import sys; engine.Engine(list).choices(); "
+                      "assert 'torch' not in sys.modules", cwd=ROOT)
+
+
+def test_a_device_that_is_not_here_is_said_to_who_asks():
+    engine = Engine(lambda: [Path("out/tiny")], device="gpu")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="device='gpu' is not a device: use cuda"):
+            run_alone(engine, LAST)
 
 
 def test_an_error_is_its_own_requests(url):

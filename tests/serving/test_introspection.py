@@ -9,8 +9,9 @@ from served import LAST, make_app, tiny_run
 from starlette.testclient import TestClient
 from transformers import AutoModelForCausalLM
 
+from flatgpt.data.tokenizer import ByteTokenizer
 from flatgpt.models.baselines import build
-from flatgpt.serving.introspection import attention_weights
+from flatgpt.serving.loaded import Loaded
 from model import GPT, GPTConfig
 
 PROMPT = "Line 7: the quick Ü"
@@ -22,6 +23,10 @@ def ask(monkeypatch):
     monkeypatch.chdir(tiny_run().name)
     with TestClient(make_app()) as client:
         yield lambda path, **body: client.post(f"/api/{path}", json={"model": LAST, **body})
+
+
+def loaded(model) -> Loaded:
+    return Loaded("", model, ByteTokenizer())
 
 
 def theirs(folder: str, layer: int) -> torch.Tensor:
@@ -48,7 +53,8 @@ def test_attention_with_rotated_and_shared_keys_is_that_of_transformers(tmp_path
     for p in model.parameters():
         p.data += torch.randn_like(p) * 0.1
     model.save_pretrained(str(tmp_path))
-    torch.testing.assert_close(attention_weights(model, IDS, 1), theirs(str(tmp_path), 1), atol=1e-5, rtol=1e-4)
+    for head, wanted in enumerate(theirs(str(tmp_path), 1)):
+        torch.testing.assert_close(loaded(model).attention(IDS, 1, head), wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_attention_with_alibi_falls_with_the_distance():
@@ -57,7 +63,7 @@ def test_attention_with_alibi_falls_with_the_distance():
     distance = torch.arange(9)[:, None] - torch.arange(9)
     for head, slope in enumerate((2**-4, 2**-8)):
         scores = (-slope * distance).masked_fill(distance < 0, -math.inf)
-        torch.testing.assert_close(attention_weights(model, IDS[:9], 0)[head], scores.softmax(dim=1))
+        torch.testing.assert_close(loaded(model).attention(IDS[:9], 0, head), scores.softmax(dim=1))
 
 
 def test_tokens_have_their_ids_names_and_what_the_model_thought_of_them(ask):
@@ -75,8 +81,8 @@ def test_tokens_have_their_ids_names_and_what_the_model_thought_of_them(ask):
 def test_neighbors_are_the_nearest_by_cosine(ask):
     table = GPT.from_pretrained(LAST).wte.weight.detach()[:257]
     cosines = [F.cosine_similarity(table[ord("e")], row, dim=0).item() for row in table]
-    wanted = sorted((i for i in range(257) if i != ord("e")), key=lambda i: -cosines[i])[:5]
-    found = ask("neighbors", token=ord("e"), count=5).json()
+    wanted = sorted((i for i in range(257) if i != ord("e")), key=lambda i: -cosines[i])[:20]
+    found = ask("neighbors", token=ord("e")).json()
     assert (found["name"], [other["id"] for other in found["neighbors"]]) == ("'e'", wanted)
     assert [other["cosine"] for other in found["neighbors"]] == pytest.approx([cosines[i] for i in wanted], abs=1e-4)
 
@@ -85,7 +91,7 @@ def test_neighbors_are_the_nearest_by_cosine(ask):
     ("tokens", {"prompt": "x" * 65}, "the prompt has 65 tokens, and this view shows at most 64 of this model"),
     ("attention", {"prompt": "a", "layer": 2}, "layer=2 must be 0 to 1"),
     ("attention", {"prompt": "a", "head": -1}, "head=-1 must be 0 to 1"),
-    ("neighbors", {"token": 257, "count": 0}, "token=257 must be 0 to 256; count=0 must be 1 to 200"),
+    ("neighbors", {"token": 257}, "token id 257 is outside the vocabulary: 0 to 256"),
     ("neighbors", {}, "token is missing"),
 ])
 def test_bad_input_is_a_sentence(ask, path, body, message):
@@ -96,4 +102,4 @@ def test_bad_input_is_a_sentence(ask, path, body, message):
 def test_a_model_without_attention_says_so():
     model = build(GPTConfig(model="gru", vocab_size=257, n_layer=1, n_embd=16))
     with pytest.raises(ValueError, match=r"this model \(gru\) has no attention"):
-        attention_weights(model, IDS, 0)
+        loaded(model).attention(IDS, 0, 0)
