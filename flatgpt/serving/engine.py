@@ -116,11 +116,12 @@ class Engine:
     def is_full(self) -> bool:
         return len(self.waiting) >= MAX_WAITING
 
-    def submit(self, model_id: str, begin: Callable[[Loaded], Iterator[Any]],
-               is_gone: Callable[[], Awaitable[bool]]) -> AsyncIterator[Any]:
+    async def submit(self, model_id: str, begin: Callable[[Loaded], Iterator[Any]],
+                     is_gone: Callable[[], Awaitable[bool]]) -> AsyncIterator[Any]:
         """What `begin` yields in the engine's thread, or what it raises. `is_gone` tells whether the client has left;
         then, and when the iterator is closed, the work ends. Raises UnknownModel, and Busy."""
-        if model_id not in self.loaded and all(model_id != choice.id for choice in self.choices()):
+        if model_id not in self.loaded and model_id not in {
+                choice.id for choice in await asyncio.to_thread(self.choices)}:
             raise UnknownModel(f"there is no model {model_id!r}: /v1/models lists those that there are")
         work = Work(model_id, begin)
         with self.changed:

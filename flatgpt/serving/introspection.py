@@ -77,7 +77,8 @@ def routes(engine: Engine) -> list[Route]:
             def begin(loaded: Loaded) -> Iterator[dict[str, Any]]:
                 yield look(body, loaded)
 
-            found = [found async for found in engine.submit(body.model, begin, request.is_disconnected)]
+            results = await engine.submit(body.model, begin, request.is_disconnected)
+            found = [result async for result in results]
             return JSONResponse(found[0] if found else {})  # nothing: the client has left
 
         return Route(path, answering(handle), methods=["POST"])

@@ -19,8 +19,10 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 MAX_CHOICES = 128  # in one answer
 MAX_ANSWER_TOKENS = 2**17  # prompts and what is written, of all choices
 MAX_LOGPROBS = 5  # OpenAI's
+MAX_STOPS, MAX_STOP_CHARACTERS = 16, 1000
 Top = list[tuple[int, float]]  # the likeliest tokens at a place, with their log-probabilities
 FIXED = {"best_of": 1, "suffix": "", "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}}
 
@@ -83,12 +86,13 @@ class CompletionBody:
                    if (getattr(self, key) or only) != only and (key, getattr(self, key)) != ("best_of", self.n)]
         if len(self.prompts()) * self.n > MAX_CHOICES:
             faults.append(f"{len(self.prompts())} prompts, {self.n} choices each: at most {MAX_CHOICES} in one request")
-        if len(self.stops()) > 16:
-            faults.append(f"{len(self.stops())} stops: at most 16")
+        if len(self.stops()) > MAX_STOPS or any(len(stop) > MAX_STOP_CHARACTERS for stop in self.stops()):
+            faults.append(f"stop: at most {MAX_STOPS} texts of up to {MAX_STOP_CHARACTERS} characters")
         if faults:
             raise ValueError("; ".join(faults))
 
 
+@lru_cache(maxsize=2**16)  # a long prompt asks for thousands
 def token_text(tokenizer: Tokenizer, token: int) -> str:
     """A token's text in lists of log-probabilities, another one for each token."""
     piece = tokenizer.piece(token)
@@ -113,7 +117,7 @@ class Writer:
 
     def record(self, offset: int, token: int, log_prob: float | None, top: Top | None) -> None:
         """A token whose text begins at an offset."""
-        names = top and {token_text(self.tokenizer, i): value for i, value in top}
+        names = None if top is None else {token_text(self.tokenizer, i): value for i, value in top}
         self.records.append((offset, token, log_prob, names))
 
     def echo(self, scores: Scores | None, row: int) -> dict[str, Any]:
@@ -242,12 +246,12 @@ def routes(engine: Engine) -> list[Route]:
     async def list_models(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [
             {"id": choice.id, "object": "model", "created": choice.created, "owned_by": "flatgpt"}
-            for choice in engine.choices()]})
+            for choice in await run_in_threadpool(engine.choices)]})
 
     async def completions(request: Request) -> Response:
         body = await read_body(request, CompletionBody)
         body.validate()
-        results = await first_of(engine.submit(body.model, complete(body), request.is_disconnected))
+        results = await first_of(await engine.submit(body.model, complete(body), request.is_disconnected))
         head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time()),
                 "model": body.model}
         if body.stream:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -92,12 +93,12 @@ def describe_token(step: Step, text: str, tokenizer: Tokenizer, num_rows: int) -
 
 def routes(engine: Engine) -> list[Route]:
     async def list_models(request: Request) -> Response:
-        return JSONResponse({"models": [choice._asdict() for choice in engine.choices()]})
+        return JSONResponse({"models": [choice._asdict() for choice in await run_in_threadpool(engine.choices)]})
 
     async def stream_text(request: Request) -> Response:
         body = await read_body(request, GenerateBody)
         body.validate()
-        results = await first_of(engine.submit(body.model, generate(body), request.is_disconnected))
+        results = await first_of(await engine.submit(body.model, generate(body), request.is_disconnected))
 
         async def lines():
             try:

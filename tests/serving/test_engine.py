@@ -123,7 +123,7 @@ def run_alone(engine: Engine, model_id: str, begin=lambda loaded: iter([loaded.i
     async def ask():
         async def stay() -> bool:
             return False
-        return [result async for result in engine.submit(model_id, begin, stay)]
+        return [result async for result in await engine.submit(model_id, begin, stay)]
     return asyncio.run(ask())
 
 

@@ -176,7 +176,8 @@ def test_a_prompt_up_to_the_context_and_one_is_scored(complete, length):
     ({"prompt": [[1], []]}, "the prompt is empty"),
     ({"best_of": 3, "suffix": "x"}, "best_of=3 is not offered here: leave it out; suffix=x is not offered here"),
     ({"n": 200}, "1 prompts, 200 choices each: at most 128"),
-    ({"stop": ["a"] * 17}, "17 stops: at most 16"),
+    ({"stop": ["a"] * 17}, "stop: at most 16 texts of up to 1000 characters"),
+    ({"stop": "a" * 1001}, "stop: at most 16 texts of up to 1000 characters"),
     ({"prompt": ["a"] * 100, "max_tokens": 10000}, "the request takes 1,000,100 tokens"),
 ])
 def test_what_is_not_offered_is_a_sentence(client, body, message):
