@@ -1,4 +1,4 @@
-"""What serve.py hands to a browser and to other tools. It needs the web packages (`pip install -e .[serve]`).
+"""What the server hands to a browser and to other tools. It needs the web packages (`pip install -e .[serve]`).
 
     engine.py         the models that can be chosen, and the one thread that runs them
     loaded.py         a model in memory: text, scores, attention, neighbors; the only module that imports torch
