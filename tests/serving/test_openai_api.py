@@ -211,11 +211,11 @@ TASKS = {
     "answer": "output_type: loglikelihood\ndoc_to_text: '{{text}}'\ndoc_to_target: '{{choices[label]}}'\n"
               "metric_list: [{metric: perplexity}, {metric: acc}]",
     "written": "output_type: generate_until\ndoc_to_text: '{{text}}'\ndoc_to_target: '{{choices[label]}}'\n"
-               "generation_kwargs: {until: [\"\\n\", \";\"], max_gen_toks: 20, do_sample: false, temperature: 0}\n"
+               "generation_kwargs: {until: [\",\", \"\\n\"], max_gen_toks: 20, do_sample: false, temperature: 0}\n"
                "metric_list: [{metric: exact_match}]"}
 
 
-def test_lm_eval_gives_the_score_that_it_gives_the_folder(tmp_path, monkeypatch):
+def test_lm_eval_gives_the_score_that_it_gives_the_folder(tmp_path):
     """50 questions of three kinds."""
     folder = Path(LAST).absolute()
     questions = [{"text": f"Line {i}: the quick brown" + " lazy" * (i % 4), "label": i % 3,
@@ -232,11 +232,11 @@ def test_lm_eval_gives_the_score_that_it_gives_the_folder(tmp_path, monkeypatch)
                           HF_DATASETS_CACHE=str(tmp_path / "cache"))
     ours, theirs = [json.loads(line.removeprefix("FOUND")) for line in out.splitlines() if line.startswith("FOUND")]
     assert ours[1]["written"] == theirs[1]["written"]
-    assert len({json.dumps(answer) for answer in ours[1]["written"]}) > 5
+    assert ours[0]["written"]["exact_match,none"] > 0
     for task in ("choice", "answer"):
         flat = [[value for sample in found[1][task] for one in sample for value in (one if isinstance(one, list) else
                                                                                   [one])] for found in (ours, theirs)]
-        assert [float(value) for value in flat[0]] == pytest.approx([float(value) for value in flat[1]], abs=1e-3)
+        assert [float(value) for value in flat[0]] == pytest.approx([float(value) for value in flat[1]], abs=1e-4)
     for task, numbers in theirs[0].items():
         for key, number in numbers.items():
             if isinstance(number, float) and not math.isnan(number):
