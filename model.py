@@ -187,13 +187,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: torch.Tensor, context: AttentionContext, cache: LayerCache | None = None) -> torch.Tensor:
         """x (B, T, C) -> (B, T, C); with a `cache`, the T positions follow those that it holds."""
         B, T, C = x.shape
-        heads = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 K, T, D)
-        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if context.cos_sin is not None:
-            q, k = apply_rope(q, *context.cos_sin), apply_rope(k, *context.cos_sin)
-        q, k = q.to(v.dtype), k.to(v.dtype)  # CUDA's autocast norms in float32
+        q, k, v = self.queries_keys_values(x, context)
         if cache is not None:  # write the T new ones, and read all S
             k, v = cache.k.index_copy_(2, cache.positions, k), cache.v.index_copy_(2, cache.positions, v)
         if self.n_kv_head < self.n_head:  # (B, K, S, D) -> (B, H, S, D)
@@ -201,6 +195,17 @@ class CausalSelfAttention(nn.Module):
         y = attend(q, k, v, context.mask, self.dropout if self.training else 0.0, self.backend)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, D) -> (B, T, C)
         return self.resid_dropout(self.c_proj(y))
+
+    def queries_keys_values(self, x: torch.Tensor, context: AttentionContext) -> list[torch.Tensor]:
+        """x (B, T, C) -> queries (B, H, T, D), keys and values (B, K, T, D), normed and rotated."""
+        B, T, _ = x.shape
+        heads = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 K, T, D)
+        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if context.cos_sin is not None:
+            q, k = apply_rope(q, *context.cos_sin), apply_rope(k, *context.cos_sin)
+        return [q.to(v.dtype), k.to(v.dtype), v]  # CUDA's autocast norms in float32
 
 
 class MLP(nn.Module):

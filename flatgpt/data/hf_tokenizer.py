@@ -270,18 +270,22 @@ class Tokenizer:
                        for i, text in zip(vocab.values(), texts)}
         return {i: 0 if i in nothing else length for i, length in lengths.items()}
 
-    def spell(self, token: int) -> str:
-        """A token's quoted name for people. A byte-level token is its text, or its bytes if those are no whole
-        characters; any other is what the vocabulary calls it, such as '▁the', '##ing' or '<0xE2>'."""
+    def piece(self, token: int) -> str | bytes | None:
+        """What a token is by itself, None for an id without token. A byte-level token is its text, or its bytes if
+        those are no whole characters; any other is what the vocabulary calls it, such as '▁the', '##ing' or '<0xE2>'.
+        """
         piece = self.hf.id_to_token(token)
-        if piece is None:
-            return f"no token {token}"
-        if "ByteLevel" not in str(self.hf.decoder):
-            return repr(piece)
+        if piece is None or "ByteLevel" not in str(self.hf.decoder):
+            return piece
         text = self.decode([token])
         if "\ufffd" in text and set(piece) <= set(alphabet := byte_alphabet()):
-            return repr(bytes(map(alphabet.index, piece)))
-        return repr(text)
+            return bytes(map(alphabet.index, piece))
+        return text
+
+    def spell(self, token: int) -> str:
+        """A token's quoted name for people: its `piece`."""
+        piece = self.piece(token)
+        return f"no token {token}" if piece is None else repr(piece)
 
     def merges(self) -> list[tuple[int, int, int]]:
         """The merge rules of a BPE in the order they were learned, as ids (left, right, merged); [] for others."""

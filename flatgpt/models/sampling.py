@@ -155,20 +155,33 @@ def draw(probs: torch.Tensor, generator: torch.Generator | None = None) -> torch
     return torch.searchsorted(below, at, right=True)  # never a token of probability 0
 
 
-def table(stages: list[Stage], token: torch.Tensor, num_rows: int, spell: Callable[[int], str]) -> str:
-    """The likeliest tokens of a batch's first row, and what each filter made of their probabilities, for a terminal:
-    the `num_rows` likeliest before all filters, what came among so many by them, and the one drawn, marked by >.
+class Candidates(NamedTuple):
+    """What each stage made of the probabilities of the likeliest tokens: what `table` prints."""
 
-    A dash is a token without probability: filtered out."""
+    stages: list[str]  # their names
+    ids: list[int]
+    probs: list[list[float]]  # a row for each of ids, a column for each of stages; 0 = filtered out
+    others: list[float]  # all other tokens together
+
+
+def candidates(stages: list[Stage], token: torch.Tensor, num_rows: int) -> Candidates:
+    """The candidates of a batch's first row: the `num_rows` likeliest before all filters, what came among so many by
+    them, and the one drawn."""
     drawn, probs = int(token[0]), torch.stack([stage.probs()[0].cpu() for stage in stages])  # (stages, V)
     first, last = (probs[i].topk(min(num_rows, probs.size(1))).indices for i in (0, -1))
     ids = list(dict.fromkeys([*first.tolist(), *last[probs[-1, last] > 0].tolist(), drawn]))
     others = probs.index_fill(1, torch.tensor(ids), 0.0).sum(dim=1)
-    shares = [*probs[:, ids].T.tolist(), others.tolist()]
+    return Candidates([stage.name for stage in stages], ids, probs[:, ids].T.tolist(), others.tolist())
+
+
+def table(stages: list[Stage], token: torch.Tensor, num_rows: int, spell: Callable[[int], str]) -> str:
+    """The `candidates` for a terminal, the one drawn marked by >. A dash is a token without probability: filtered out.
+    """
+    drawn, (names, ids, probs, others) = int(token[0]), candidates(stages, token, num_rows)
     labels = [("> " if i == drawn else "  ") + spell(i) for i in ids] + ["  others"]
-    names, width = [stage.name for stage in stages], max(map(len, labels))
+    width = max(map(len, labels))
     lines = [" " * width + "".join(f"  {name:>7}" for name in names)]
-    for label, row in zip(labels, shares):
+    for label, row in zip(labels, [*probs, others]):
         cells = [f"{share:.2%}" if share else "-" for share in row]
         lines.append(f"{label:{width}}" + "".join(f"  {cell:>{max(7, len(name))}}" for cell, name in zip(cells, names)))
     return "\n".join(lines)

@@ -1,0 +1,138 @@
+"""What a client posts, checked, and what it is told when that will not do.
+
+Owns the way from a body to a dataclass, and from an exception to a status with a sentence. The shape of an error is the
+one that OpenAI's client reads: {"error": {"message": ..., "type": ..., "code": ...}}.
+
+Example: a body {"temperature": "hot"} is answered with 400 and "temperature='hot' must be a number".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+import traceback
+import types
+import typing
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from flatgpt.options import closest
+from flatgpt.serving.engine import Busy, UnknownModel
+
+T = TypeVar("T")
+MAX_BODY_BYTES = 2**20
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "an object"}
+
+
+class TooLarge(Exception):
+    """A body of more bytes than MAX_BODY_BYTES."""
+
+
+async def read_body(request: Request, kind: type[T]) -> T:
+    """The JSON body as a dataclass. Raises ValueError that lists all faults, and TooLarge before it is all read."""
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_BODY_BYTES:
+            raise TooLarge(f"the request is larger than {MAX_BODY_BYTES:,} bytes: send a shorter prompt, or fewer")
+    try:
+        data = json.loads(body)
+    except (ValueError, RecursionError):
+        raise ValueError("the body must be JSON") from None
+    return parse(data, kind)
+
+
+def parse(data: Any, kind: type[T]) -> T:
+    """A JSON object as a dataclass; null means the default. Raises ValueError that lists all faults."""
+    if not isinstance(data, dict):
+        raise ValueError("the body must be a JSON object")
+    hints, given = typing.get_type_hints(kind), {key: value for key, value in data.items() if value is not None}
+    faults = [f"unknown key {key!r:.60}; {closest(key, hints) or 'known are ' + ', '.join(hints)}"
+              for key in given if key not in hints]
+    faults += [f"{key}={value!r:.60} must be {describe(hints[key])}" for key, value in given.items()
+               if key in hints and not fits(value, hints[key])]
+    faults += [f"{field.name} is missing" for field in dataclasses.fields(kind)
+               if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+               and field.name not in given]
+    if faults:
+        raise ValueError("; ".join(faults))
+    return kind(**given)
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of a type: a union, a list of something, int, float, bool or str."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(fits(value, option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        return isinstance(value, list) and all(fits(item, typing.get_args(hint)[0]) for item in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+    return type(value) is hint and (hint is not int or abs(value) < 2**63)
+
+
+def describe(hint: Any) -> str:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(describe(option) for option in typing.get_args(hint) if option is not types.NoneType)
+    if typing.get_origin(hint) is list:
+        return f"a list, each item {describe(typing.get_args(hint)[0])}"
+    return KINDS[hint]
+
+
+# Answers
+
+
+def in_words(error: Exception) -> tuple[int, str]:
+    """The status and the sentence for what went wrong. What nobody foresaw goes to the server's standard error."""
+    for kind, status in ((UnknownModel, 404), (Busy, 429), (TooLarge, 413), (ValueError, 400), (OSError, 400)):
+        if isinstance(error, kind):
+            return status, str(error)
+    if isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error)):  # torch's
+        return 503, "the server's memory is full: ask for fewer tokens, or for a smaller model"
+    traceback.print_exception(error, file=sys.stderr)
+    return 500, "something went wrong in the server; what it was stands in the terminal where serve.py runs"
+
+
+def error_body(error: Exception) -> tuple[int, dict[str, Any]]:
+    status, message = in_words(error)
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return status, {"error": {"message": message, "type": kind, "param": None, "code": None}}
+
+
+def answering(handle: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+    """A handler whose exceptions become answers."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            return await handle(request)
+        except HTTPException:  # the application's own
+            raise
+        except Exception as error:
+            status, body = error_body(error)
+            return JSONResponse(body, status, headers={"Retry-After": "1"} if status == 429 else None)
+
+    return answer
+
+
+async def first_of(results: AsyncIterator[T]) -> AsyncIterator[T]:
+    """The same results, of which the first is there: what fails before it can still be answered with a status."""
+    try:
+        head = [await anext(results)]
+    except StopAsyncIteration:
+        head = []
+
+    async def rest() -> AsyncIterator[T]:
+        try:
+            for result in head:
+                yield result
+            async for result in results:
+                yield result
+        finally:
+            await results.aclose()
+
+    return rest()
