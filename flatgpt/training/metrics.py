@@ -3,9 +3,9 @@
 Owns every number that leaves a run; trackers.py hands them on to wandb and TensorBoard. Only rank 0 reports; the other
 ranks hold a Reporter that says nothing, so that train.py needs no `if` for it. metrics.jsonl has one JSON object a
 line, with `step` = updates made; a resume cuts what was written after its checkpoint and adds a line that says
-`resumed`, so that but for those the file reads as if the run had never been interrupted. A rollback leaves, of the
-lines past its step, what they tell of events (skipped steps above all): those have happened, while the losses of these
-steps are yet to come.
+`resumed`, as a stop adds one that says `stopped`, so that but for those the file reads as if the run had never been
+interrupted. A rollback leaves, of the lines past its step, what they tell of events (skipped steps above all): those
+have happened, while the losses of these steps are yet to come.
 
 Throughput counts training only: the time spent within `excluded()` (evaluation, samples, saving) is left out of it.
 """
