@@ -4,7 +4,7 @@ Owns what is read of a run folder for the page, and never writes there nor takes
 hash of its path, so that a browser can name no path. Files of any length and content are read in bounded memory.
 
     table = RunTable(("out",))
-    table.refresh()                  [{"id": "f3a9...", "name": "out/demo", "state": "running", "step": 120, ...}, ...]
+    table.refresh()                  [{"id": "f3a9...", "name": "demo", "state": "running", "step": 120, ...}, ...]
     table.history("f3a9...")         the run's curves and what else it wrote, thinned (curves.py)
 
 Of each run the list reads the end alone; the history is read whole, when it is asked for the first time.
@@ -191,8 +191,7 @@ class Run:
 
     def __init__(self, folder: Path):
         self.folder, self.metrics = folder, folder / "metrics.jsonl"
-        self.id = hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]
-        self.name = os.fsdecode(os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else folder)
+        self.id, self.name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:12], folder.name
         self.options: dict[str, Any] = {}
         self._host, self._seen = "", (None, None)
         self._begin()
@@ -324,6 +323,9 @@ class RunTable:
             if now - self._scanned_at >= RESCAN_S:
                 known = {run.folder: run for run in self._runs.values()}
                 runs = [known.get(folder) or Run(folder) for folder in find_runs(self.patterns)]
+                above = os.path.commonpath([run.folder.parent for run in runs]) if runs else ""
+                for run in runs:
+                    run.name = os.path.relpath(run.folder, above)
                 self._runs, self._scanned_at = {run.id: run for run in runs}, now
             if now - self._refreshed_at >= REFRESH_S:
                 self._lines, held = {}, locked_inodes()

@@ -72,7 +72,7 @@ function timeUnit(runs, x) {
 
 function layoutOf(chart, options, xTitle) {
   const layout = baseLayout();
-  Object.assign(layout.xaxis, { type: options.logX ? "log" : "linear", title: { text: xTitle, standoff: 6 } });
+  Object.assign(layout.xaxis, { type: options.logX ? "log" : "linear", title: { text: xTitle, standoff: 6, font: { size: 12 } } });
   Object.assign(layout.yaxis, {
     type: chart.isLoss && options.logY ? "log" : "linear", rangemode: chart.fromZero ? "tozero" : "normal" });
   const events = { overlaying: "y", range: [0, 1], visible: false, fixedrange: true };
@@ -120,7 +120,8 @@ function validationTraces(history, name, x, size, line) {
 
 function eventTrace({ events }, name, x, size, color) {
   return {
-    type: "scatter", mode: "markers", yaxis: "y2", name, x: events.map((event) => event[x] == null ? null : event[x] / size),
+    type: "scatter", mode: "markers", yaxis: "y2", name: `${name}, events`,
+    x: events.map((event) => event[x] == null ? null : event[x] / size),
     y: events.map(() => 0.03), hovertemplate: "%{text}<extra></extra>",
     text: events.map((event) => plain(`${event.kind} at step ${whole(event.step)}${event.why ? `: ${event.why}` : ""}`)),
     marker: { symbol: events.map((event) => EVENT_SYMBOLS[event.kind]), color, size: 9, line: { width: 2, color } },

@@ -92,6 +92,7 @@ class RunsView {
   }
 
   writeLink() {
+    this.hasChoice = true;
     const { x, logX, logY, smooth } = this.options;
     const params = new URLSearchParams({ runs: this.chosen.join(",") });
     if (x !== "tokens") params.set("x", x);
@@ -108,11 +109,15 @@ class RunsView {
     this.folders = folders;
     this.takeLines(runs);
     const known = this.chosen.filter((id) => this.lines.has(id));
-    const newest = [...this.lines.values()].sort(byTime)[0];
     if (known.length < this.chosen.length) this.slots = known;
-    if (!this.hasChoice && newest) this.slots = [newest.id];
+    if (!this.hasChoice) this.slots = this.newest();
     this.charts = await makeCharts(this.grid);
     await this.connect();
+  }
+
+  /** What is shown before anything was chosen. */
+  newest() {
+    return [...this.lines.values()].sort(byTime).slice(0, 1).map((line) => line.id);
   }
 
   disconnect() {
@@ -147,7 +152,12 @@ class RunsView {
     }
     const positions = following.filter((history) => history.read === 1).map(({ id, position }) => `${id}@${position}`);
     this.endStream = listen(`api/events?runs=${positions.join(",")}`, {
-      runs: (lines) => { this.takeLines(lines); this.showList(); this.showSummary(); },
+      runs: (lines) => {
+        this.takeLines(lines);
+        if (!this.hasChoice && !this.chosen.length) this.choose(this.newest());
+        this.showList();
+        this.showSummary();
+      },
       gone: (ids) => this.forget(ids),
       records: ({ id, records }) => this.append(id, records),
       reload: () => this.connect(),
@@ -350,8 +360,6 @@ function summaryTable(runs, isDark) {
     "best val": (run) => { const at = best(run); return at && [fixed(at.loss, 4), el("small", {}, ` step ${whole(at.step)}`)]; },
     tokens: ({ line }) => short(line.tokens),
     "tokens/s": ({ line }) => whole(line.tokens_per_sec),
-    lr: ({ line }) => line.lr?.toPrecision(3),
-    norm: ({ line }) => fixed(line.grad_norm, 2),
     MFU: ({ line }) => (line.mfu == null ? null : `${fixed(100 * line.mfu, 1)} %`),
     memory: ({ line }) => (line.memory_gb == null ? null : `${fixed(line.memory_gb, 2)} GB`),
     time: ({ line }) => duration(line.elapsed_s),
