@@ -121,11 +121,12 @@ class Feed:
     async def stream(self) -> AsyncIterator[str]:
         yield "retry: 2000\n\n"
         while True:
-            text = await run_in_threadpool(lambda: "".join(self._new()))
+            text = await run_in_threadpool(lambda: "".join(self.new()))
             yield text or ":\n\n"  # a comment, by which a client that has left is noticed
             await anyio.sleep(POLL_S)
 
-    def _new(self) -> Iterator[str]:
+    def new(self) -> Iterator[str]:
+        """The events that there are now."""
         lines = {line["id"]: line for line in self._runs.refresh()}
         if changed := [line for run_id, line in lines.items() if self._sent.get(run_id) != line]:
             yield event("runs", changed)
@@ -193,7 +194,7 @@ class Guard:
         request = Request(scope, receive)
         answer = self._refusal(request) or self._welcome(request)
         if answer is None and int(request.headers.get("content-length") or 0) > MAX_BODY_BYTES:
-            await drain(receive)
+            await drain(receive, {"more_body": True})
             answer = error_response(413, too_long())
         await (answer or self._app)(scope, bounded(receive), send_with_headers)
 
@@ -248,15 +249,16 @@ def bounded(receive: Receive) -> Receive:
         message = await receive()
         size += len(message.get("body", b""))
         if size > MAX_BODY_BYTES:
-            await drain(receive)
+            await drain(receive, message)
             raise HTTPException(413, too_long())
         return message
 
     return receive_some
 
 
-async def drain(receive: Receive) -> None:
-    size, message = 0, {"more_body": True}
+async def drain(receive: Receive, message: Message) -> None:
+    """Read and drop what follows a message of a body."""
+    size = 0
     while message.get("more_body") and size < MAX_DRAINED_BYTES:
         message = await receive()
         size += len(message.get("body", b""))

@@ -105,7 +105,9 @@ class Curves:
 
     def _placed(self, record: dict[str, Any]) -> dict[str, Any]:
         """Where a record stands; its tokens follow from its step where it has none."""
-        tokens = record["step"] * self._tokens_per_step if record.get("tokens") is None else record["tokens"]
+        tokens = record.get("tokens")
+        if tokens is None:
+            tokens = number(record["step"]) * self._tokens_per_step
         return {"step": plain(record["step"]), "tokens": plain(tokens), "elapsed_s": plain(record.get("elapsed_s"))}
 
     def as_dict(self) -> dict[str, Any]:
