@@ -23,7 +23,7 @@ import sys
 import threading
 import webbrowser
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from flatgpt.options import check_options, failed_rules, parse_options, run_script
 
@@ -68,8 +68,14 @@ def main(argv: list[str]) -> None:
     print(f"{url} shows the runs under {', '.join(config.runs or ('out',))}; Ctrl-C ends it", flush=True)
     if config.open and has_browser():
         threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False, server_header=False,
-                                           timeout_graceful_shutdown=1))
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, *signal: Any) -> None:
+            app.state.is_stopping = True  # the server waits for its answers, and an event stream would never end
+            super().handle_exit(*signal)
+
+    server = Server(uvicorn.Config(app, log_level="error", access_log=False, server_header=False,
+                                   timeout_graceful_shutdown=5))
     with contextlib.suppress(KeyboardInterrupt):  # the way to end it
         server.run(sockets=[listener])
 

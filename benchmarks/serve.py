@@ -24,7 +24,7 @@ from pathlib import Path
 from flatgpt.options import check_options, failed_rules, parse_options, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
-TRAINING = ("--dataset=made", "--n_layer=4", "--n_head=4", "--n_embd=128", "--block_size=128", "--batch_size=16",
+TRAINING = ("--dataset=made", "--n_layer=2", "--n_head=2", "--n_embd=64", "--block_size=64", "--batch_size=8",
             "--gradient_accumulation_steps=1", "--max_iters=1000000", "--eval_interval=200", "--eval_iters=5",
             "--sample_interval=200", "--device=cpu", "--out_dir=out/made")
 

@@ -23,7 +23,7 @@ from typing import Any
 import anyio
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import MutableHeaders, State
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -53,11 +53,14 @@ HEADERS = {
 
 def build_app(runs: RunTable, more_routes: Sequence[BaseRoute] = (), host: str = "127.0.0.1",
               token: str = "") -> Starlette:
-    """`host` is the address that the server listens at, `more_routes` those of the models."""
+    """`host` is the address that the server listens at, `more_routes` those of the models. Event streams end when
+    `app.state.is_stopping` is set to true."""
     routes = [Route("/", index), Route("/plotly.min.js", chart_library), *run_routes(runs), *more_routes,
               Mount("/static", StaticFiles(directory=STATIC))]
-    return Starlette(routes=routes, middleware=[Middleware(Guard, host=host, token=token)],
-                     exception_handlers={HTTPException: refuse, Exception: refuse})
+    app = Starlette(routes=routes, middleware=[Middleware(Guard, host=host, token=token)],
+                    exception_handlers={HTTPException: refuse, Exception: refuse})
+    app.state.is_stopping = False
+    return app
 
 
 async def index(request: Request) -> Response:
@@ -104,7 +107,8 @@ def run_routes(runs: RunTable) -> list[Route]:
         if not all(matches) or len(wanted) > MAX_FOLLOWED:
             raise HTTPException(400, f"runs= takes up to {MAX_FOLLOWED} of id@position, with commas between them.")
         feed = Feed(runs, {match[1]: match[2] or "" for match in matches})
-        return StreamingResponse(feed.stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        return StreamingResponse(feed.stream(request.app.state), media_type="text/event-stream",
+                                 headers={"Cache-Control": "no-store"})
 
     return [Route("/api/runs", list_runs), Route("/api/runs/{id}", one_run), Route("/api/events", events)]
 
@@ -118,9 +122,9 @@ class Feed:
         self._tails: dict[str, Tail] = {}
         self._sent: dict[str, dict[str, Any]] = {}
 
-    async def stream(self) -> AsyncIterator[str]:
+    async def stream(self, state: State) -> AsyncIterator[str]:
         yield "retry: 2000\n\n"
-        while True:
+        while not state.is_stopping:
             text = await run_in_threadpool(lambda: "".join(self.new()))
             yield text or ":\n\n"  # a comment, by which a client that has left is noticed
             await anyio.sleep(POLL_S)

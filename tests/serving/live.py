@@ -27,7 +27,7 @@ def serving(app: Starlette) -> Iterator[str]:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
+        app.state.is_stopping = server.should_exit = True
         thread.join(10)
 
 
