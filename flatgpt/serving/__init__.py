@@ -1,6 +1,7 @@
-"""What serve.py hands to a browser and to other tools. It needs the web packages (`pip install -e .[serve]`).
+"""What a browser and other tools get from the server. It needs the extra `serve` of pyproject.toml.
 
     app.py     the application: routes, static files, who may ask (Host, Origin, token), sizes, errors as JSON
-    runs.py    runs under the folders: found, followed as they grow, thinned; running, finished, stopped or died
+    runs.py    runs under the folders: found, followed as they grow; running, finished, stopped or died
+    curves.py  a run's records as curves of bounded length
     static/    the page: index.html, style.css, modules of JavaScript; nothing is built, nothing comes from elsewhere
 """
