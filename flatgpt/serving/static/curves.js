@@ -98,7 +98,7 @@ function tracesOf(chart, { name, index, history }, { x, size, smooth, isDark }) 
     traces.push({ ...base, y: values, opacity: 0.25, line: { ...line, width: 1 }, hoverinfo: "skip", hovertemplate: null },
       { ...base, y: smoothed(values, smooth) });
   } else {
-    traces.push({ ...base, y: values, opacity: chart.isLoss ? 0.5 : 1, mode: values.length < 3 ? "lines+markers" : "lines" });
+    traces.push({ ...base, y: values, opacity: chart.isLoss ? 0.6 : 1, mode: values.length < 3 ? "lines+markers" : "lines" });
   }
   return chart.isLoss ? [...traces, ...validationTraces(history, name, x, size, line), eventTrace(history, name, x, size, color)]
     : traces;

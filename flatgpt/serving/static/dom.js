@@ -12,6 +12,11 @@ export function el(tag, attributes = {}, ...children) {
   return element;
 }
 
+/** A long name that may be broken behind its separators: nodes for el or append. */
+export function breakable(name) {
+  return name.split(/(?<=[/_.-])/).flatMap((part, i) => (i ? [el("wbr"), part] : [part]));
+}
+
 /** A message in the place of what could not be shown. */
 export function errorNote(error) {
   return el("p", { class: "error", role: "alert" }, error.message);

@@ -4,7 +4,7 @@
 import { getJSON, listen } from "./api.js";
 import { darkTheme } from "./charts.js";
 import { makeCharts, plain, strokeOf } from "./curves.js";
-import { el, errorNote } from "./dom.js";
+import { breakable, el } from "./dom.js";
 import { duration, fixed, short, whole } from "./format.js";
 
 const MAX_APPENDED = 1000; // reports added to a history before it is asked for anew, thinned
@@ -46,7 +46,8 @@ class RunsView {
     this.grid = el("div", { class: "charts" });
     this.samples = el("section", { class: "card", "aria-label": "Samples" });
     this.table = el("details", { class: "card" });
-    this.body = el("div", { class: "runs-body" }, this.note, this.summary, this.controls(), this.grid, this.samples,
+    this.bar = this.controls();
+    this.body = el("div", { class: "runs-body" }, this.note, this.summary, this.bar, this.grid, this.samples,
       this.table);
     element.append(el("div", { class: "runs-layout" },
       el("aside", { class: "card run-side" }, el("div", { class: "run-tools" }, this.filter, this.clear), this.list),
@@ -135,7 +136,7 @@ class RunsView {
       const loaded = await Promise.all(this.chosen.map((id) => this.load(id)));
       if (generation !== this.generation) return;
       this.histories = new Map(loaded.filter(Boolean).map((history) => [history.id, history]));
-      this.say("");
+      this.say(this.chosen.length ? "" : "Choose runs in the list to see their curves, samples and options.");
     } catch (error) {
       if (generation !== this.generation) return;
       this.say(error.message, true);
@@ -247,7 +248,7 @@ class RunsView {
 
   showSummary() {
     const runs = this.chosenRuns();
-    this.summary.hidden = !runs.length;
+    this.summary.hidden = this.bar.hidden = !runs.length;
     this.summary.replaceChildren(summaryTable(runs, this.options.isDark));
   }
 
@@ -313,6 +314,10 @@ function stroke(index, isDark) {
   return mark;
 }
 
+function label(run, isDark) {
+  return el("span", { class: "run-label" }, stroke(run.index, isDark), el("span", {}, breakable(run.line.name)));
+}
+
 function progress(line) {
   return el("progress", { max: line.max_iters || 1, value: Math.min(line.step, line.max_iters || 1),
     "aria-label": "progress" });
@@ -333,7 +338,7 @@ class ListRow {
 
   show(line, index, isDark) {
     this.box.checked = index >= 0;
-    this.name.textContent = line.name;
+    this.name.replaceChildren(...breakable(line.name));
     this.element.title = line.path;
     this.element.dataset.state = line.state;
     this.mark.replaceChildren(...(index >= 0 ? [stroke(index, isDark)] : []));
@@ -371,7 +376,7 @@ function summaryTable(runs, isDark) {
     .filter(([, column]) => column.some((value) => value != null && value !== "–"));
   return el("table", {},
     el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "run"), cells.map(([title]) => el("th", { scope: "col" }, title)))),
-    el("tbody", {}, runs.map((run, i) => el("tr", {}, el("th", { scope: "row" }, stroke(run.index, isDark), run.line.name),
+    el("tbody", {}, runs.map((run, i) => el("tr", {}, el("th", { scope: "row" }, label(run, isDark)),
       cells.map(([title, column]) => el("td", { "data-title": title }, column[i] ?? "–"))))));
 }
 
@@ -389,7 +394,7 @@ function sampleColumn(run, step, isDark, onPick) {
   } }, el("option", { value: "newest" }, `newest: step ${whole(samples.at(-1).step)}`), samples.map((sample) => el(
     "option", { value: sample.step, selected: sample.step === step }, `step ${whole(sample.step)}`)));
   show(step);
-  return el("div", { class: "sample-column" }, el("h3", {}, stroke(run.index, isDark), run.line.name), pick, texts);
+  return el("div", { class: "sample-column" }, el("h3", {}, label(run, isDark)), pick, texts);
 }
 
 function optionsTable(runs, isDark) {
@@ -410,6 +415,6 @@ function optionsTable(runs, isDark) {
     several ? el("label", {}, el("input", { type: "checkbox", checked: true,
       onchange: (event) => fill(event.target.checked) }), "only what differs") : null,
     el("div", { class: "scroll" }, el("table", { class: "options" }, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "option"),
-      runs.map((run) => el("th", { scope: "col" }, stroke(run.index, isDark), run.line.name)))), body)),
+      runs.map((run) => el("th", { scope: "col" }, label(run, isDark))))), body)),
   ].filter(Boolean);
 }
