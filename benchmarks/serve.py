@@ -68,15 +68,15 @@ def follow(address: str, pid: int, seconds: int) -> str:
         time.sleep(0.5)
     history = get(f"{address}/api/runs/{runs[0]['id']}")
     with urllib.request.urlopen(f"{address}/api/events?runs={history['id']}@{history['position']}") as stream:
-        began, cpu_s, num_records = time.monotonic(), cpu_seconds(pid), 0
+        began, cpu_s, num_reports = time.monotonic(), cpu_seconds(pid), 0
         for line in stream:
             if line.startswith(b'data: {"id"'):
-                num_records += len(json.loads(line.removeprefix(b"data: "))["records"])
+                num_reports += len(json.loads(line.removeprefix(b"data: "))["columns"]["step"])
             if (passed_s := time.monotonic() - began) > seconds:
                 break
         share = (cpu_seconds(pid) - cpu_s) / passed_s
-    return (f"{passed_s:.0f} s: {share:.2%} of a core, {memory_mb(pid):.0f} MB; {num_records} records, "
-            f"{num_records / passed_s:.1f} a second")
+    return (f"{passed_s:.0f} s: {share:.2%} of a core, {memory_mb(pid):.0f} MB; {num_reports} reports, "
+            f"{num_reports / passed_s:.1f} a second")
 
 
 def get(url: str) -> dict:

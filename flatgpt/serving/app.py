@@ -32,8 +32,8 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flatgpt.serving.curves import plain
-from flatgpt.serving.runs import RunTable, Tail
+from flatgpt.serving.curves import Curves
+from flatgpt.serving.runs import Run, RunTable, Tail
 
 STATIC = Path(__file__).parent / "static"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -91,15 +91,13 @@ def run_routes(runs: RunTable) -> list[Route]:
     """The list of runs, a run, and a stream of what is new in both."""
 
     async def list_runs(request: Request) -> Response:
-        return Response(to_json({"runs": await run_in_threadpool(runs.refresh), "folders": runs.patterns}),
-                        media_type="application/json")
+        return JSONResponse({"runs": await run_in_threadpool(runs.refresh), "folders": runs.patterns})
 
     async def one_run(request: Request) -> Response:
         try:
-            history = await run_in_threadpool(runs.history, request.path_params["id"], READ_S)
+            return JSONResponse(await run_in_threadpool(runs.history, request.path_params["id"], READ_S))
         except KeyError:
             raise HTTPException(404, "There is no such run (any more).") from None
-        return Response(to_json(history), media_type="application/json")
 
     async def events(request: Request) -> Response:
         wanted = [part for part in request.query_params.get("runs", "").split(",") if part]
@@ -115,11 +113,12 @@ def run_routes(runs: RunTable) -> list[Route]:
 
 class Feed:
     """Server-sent events: `runs` has the lines of the list that have changed, `gone` the ids of runs that were deleted,
-    `records` what a followed run has reported since its position, `reload` the id of one to ask for anew."""
+    `news` what the new records of a followed run come to, in the form of its history; `reload` is the id of one to ask
+    for anew."""
 
     def __init__(self, runs: RunTable, positions: dict[str, str]):
         self._runs, self._positions = runs, positions
-        self._tails: dict[str, Tail] = {}
+        self._followed: dict[str, tuple[Run, Tail]] = {}
         self._sent: dict[str, dict[str, Any]] = {}
 
     async def stream(self, state: State) -> AsyncIterator[str]:
@@ -138,40 +137,28 @@ class Feed:
             yield event("gone", gone)
         self._sent = lines
         for run_id in self._positions.keys() & lines.keys():
-            yield from self._new_records(run_id)
+            yield from self._news(run_id)
 
-    def _new_records(self, run_id: str) -> Iterator[str]:
+    def _news(self, run_id: str) -> Iterator[str]:
         try:
-            if run_id not in self._tails:
-                self._tails[run_id] = Tail(self._runs.get(run_id).metrics, self._positions[run_id])
-            records, is_another = self._tails[run_id].read()
+            if run_id not in self._followed:
+                run = self._runs.get(run_id)
+                self._followed[run_id] = run, Tail(run.metrics, self._positions[run_id])
+            run, tail = self._followed[run_id]
+            records, is_another = tail.read()
         except (KeyError, OSError):  # it is being deleted, or has not reported yet
             return
         if is_another or len(records) > MAX_NEW_RECORDS:
             del self._positions[run_id]
             yield event("reload", run_id)
         elif records:
-            yield event("records", {"id": run_id, "records": records})
+            curves = Curves(run.tokens_per_step)
+            curves.add(records)
+            yield event("news", {"id": run_id, **curves.as_dict()})
 
 
 def event(name: str, value: Any) -> str:
-    return f"event: {name}\ndata: {to_json(value)}\n\n"
-
-
-def to_json(value: Any) -> str:
-    """JSON, in which a number that it has no form for is null."""
-    try:
-        return json.dumps(value, allow_nan=False, separators=(",", ":"))
-    except ValueError:
-        return json.dumps(finite(value), allow_nan=False, separators=(",", ":"))
-
-
-def finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(part) for part in value]
-    return plain(value) if isinstance(value, float) else value
+    return f"event: {name}\ndata: {json.dumps(value, allow_nan=False, separators=(',', ':'))}\n\n"
 
 
 # Who may ask

@@ -71,20 +71,20 @@ class Thinned:
 
 
 class Curves:
-    """What the records of a run come to."""
+    """What the records of a run come to. `tokens_per_step` places those that have no tokens, where no report among the
+    records tells."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokens_per_step: float = 0.0) -> None:
         self._train = Thinned()
         self._evaluations: list[dict] = []
         self._events: list[dict] = []
         self._samples: list[dict] = []
-        self._tokens_per_step = 0.0
+        self._tokens_per_step = tokens_per_step
 
     def add(self, records: list[dict[str, Any]]) -> None:
         rows = []
         for record in records:
-            if not self._tokens_per_step and record["step"] and record.get("tokens"):
-                self._tokens_per_step = number(record["tokens"]) / number(record["step"])
+            self._tokens_per_step = tokens_per_step(record) or self._tokens_per_step
             if "train/loss" in record:
                 rows.append([record.get(key) for key in COLUMNS])
             if "val/loss" in record:
@@ -111,9 +111,14 @@ class Curves:
         return {"step": plain(record["step"]), "tokens": plain(tokens), "elapsed_s": plain(record.get("elapsed_s"))}
 
     def as_dict(self) -> dict[str, Any]:
-        return {"reports_a_point": self._train.rows_a_point, "tokens_per_step": self._tokens_per_step,
-                "columns": self._train.as_dict(), "evaluations": self._evaluations, "events": self._events,
-                "samples": self._samples}
+        return {"reports_a_point": self._train.rows_a_point, "columns": self._train.as_dict(),
+                "evaluations": self._evaluations, "events": self._events, "samples": self._samples}
+
+
+def tokens_per_step(record: dict[str, Any]) -> float:
+    """0 where the record does not tell."""
+    rate = number(record.get("tokens")) / (number(record["step"]) or math.nan)
+    return rate if math.isfinite(rate) else 0.0
 
 
 def as_numbers(rows: list[list[Any]]) -> np.ndarray:

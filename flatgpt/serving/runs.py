@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 
 from flatgpt import files
 from flatgpt.run_folder import parse_record
-from flatgpt.serving.curves import Curves, plain
+from flatgpt.serving.curves import Curves, plain, tokens_per_step
 
 OPTIONS = "train_config.json"  # what makes a folder a run's
 MAX_DEPTH = 6  # of folders below one that was named
@@ -199,6 +199,7 @@ class Run:
     def _begin(self, tail: Tail | None = None) -> None:
         self._tail = tail or Tail(self.metrics, "end")
         self._newest, self._facts, self._evaluation, self._has_searched = {}, {}, {}, False
+        self.tokens_per_step = 0.0
         self._pace: deque[tuple[int, float]] = deque(maxlen=50)  # (step, elapsed_s) of the latest reports
 
     def refresh(self, held: dict[int, list[tuple[int, str]]] | None) -> dict[str, Any]:
@@ -238,6 +239,7 @@ class Run:
     def _take(self, record: dict[str, Any]) -> None:
         self._newest = record
         self._facts |= {key: value for key, value in record.items() if value is not None}
+        self.tokens_per_step = tokens_per_step(record) or self.tokens_per_step
         if "val/loss" in record:
             self._evaluation = record
         if {"resumed", "rollbacks"} & record.keys():

@@ -169,11 +169,15 @@ def test_the_stream_has_what_is_new_and_nothing_else(folder, monkeypatch):
             name, [first] = events_of(lines)
             assert (name, first["step"]) == ("runs", 2)
             with open(metrics, "a") as file:
-                file.write(json.dumps(report(3)) + '\n{"step": 4, "train/loss": 1e999}\n{"step": 5, "tra')
+                file.write(json.dumps(report(3)) + '\n{"step": 4, "train/loss": 1e999}\n{"step": 4, "stopped": "x"}\n'
+                           '{"step": 5, "tra')
             name, [changed] = events_of(lines)
             assert (name, changed["step"]) == ("runs", 4)
-            assert events_of(lines) == ("records", {"id": line["id"], "records": [
-                report(3), {"step": 4, "train/loss": None}]})
+            name, news = events_of(lines)
+            assert (name, news["id"]) == ("news", line["id"])
+            assert news["columns"]["train/loss"] == [1.0, None]
+            assert (news["columns"]["step"], news["evaluations"]) == ([3, 4], [])
+            assert news["events"] == [{"step": 4, "tokens": 32, "elapsed_s": None, "kind": "stop", "why": "x"}]
             metrics.write_text(json.dumps(report(1)) + "\n")  # a resume cuts what lies behind its checkpoint
             assert events_of(lines)[0] == "runs"
             assert events_of(lines) == ("reload", line["id"])

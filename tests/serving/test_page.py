@@ -1,6 +1,7 @@
 """The page in a real browser: runs while they train, compared, on a phone, in the dark, by keyboard."""
 
 import contextlib
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -46,8 +47,9 @@ def training(folder: Path, *options: str):
 
 
 def state_of(page, name: str) -> str | None:
-    row = page.locator(".run-list li", has=page.get_by_text(name, exact=True))
-    return row.get_attribute("data-state") if row.count() else None
+    rows = page.locator(".run-list li[data-run]").evaluate_all(
+        "rows => rows.map(row => [row.querySelector('.run-name').textContent, row.dataset.state])")
+    return dict(rows).get(name)
 
 
 def points(page, key: str = "train/loss") -> dict[str, list[list[float]]]:
@@ -62,7 +64,8 @@ def wait_for_chart(page) -> None:
     page.wait_for_selector(".main-chart .plot .scatterlayer path")
 
 
-def test_a_run_grows_while_it_is_watched_and_its_end_is_seen(tiny_data, tmp_path):
+def test_a_run_grows_while_it_is_watched_and_its_end_is_seen(tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setattr("flatgpt.serving.runs.RESCAN_S", 0.5)
     with serving(build_app(RunTable([str(tmp_path / "out")]))) as address, chromium(address) as open_page:
         page = open_page()
         page.get_by_text("There is no run under").wait_for()
@@ -80,13 +83,16 @@ def test_a_run_grows_while_it_is_watched_and_its_end_is_seen(tiny_data, tmp_path
         shown = points(page)["long"]
         assert shown == known[:len(shown)]
         assert len(shown) > first
-        with training(tmp_path, "--max_iters=40", "--out_dir=out/short") as process:
+        with training(tmp_path, "--max_iters=60", "--out_dir=out/short") as process:
+            until((tmp_path / "out/short/train_config.json").exists, "the second run begins")
+            process.send_signal(signal.SIGSTOP)  # it would be over before anybody looks
             until(lambda: state_of(page, "short") == "running", "the second run is in the list")
             page.get_by_label("short").check()
+            process.send_signal(signal.SIGCONT)
             process.wait()
         until(lambda: state_of(page, "short") == "finished", "the end is seen")
         final = records_of(tmp_path / "out/short")
-        until(lambda: len(points(page).get("short", ())) == 40, "the last report is shown")
+        until(lambda: len(points(page).get("short", ())) == 60, "the last report is shown")
         assert points(page)["short"] == [[r["tokens"], r["train/loss"]] for r in final if "train/loss" in r]
         assert points(page)["short, whole validation split"] == [[final[-1]["tokens"], final[-1]["val/loss"]]]
 

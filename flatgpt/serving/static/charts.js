@@ -24,7 +24,8 @@ export const darkTheme = matchMedia("(prefers-color-scheme: dark)");
 /** What every chart's layout begins with, in the colours of the theme. */
 export function baseLayout() {
   const axis = { gridcolor: colour("line"), linecolor: colour("line"), zeroline: false, automargin: true };
-  const spike = { showspikes: true, spikemode: "across", spikethickness: 1, spikedash: "solid", spikecolor: colour("muted") };
+  const spike = {
+    showspikes: true, spikemode: "across", spikethickness: 1, spikedash: "solid", spikecolor: colour("muted") };
   return {
     paper_bgcolor: colour("card"), plot_bgcolor: colour("card"), showlegend: false,
     font: { family: "inherit", size: 12, color: colour("muted") },

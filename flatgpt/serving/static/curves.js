@@ -72,11 +72,13 @@ function timeUnit(runs, x) {
 
 function layoutOf(chart, options, xTitle) {
   const layout = baseLayout();
-  Object.assign(layout.xaxis, { type: options.logX ? "log" : "linear", title: { text: xTitle, standoff: 6, font: { size: 12 } } });
+  Object.assign(layout.xaxis, {
+    type: options.logX ? "log" : "linear", title: { text: xTitle, standoff: 6, font: { size: 12 } } });
   Object.assign(layout.yaxis, {
     type: chart.isLoss && options.logY ? "log" : "linear", rangemode: chart.fromZero ? "tozero" : "normal" });
   const events = { overlaying: "y", range: [0, 1], visible: false, fixedrange: true };
-  return { ...layout, hovermode: "x unified", yaxis2: events, uirevision: `${options.x}${options.logX}${options.logY}` };
+  const uirevision = `${options.x} ${options.logX} ${options.logY}`; // while it stays the same, so does the zoom
+  return { ...layout, hovermode: "x unified", yaxis2: events, uirevision };
 }
 
 function tracesOf(chart, { name, index, history }, { x, size, smooth, isDark }) {
@@ -95,13 +97,14 @@ function tracesOf(chart, { name, index, history }, { x, size, smooth, isDark }) 
       { ...edge, y: scaled(columns[`high/${chart.key}`]), fill: "tonexty", fillcolor: `${color}22` });
   }
   if (smooth > 0) {
-    traces.push({ ...base, y: values, opacity: 0.25, line: { ...line, width: 1 }, hoverinfo: "skip", hovertemplate: null },
-      { ...base, y: smoothed(values, smooth) });
+    const faint = { opacity: 0.25, line: { ...line, width: 1 }, hoverinfo: "skip", hovertemplate: null };
+    traces.push({ ...base, y: values, ...faint }, { ...base, y: smoothed(values, smooth) });
   } else {
-    traces.push({ ...base, y: values, opacity: chart.isLoss ? 0.6 : 1, mode: values.length < 3 ? "lines+markers" : "lines" });
+    const mode = values.length < 3 ? "lines+markers" : "lines"; // a single point makes no line
+    traces.push({ ...base, y: values, mode, opacity: chart.isLoss ? 0.6 : 1 });
   }
-  return chart.isLoss ? [...traces, ...validationTraces(history, name, x, size, line), eventTrace(history, name, x, size, color)]
-    : traces;
+  if (!chart.isLoss) return traces;
+  return [...traces, ...validationTraces(history, name, x, size, line), eventTrace(history, name, x, size, color)];
 }
 
 function validationTraces(history, name, x, size, line) {
@@ -123,7 +126,7 @@ function eventTrace({ events }, name, x, size, color) {
     type: "scatter", mode: "markers", yaxis: "y2", name: `${name}, events`,
     x: events.map((event) => event[x] == null ? null : event[x] / size),
     y: events.map(() => 0.03), hovertemplate: "%{text}<extra></extra>",
-    text: events.map((event) => plain(`${event.kind} at step ${whole(event.step)}${event.why ? `: ${event.why}` : ""}`)),
+    text: events.map(({ kind, step, why }) => plain(`${kind} at step ${whole(step)}${why ? `: ${why}` : ""}`)),
     marker: { symbol: events.map((event) => EVENT_SYMBOLS[event.kind]), color, size: 9, line: { width: 2, color } },
   };
 }

@@ -3,14 +3,14 @@
 
 import { getJSON, listen } from "./api.js";
 import { darkTheme } from "./charts.js";
-import { makeCharts, plain, strokeOf } from "./curves.js";
-import { breakable, el } from "./dom.js";
-import { duration, fixed, short, whole } from "./format.js";
+import { makeCharts, plain } from "./curves.js";
+import { el } from "./dom.js";
+import { fixed } from "./format.js";
+import { ListRow, optionsTable, sampleColumn, summaryTable } from "./run_parts.js";
 
 const MAX_APPENDED = 1000; // reports added to a history before it is asked for anew, thinned
 const RETRY_MS = 2000;
 const X_AXES = { tokens: "tokens", step: "steps", elapsed_s: "time" };
-const COLUMNS = ["step", "tokens", "elapsed_s", "train/loss", "lr", "grad_norm", "tokens_per_sec", "mfu", "memory_gb"];
 
 export async function mount(element, params, setParams) {
   const view = new RunsView(element, params, setParams);
@@ -62,13 +62,17 @@ class RunsView {
   controls() {
     const set = (name, value) => { this.options[name] = value; this.writeLink(); this.drawCharts(); };
     const radios = Object.entries(X_AXES).map(([value, title]) => el("label", {},
-      el("input", { type: "radio", name: "x", value, checked: value === this.options.x, onchange: () => set("x", value) }),
+      el("input", { type: "radio", name: "x", value, checked: value === this.options.x,
+        onchange: () => set("x", value) }),
       el("span", {}, title)));
     const box = (name, title) => el("label", {}, el("input", {
       type: "checkbox", checked: this.options[name], onchange: (event) => set(name, event.target.checked) }), title);
     const shown = el("output", {}, fixed(this.options.smooth, 2));
     const slider = el("input", { type: "range", min: 0, max: 0.99, step: 0.01, value: this.options.smooth,
-      oninput: (event) => { shown.textContent = fixed(Number(event.target.value), 2); set("smooth", Number(event.target.value)); } });
+      oninput: () => {
+        shown.textContent = fixed(Number(slider.value), 2);
+        set("smooth", Number(slider.value));
+      } });
     return el("div", { class: "controls" },
       el("fieldset", { class: "choice", "aria-label": "Horizontal axis" }, radios),
       box("logX", "log axis"), box("logY", "log loss"), el("label", {}, "smoothing", slider, shown));
@@ -160,7 +164,7 @@ class RunsView {
         this.showSummary();
       },
       gone: (ids) => this.forget(ids),
-      records: ({ id, records }) => this.append(id, records),
+      news: (news) => this.append(news),
       reload: () => this.connect(),
     }, (isOpen) => {
       if (isOpen || generation !== this.generation) return;
@@ -192,10 +196,15 @@ class RunsView {
     this.choose(this.chosen.filter((id) => this.lines.has(id)));
   }
 
-  append(id, records) {
-    const history = this.histories.get(id);
+  append(news) {
+    const history = this.histories.get(news.id);
     if (!history) return;
-    for (const record of records) appendRecord(history, record);
+    for (const [key, values] of Object.entries(history.columns)) {
+      const source = key.replace(/^(low|high)\//, ""); // a single report is its own lowest and highest
+      values.push(...news.columns[source]);
+    }
+    for (const part of ["evaluations", "events", "samples"]) history[part].push(...news[part]);
+    history.appended += news.columns.step.length;
     if (history.appended > MAX_APPENDED) this.connect();
     else this.showAll();
   }
@@ -228,8 +237,10 @@ class RunsView {
       this.rows.get(line.id).show(line, this.slots.indexOf(line.id), this.options.isDark);
     }
     const elements = lines.map((line) => this.rows.get(line.id).element);
-    const isSame = elements.length === this.list.children.length && elements.every((row, i) => row === this.list.children[i]);
-    if (!isSame) this.list.replaceChildren(...elements);
+    const shown = [...this.list.children];
+    if (shown.length !== elements.length || shown.some((row, i) => row !== elements[i])) { // else the focus would go
+      this.list.replaceChildren(...elements);
+    }
     this.clear.disabled = !this.chosen.length;
     if (!this.lines.size) {
       this.list.replaceChildren(el("li", { class: "muted" },
@@ -238,8 +249,10 @@ class RunsView {
   }
 
   chosenRuns() {
-    return this.slots.flatMap((id, index) => (this.histories.has(id) && this.lines.has(id)
-      ? [{ id, index, line: this.lines.get(id), name: plain(this.lines.get(id).name), history: this.histories.get(id) }] : []));
+    return this.slots.flatMap((id, index) => {
+      const [line, history] = [this.lines.get(id), this.histories.get(id)];
+      return line && history ? [{ id, index, line, name: plain(line.name), history }] : [];
+    });
   }
 
   drawCharts() {
@@ -257,8 +270,9 @@ class RunsView {
     this.samples.hidden = !runs.length;
     this.picked ??= new Map(); // id -> the step whose samples are shown; without one, the newest
     if (this.samples.contains(document.activeElement)) return; // a list that is open would close
-    this.samples.replaceChildren(el("h2", {}, "Samples"), el("div", { class: "samples" }, runs.map((run) => sampleColumn(
-      run, this.picked.get(run.id), this.options.isDark, (step) => this.picked.set(run.id, step)))));
+    const columns = runs.map((run) => sampleColumn(
+      run, this.picked.get(run.id), this.options.isDark, (step) => this.picked.set(run.id, step)));
+    this.samples.replaceChildren(el("h2", {}, "Samples"), el("div", { class: "samples" }, columns));
   }
 
   showOptions() {
@@ -282,139 +296,4 @@ class RunsView {
 function byTime(a, b) {
   return (b.state === "running") - (a.state === "running") || (a.state === "running"
     ? a.name.localeCompare(b.name) : b.changed_at - a.changed_at || a.name.localeCompare(b.name));
-}
-
-/** Add a line of metrics.jsonl to a history, as the server's curves.py does. */
-export function appendRecord(history, record) {
-  const { columns } = history;
-  const tokens = record.tokens ?? record.step * history.tokens_per_step;
-  const place = { step: record.step, tokens, elapsed_s: record.elapsed_s ?? null };
-  if ("train/loss" in record) {
-    history.tokens_per_step ||= tokens / record.step;
-    history.appended += 1;
-    for (const key of COLUMNS) {
-      columns[key].push(record[key] ?? null);
-      for (const edge of ["low", "high"]) columns[`${edge}/${key}`]?.push(record[key] ?? null);
-    }
-  }
-  if ("val/loss" in record) history.evaluations.push({ ...record, ...place });
-  if ("samples" in record) history.samples.push({ ...place, samples: record.samples });
-  for (const [key, kind] of Object.entries({
-    fault: "skipped step", rollbacks: "rollback", resumed: "restart", stopped: "stop" })) {
-    if (key in record) history.events.push({ ...place, kind, why: record.fault ?? record.stopped ?? "" });
-  }
-}
-
-// Pieces
-
-function stroke(index, isDark) {
-  const { color, dash } = strokeOf(index, isDark);
-  const mark = el("span", { class: `stroke ${dash}`, "aria-hidden": "true" });
-  mark.style.color = color;
-  return mark;
-}
-
-function label(run, isDark) {
-  return el("span", { class: "run-label" }, stroke(run.index, isDark), el("span", {}, breakable(run.line.name)));
-}
-
-function progress(line) {
-  return el("progress", { max: line.max_iters || 1, value: Math.min(line.step, line.max_iters || 1),
-    "aria-label": "progress" });
-}
-
-function stateOf(line) {
-  return el("span", { class: `state ${line.state}` }, line.state);
-}
-
-class ListRow {
-  constructor(id, onToggle) {
-    this.box = el("input", { type: "checkbox", onchange: (event) => onToggle(event.target.checked) });
-    this.name = el("span", { class: "run-name" });
-    this.mark = el("span");
-    this.rest = el("div", { class: "run-rest" });
-    this.element = el("li", { "data-run": id }, el("label", {}, this.box, this.mark, this.name), this.rest);
-  }
-
-  show(line, index, isDark) {
-    this.box.checked = index >= 0;
-    this.name.replaceChildren(...breakable(line.name));
-    this.element.title = line.path;
-    this.element.dataset.state = line.state;
-    this.mark.replaceChildren(...(index >= 0 ? [stroke(index, isDark)] : []));
-    const loss = line["val/loss"] ?? line["train/loss"];
-    const steps = line.max_iters ? `${short(line.step)} of ${short(line.max_iters)}` : short(line.step);
-    this.rest.replaceChildren(stateOf(line), el("span", {}, steps), progress(line),
-      el("span", { title: "validation loss" }, loss == null ? "" : fixed(loss, 3)));
-  }
-}
-
-function summaryTable(runs, isDark) {
-  const best = ({ history }) => history.evaluations.reduce((found, record) => {
-    const loss = record["val/sampled_loss"] ?? record["val/loss"];
-    return loss != null && (!found || loss < found.loss) ? { loss, step: record.step } : found;
-  }, null);
-  const count = ({ history }, kind) => history.events.filter((event) => event.kind === kind).length || null;
-  const columns = {
-    state: ({ line }) => stateOf(line),
-    step: ({ line }) => [el("div", {}, whole(line.step), line.max_iters ? el("small", {}, ` of ${whole(line.max_iters)}`) : null),
-      progress(line)],
-    "time left": ({ line }) => (line.time_left_s == null ? null : duration(line.time_left_s)),
-    "train loss": ({ line }) => fixed(line["train/loss"], 4),
-    "val loss": ({ line }) => fixed(line["val/loss"], 4),
-    "best val": (run) => { const at = best(run); return at && [fixed(at.loss, 4), el("small", {}, ` step ${whole(at.step)}`)]; },
-    tokens: ({ line }) => short(line.tokens),
-    "tokens/s": ({ line }) => whole(line.tokens_per_sec),
-    MFU: ({ line }) => (line.mfu == null ? null : `${fixed(100 * line.mfu, 1)} %`),
-    memory: ({ line }) => (line.memory_gb == null ? null : `${fixed(line.memory_gb, 2)} GB`),
-    time: ({ line }) => duration(line.elapsed_s),
-    skipped: ({ line }) => line.skipped || null,
-    rollbacks: ({ line }) => line.rollbacks || null,
-    restarts: (run) => count(run, "restart"),
-  };
-  const cells = Object.entries(columns).map(([title, cell]) => [title, runs.map(cell)])
-    .filter(([, column]) => column.some((value) => value != null && value !== "–"));
-  return el("table", {},
-    el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "run"), cells.map(([title]) => el("th", { scope: "col" }, title)))),
-    el("tbody", {}, runs.map((run, i) => el("tr", {}, el("th", { scope: "row" }, label(run, isDark)),
-      cells.map(([title, column]) => el("td", { "data-title": title }, column[i] ?? "–"))))));
-}
-
-function sampleColumn(run, step, isDark, onPick) {
-  const { samples } = run.history;
-  const texts = el("div");
-  const show = (picked) => {
-    const record = samples.find((sample) => sample.step === picked) ?? samples.at(-1);
-    texts.replaceChildren(...record.samples.map((text) => el("p", { class: "text sample" }, text)));
-  };
-  const pick = el("select", { "aria-label": `Samples of ${run.line.name} after`, onchange: (event) => {
-    const picked = event.target.value === "newest" ? undefined : Number(event.target.value);
-    onPick(picked);
-    show(picked);
-  } }, el("option", { value: "newest" }, `newest: step ${whole(samples.at(-1).step)}`), samples.map((sample) => el(
-    "option", { value: sample.step, selected: sample.step === step }, `step ${whole(sample.step)}`)));
-  show(step);
-  return el("div", { class: "sample-column" }, el("h3", {}, label(run, isDark)), pick, texts);
-}
-
-function optionsTable(runs, isDark) {
-  const keys = [...new Set(runs.flatMap((run) => Object.keys(run.history.options)))];
-  const rows = keys.map((key) => {
-    const values = runs.map((run) => (key in run.history.options ? String(run.history.options[key]) : "–"));
-    return { key, values, differs: new Set(values).size > 1 };
-  });
-  const body = el("tbody");
-  const fill = (onlyDiffering) => body.replaceChildren(...rows.filter((row) => row.differs || !onlyDiffering).map((row) => el(
-    "tr", { class: row.differs ? "differs" : null }, el("th", { scope: "row" }, row.key),
-    row.values.map((value) => el("td", { class: "mono" }, value)))));
-  const several = runs.length > 1;
-  fill(several);
-  const numDiffering = rows.filter((row) => row.differs).length;
-  return [
-    el("summary", {}, el("h2", {}, "Options"), several ? el("small", {}, ` ${numDiffering} of ${keys.length} differ`) : null),
-    several ? el("label", {}, el("input", { type: "checkbox", checked: true,
-      onchange: (event) => fill(event.target.checked) }), "only what differs") : null,
-    el("div", { class: "scroll" }, el("table", { class: "options" }, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "option"),
-      runs.map((run) => el("th", { scope: "col" }, label(run, isDark))))), body)),
-  ].filter(Boolean);
 }
