@@ -17,6 +17,7 @@ demo: .venv/.run
 	$(PY) prepare_data.py python_stdlib
 	$(PY) train.py config/demo.py $(ARGS)
 	$(PY) sample.py --out_dir=out/demo --prompt="    def __init__(self," --num_samples=2 --max_new_tokens=150 --temperature=0.7
+	@echo "To see the run and its model in the browser: make install, then $(PY) serve.py"
 
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal

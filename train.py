@@ -330,6 +330,7 @@ def finish(run: RunFolder, report: Reporter, now: Progress, stopped_by: str, has
     """Wait for the last save and say how the run has ended. Raises OSError when that save failed."""
     run.finish()
     if stopped_by:
+        report.record({"step": now.step, "stopped": stopped_by, "elapsed_s": report.elapsed_s()})
         report.log(f"stopped by {stopped_by} at step {now.step:,}, and saved: the same command goes on from there")
     else:
         report.log("done." + (f" Read what it writes: python sample.py --out_dir={run.path}" if has_text else ""))

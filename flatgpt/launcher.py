@@ -116,7 +116,8 @@ def seconds_since_launch() -> float:
 
 def launch() -> dict[str, str]:
     """What launched this process, for `is_restart` to know it again: torchrun's own process, which starts its workers
-    again when one dies, and the Slurm job, which is requeued under its id. Empty where there is none."""
+    again when one dies, and the Slurm job, which is requeued under its id. Empty where there is none. The `host`
+    is for serve.py, which can tell only of processes on its own whether they live."""
     torchrun, job = "", ""
     if UNDER_TORCHRUN:
         pid = _torchrun_pid()
@@ -126,7 +127,8 @@ def launch() -> dict[str, str]:
     if os.environ.get("SLURM_JOB_ID"):
         job = "/".join(os.environ.get(f"SLURM_{key}", "") for key in (
             "CLUSTER_NAME", "JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID"))
-    return {"torchrun": torchrun, "slurm_job": job, "slurm_restarts": os.environ.get("SLURM_RESTART_COUNT") or "0"}
+    return {"host": platform.node(), "torchrun": torchrun, "slurm_job": job,
+            "slurm_restarts": os.environ.get("SLURM_RESTART_COUNT") or "0"}
 
 
 def is_restart(now: Mapping[str, str], then: Mapping[str, str]) -> bool:

@@ -17,12 +17,14 @@ from flatgpt.files import read_json, refuse_pointer, sha256_file, write_text
 
 LINKS = ("latest", "best")  # in a run's checkpoints/
 NUMBER = int | float
+OPTIONAL_NUMBER = (int, float, type(None))  # a tuple is tested faster than a union, and files of a run are long
 TRAINER = {  # trainer.json's keys, and of what kind their values are
     **dict.fromkeys(("step", "next_seq", "bad_steps", "skipped", "rollbacks", "tokens"), int), "best_step": int | None,
     "best_val_loss": NUMBER | None, "elapsed_s": NUMBER, "options": dict, "judge": dict, "scaler": dict | None}
 RECORD = {  # the same for the records of metrics.jsonl; what is not named here are losses, or another version's
     **dict.fromkeys(("tokens", "elapsed_s", "lr", "grad_norm", "tokens_per_sec", "mfu", "memory_gb", "skipped",
-                     "rollbacks", "next_seq"), NUMBER | None), "batch_hash": str, "fault": str, "samples": list}
+                     "rollbacks", "next_seq"), OPTIONAL_NUMBER),
+    "batch_hash": str, "fault": str, "samples": list, "stopped": str}
 EVENTS = {"fault": "skipped step", "rollbacks": "rollback", "resumed": "restart"}  # key of a record -> what it is of
 
 
@@ -32,12 +34,21 @@ def read_records(path: Path) -> list[dict]:
     records = []
     with contextlib.suppress(FileNotFoundError):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                record = json.loads(line)
-                if isinstance(record, dict) and isinstance(record.get("step"), int):
-                    records.append({key: value for key, value in record.items()
-                                    if isinstance(value, RECORD.get(key, NUMBER | None if "/" in key else object))})
+            if record := parse_record(line):
+                records.append(record)
     return records
+
+
+def parse_record(line: str | bytes) -> dict | None:
+    """A line of metrics.jsonl without the values of another kind than a run writes; None for what is no record."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        return None
+    return {key: value for key, value in record.items()
+            if isinstance(value, RECORD.get(key, OPTIONAL_NUMBER if "/" in key else object))}
 
 
 def write_records(path: Path, records: list[dict]) -> None:

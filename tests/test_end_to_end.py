@@ -16,9 +16,9 @@ from faults import start_ranks
 
 from model import GPT
 
-# Commands that cannot run here: they need a network (GPT-2's ranks are on it), a GPU, or eight of them.
+# Commands that cannot run here: they need a network (GPT-2's ranks are on it), a GPU, or eight of them, or do not end.
 ELSEWHERE = re.compile(r"^(git|cd|make|pip) |gpt2|nproc_per_node=8|finetune|config/shakespeare_char\.py|ckpt\.pt"
-                       r"|fineweb|--hf=|python_source|--push=")
+                       r"|fineweb|--hf=|python_source|--push=|serve\.py|^ssh ")
 
 
 CLOCK = """
@@ -115,6 +115,7 @@ def test_make_demo_ends_with_a_sample(clone):
     written = re.split(r"parameters on cpu, torch\.\w+\n", out)[1].split("def __init__(self,")[1:]
     assert len(written) == 2
     assert all(len(text) > 50 for text in written)
+    assert "serve.py" in out.splitlines()[-1]  # how to see it
     assert "tokens/s" in written[-1]
 
 

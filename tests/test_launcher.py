@@ -2,6 +2,7 @@
 read or named. (test_streams.py has the standard streams.)"""
 
 import os
+import platform
 import re
 import signal
 import socket
@@ -95,7 +96,7 @@ def test_without_torchrun_and_slurm_there_is_no_launch(monkeypatch):
     monkeypatch.setattr(launcher, "UNDER_TORCHRUN", False)
     for key in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
         monkeypatch.setenv(key, "")
-    assert launcher.launch() == {"torchrun": "", "slurm_job": "", "slurm_restarts": "0"}
+    assert launcher.launch() == {"host": platform.node(), "torchrun": "", "slurm_job": "", "slurm_restarts": "0"}
 
 
 def test_torch_is_not_imported_before_a_workers_end_is_tied_to_torchruns():

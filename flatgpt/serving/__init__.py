@@ -1,8 +1,11 @@
-"""What the server hands to a browser and to other tools. It needs the web packages (`pip install -e .[serve]`).
+"""What a browser and other tools get from the server. It needs the extra `serve` of pyproject.toml.
 
+    app.py            the application: routes, static files, who may ask (Host, Origin, token), sizes, errors as JSON
+    bodies.py         what a client posts -> dataclasses; exceptions -> answers
+    runs.py           runs under the folders: found, followed as they grow; running, finished, stopped or died
+    curves.py         a run's records as curves of bounded length
     engine.py         the models that can be chosen, and the one thread that runs them
     loaded.py         a model in memory: text, scores, attention, neighbors; the only module that imports torch
-    bodies.py         what a client posts -> dataclasses; exceptions -> answers
     writing.py        text as it is written, token by token, with its candidates
     introspection.py  what a model makes of a prompt: tokens, attention, nearest embeddings
     openai_api.py     OpenAI's /v1/models and /v1/completions

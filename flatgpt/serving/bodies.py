@@ -26,21 +26,12 @@ from flatgpt.options import closest
 from flatgpt.serving.engine import Busy, UnknownModel
 
 T = TypeVar("T")
-MAX_BODY_BYTES = 2**20
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "an object"}
 
 
-class TooLarge(Exception):
-    """A body of more bytes than MAX_BODY_BYTES."""
-
-
 async def read_body(request: Request, kind: type[T]) -> T:
-    """The JSON body as a dataclass. Raises ValueError that lists all faults, and TooLarge before it is all read."""
-    body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise TooLarge(f"the request is larger than {MAX_BODY_BYTES:,} bytes: send a shorter prompt, or fewer")
+    """The JSON body, which app.Guard has bounded, as a dataclass. Raises ValueError that lists all faults."""
+    body = await request.body()
     try:
         data = json.loads(body)
     except (ValueError, RecursionError):
@@ -89,7 +80,7 @@ def describe(hint: Any) -> str:
 
 def in_words(error: Exception) -> tuple[int, str]:
     """The status and the sentence for what went wrong. What nobody foresaw goes to the server's standard error."""
-    for kind, status in ((UnknownModel, 404), (Busy, 429), (TooLarge, 413), (ValueError, 400), (OSError, 400)):
+    for kind, status in ((UnknownModel, 404), (Busy, 429), (ValueError, 400), (OSError, 400)):
         if isinstance(error, kind):
             return status, str(error)
     if isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error)):  # torch's
@@ -98,10 +89,9 @@ def in_words(error: Exception) -> tuple[int, str]:
     return 500, "something went wrong in the server; what it was stands in the terminal where serve.py runs"
 
 
-def error_body(error: Exception) -> tuple[int, dict[str, Any]]:
-    status, message = in_words(error)
+def error_body(status: int, message: str) -> dict[str, Any]:
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return status, {"error": {"message": message, "type": kind, "param": None, "code": None}}
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 
 def answering(handle: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
@@ -113,8 +103,9 @@ def answering(handle: Callable[[Request], Awaitable[Response]]) -> Callable[[Req
         except HTTPException:  # the application's own
             raise
         except Exception as error:
-            status, body = error_body(error)
-            return JSONResponse(body, status, headers={"Retry-After": "1"} if status == 429 else None)
+            status, message = in_words(error)
+            headers = {"Retry-After": "1"} if status == 429 else None
+            return JSONResponse(error_body(status, message), status, headers)
 
     return answer
 

@@ -83,6 +83,7 @@ class Engine:
         self.active: deque[Work] = deque()  # the thread's own
         self.waiting: deque[Work] = deque()
         self.changed = threading.Condition()
+        self.is_closed = False
         threading.Thread(target=self._run, name="engine", daemon=True).start()
 
     # Models
@@ -133,7 +134,7 @@ class Engine:
 
     async def _results(self, work: Work, is_gone: Callable[[], Awaitable[bool]]) -> AsyncIterator[Any]:
         try:
-            while not await is_gone():
+            while not self.is_closed and not await is_gone():
                 try:
                     result = await asyncio.wait_for(work.results.get(), POLL_S)
                 except asyncio.TimeoutError:
@@ -148,6 +149,10 @@ class Engine:
                 work.is_given_up = True
                 if work in self.waiting:
                     self.waiting.remove(work)
+
+    def close(self) -> None:
+        """End all requests: the server stops."""
+        self.is_closed = True
 
     def _run(self) -> None:
         """The thread: a step of one request, then one of the next."""

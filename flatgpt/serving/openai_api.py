@@ -27,7 +27,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from flatgpt.serving.bodies import answering, error_body, first_of, read_body
+from flatgpt.serving.bodies import answering, error_body, first_of, in_words, read_body
 from flatgpt.serving.engine import Engine
 
 if TYPE_CHECKING:
@@ -276,6 +276,6 @@ async def events(head: dict[str, Any], results: AsyncIterator[list[dict[str, Any
                     yield f"data: {json.dumps({**head, 'choices': [], **chunk})}\n\n"
         yield "data: [DONE]\n\n"
     except Exception as error:  # the status is sent already
-        yield f"data: {json.dumps(error_body(error)[1])}\n\n"
+        yield f"data: {json.dumps(error_body(*in_words(error)))}\n\n"
     finally:
         await results.aclose()

@@ -23,7 +23,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from flatgpt.serving.bodies import answering, error_body, first_of, read_body
+from flatgpt.serving.bodies import answering, error_body, first_of, in_words, read_body
 from flatgpt.serving.engine import Engine
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def routes(engine: Engine) -> list[Route]:
                 async for result in results:
                     yield json.dumps(result) + "\n"
             except Exception as error:  # the status is sent already
-                yield json.dumps(error_body(error)[1]) + "\n"
+                yield json.dumps(error_body(*in_words(error))) + "\n"
             finally:
                 await results.aclose()
 

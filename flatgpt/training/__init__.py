@@ -6,5 +6,6 @@
     setup.py        a run's data, and its model on the device
     preflight.py    what a run will take, said before its first step
     checkpoint.py   the run folder: lock, find, save, delete; resume.py, what a run goes on from
-    metrics.py      what is reported; trackers.py, wandb and TensorBoard; plots.py, curves of several runs
+    metrics.py      what is reported; terminal.py, its line on a terminal
+    trackers.py     wandb and TensorBoard; plots.py, curves of several runs
 """

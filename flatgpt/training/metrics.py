@@ -1,11 +1,11 @@
-"""What a run reports: console lines or a progress bar, metrics.jsonl, validation loss, samples, throughput, MFU.
+"""What a run reports: console lines or a progress line, metrics.jsonl, validation loss, samples, throughput, MFU.
 
 Owns every number that leaves a run; trackers.py hands them on to wandb and TensorBoard. Only rank 0 reports; the other
 ranks hold a Reporter that says nothing, so that train.py needs no `if` for it. metrics.jsonl has one JSON object a
 line, with `step` = updates made; a resume cuts what was written after its checkpoint and adds a line that says
-`resumed`, so that but for those the file reads as if the run had never been interrupted. A rollback leaves, of the
-lines past its step, what they tell of events (skipped steps above all): those have happened, while the losses of these
-steps are yet to come.
+`resumed`, as a stop adds one that says `stopped`, so that but for those the file reads as if the run had never been
+interrupted. A rollback leaves, of the lines past its step, what they tell of events (skipped steps above all): those
+have happened, while the losses of these steps are yet to come.
 
 Throughput counts training only: the time spent within `excluded()` (evaluation, samples, saving) is left out of it.
 """
@@ -18,7 +18,6 @@ import math
 import os
 import re
 import resource
-import shutil
 import statistics
 import sys
 import time
@@ -39,6 +38,7 @@ from flatgpt.options import failed_rules
 from flatgpt.run_folder import EVENTS, read_records, write_records
 from flatgpt.training import trackers
 from flatgpt.training.distributed import Job, eager, reshard, sum_over_ranks
+from flatgpt.training.terminal import ProgressLine
 from model import LanguageModel
 
 # Dense bfloat16 (float16 on V100 and T4) matrix peaks in flops/s, from the vendor's data sheets, by what the device's
@@ -170,21 +170,19 @@ class Reporter:
         self._path, self._config, self._max_iters, self._job = folder / "metrics.jsonl", config, max_iters, job
         self._speaks = job.rank == 0
         self._is_missing_lines = False
-        self._bar: tqdm | None = None
+        self._line: ProgressLine | None = None
         self._trackers = trackers.Trackers(self.log)
 
     def start(self, model: LanguageModel, step: int, elapsed_s: float, options: dict[str, Any], is_new: bool) -> None:
         """Begin to report at `step`, after `elapsed_s` of earlier work: cut what a killed run wrote past it, open the
-        progress bar (on a terminal), and wandb and TensorBoard if wanted, which get the `options`."""
+        progress line (on a terminal), and wandb and TensorBoard if wanted, which get the `options`."""
         self._flops_per_token, self._peak_flops = flops_per_token(model), peak_flops(self._job.device)
         self._step = step
         self._began = time.perf_counter() - elapsed_s
         if self._speaks:
             cut_metrics(self._path, step)
             if sys.stderr.isatty() and sys.stdout.isatty():
-                # A terminal of unknown size counts as 80 x 24; tqdm by itself would show nothing there.
-                columns, lines = shutil.get_terminal_size()
-                self._bar = tqdm(total=self._max_iters, initial=step, unit="step", ncols=columns, nrows=lines)
+                self._line = ProgressLine(self._max_iters, step)
             config, folder, facts = self._config, self._path.parent, options | {
                 "parameters": model.num_params(non_embedding=False), "world_size": self._job.world_size}
             if config.wandb_log:
@@ -219,8 +217,8 @@ class Reporter:
     def count(self, tokens: int) -> None:
         """A step over `tokens` was made (not waited for)."""
         self._tokens_since += tokens
-        if self._bar is not None:
-            self._bar.update(1)
+        if self._line is not None:
+            self._line.advance()
 
     def train(self, step: int, tokens: int, loss: float, grad_norm: float, lr: float, batch_hash: int, skipped: int,
               fault: str) -> None:
@@ -244,8 +242,8 @@ class Reporter:
                     | ({"fault": fault} if fault else {}))
         if fault:
             self.log(f"warning: step {step}: {fault}; its update was skipped ({skipped} so far)")
-        elif self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_sec:,.0f} tok/s")
+        elif self._line is not None:
+            self._line.trained(loss, tokens_per_sec)
         else:
             self.log(f"step {step}/{self._max_iters}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.2f}, "
                      f"{ms_per_step:.1f} ms, {tokens_per_sec:,.0f} tok/s, "
@@ -254,6 +252,8 @@ class Reporter:
     def validation(self, step: int, tokens: int, losses: dict[str, float], sampled: dict[str, float] | None) -> None:
         """Report the losses of an evaluation; when they are of the whole split, with those of the windows that earlier
         evaluations read beside them."""
+        if self._line is not None:
+            self._line.validated(losses["val/loss"])
         line = describe_losses(losses)
         if sampled is not None:
             line = f"{describe_losses(sampled)} on a sample, {line} on the whole validation split"
@@ -277,8 +277,8 @@ class Reporter:
             self._trackers.each(lambda tracker: tracker.go_back(step))
         self.record({"step": step, "rollbacks": rollbacks, "skipped": skipped, "next_seq": next_seq,
                      "elapsed_s": self.elapsed_s()})
-        if self._bar is not None:
-            self._bar.n = step
+        if self._line is not None:
+            self._line.go_back(step)
         self._restart_clock()
 
     def record(self, values: dict[str, Any]) -> None:
@@ -301,8 +301,8 @@ class Reporter:
         self._trackers.each(lambda tracker: tracker.log(values))
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        if self._line is not None:
+            self._line.close()
         self._trackers.each(lambda tracker: tracker.close(summarize(read_records(self._path))))
 
 

@@ -1,24 +1,21 @@
-"""What the tests of serving share: a tiny run of bytes, the models in it, and a server of them."""
+"""A tiny run of bytes, the models in it, and the application with them."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import tempfile
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import uvicorn
 from conftest import TEXT, TINY_RUN
 from starlette.applications import Starlette
 
 import prepare_data
 import train
 from flatgpt.serving import introspection, openai_api, writing
+from flatgpt.serving.app import build_app
 from flatgpt.serving.engine import Engine
+from flatgpt.serving.runs import RunTable
 
 FIRST, LAST = (f"out/tiny/checkpoints/step_000000{step}" for step in (40, 80))
 
@@ -45,18 +42,6 @@ def models() -> Engine:
 
 
 def make_app(engine: Engine | None = None) -> Starlette:
-    return Starlette(routes=[route for module in (writing, introspection, openai_api)
-                             for route in module.routes(engine or models())])
-
-
-@contextlib.contextmanager
-def served(app: Starlette) -> Iterator[str]:
-    """The address of an app, served by uvicorn as serve.py does."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    """As serve.py makes it, of the models alone."""
+    return build_app(RunTable(()), [route for module in (writing, introspection, openai_api)
+                                    for route in module.routes(engine or models())])

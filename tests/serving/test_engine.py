@@ -10,7 +10,8 @@ import httpx
 import pytest
 import torch
 from conftest import ROOT, run_process
-from served import FIRST, LAST, make_app, models, served, tiny_run
+from live import serving
+from served import FIRST, LAST, make_app, models, tiny_run
 
 from flatgpt.serving import engine as engine_module
 from flatgpt.serving.engine import MAX_ACTIVE, MAX_WAITING, Engine
@@ -23,7 +24,7 @@ def _there(monkeypatch):
 
 @pytest.fixture
 def url():
-    with served(make_app()) as url:
+    with serving(make_app()) as url:
         yield url
 
 
@@ -181,7 +182,7 @@ def test_a_model_that_has_diverged_says_so(tmp_path, monkeypatch):
     with torch.no_grad():
         head.fill_(torch.nan)
     try:
-        with served(make_app()) as url:
+        with serving(make_app()) as url:
             answer = httpx.post(f"{url}/v1/completions", json={"model": LAST, "prompt": "a"}, timeout=60)
     finally:
         with torch.no_grad():

@@ -21,7 +21,7 @@ IDS = list(PROMPT.encode())
 @pytest.fixture
 def ask(monkeypatch):
     monkeypatch.chdir(tiny_run().name)
-    with TestClient(make_app()) as client:
+    with TestClient(make_app(), base_url="http://localhost") as client:
         yield lambda path, **body: client.post(f"/api/{path}", json={"model": LAST, **body})
 
 

@@ -2,39 +2,26 @@
 
 import json
 import time
-from pathlib import Path
 
 import httpx
 import pytest
-from served import FIRST, LAST, make_app, models, served, tiny_run
-from starlette.responses import FileResponse
-from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
+from live import CHROMIUM, needs_chromium, serving
+from served import FIRST, LAST, make_app, models, tiny_run
 
-from flatgpt import serving
-
-CHROMIUM = Path("/usr/bin/chromium")
-STATIC = Path(serving.__file__).parent / "static"
+pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")
 def browser():
     sync_api = pytest.importorskip("playwright.sync_api")
-    if not CHROMIUM.is_file():
-        pytest.skip(f"there is no {CHROMIUM}")
     with sync_api.sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
 
 
 @pytest.fixture
 def url(monkeypatch):
-    async def index(request):
-        return FileResponse(STATIC / "index.html")
-
     monkeypatch.chdir(tiny_run().name)
-    app = make_app()
-    app.router.routes += [Route("/", index), Mount("/static", StaticFiles(directory=STATIC))]
-    with served(app) as url:
+    with serving(make_app()) as url:
         yield url
 
 

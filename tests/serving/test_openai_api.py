@@ -9,7 +9,8 @@ import openai
 import pytest
 import torch
 from conftest import run_process
-from served import LAST, make_app, models, served, tiny_run
+from live import serving
+from served import LAST, make_app, models, tiny_run
 from starlette.testclient import TestClient
 
 from flatgpt.data.tokenizer import ByteTokenizer
@@ -25,7 +26,7 @@ def _there(monkeypatch):
 
 @pytest.fixture
 def client():
-    with TestClient(make_app()) as client:
+    with TestClient(make_app(), base_url="http://localhost") as client:
         yield client
 
 
@@ -62,7 +63,7 @@ def log_probs_of(text: str) -> list[float]:
 
 
 def test_openais_client_completes_streams_and_stops():
-    with served(make_app()) as url:
+    with serving(make_app()) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         assert LAST in [model.id for model in client.models.list()]
         options = {"model": LAST, "prompt": PROMPT, "max_tokens": 40, "temperature": 0.8, "seed": 3}
@@ -87,7 +88,7 @@ def test_openais_client_completes_streams_and_stops():
 
 
 def test_openais_client_gets_the_models_own_log_probabilities():
-    with served(make_app()) as url:
+    with serving(make_app()) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         choice = client.completions.create(model=LAST, prompt=PROMPT, max_tokens=20, temperature=0.5, seed=1, echo=True,
                                            logprobs=3).choices[0]
@@ -226,7 +227,7 @@ def test_lm_eval_gives_the_score_that_it_gives_the_folder(tmp_path):
         (tmp_path / "tasks" / f"{name}.yaml").write_text(
             f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/questions.jsonl}}}}\n"
             f"test_split: test\n{task}\n")
-    with served(make_app()) as url:
+    with serving(make_app()) as url:
         # Under the id that the server has for the model, which is its path from here.
         out = run_process("-c", LM_EVAL, url, LAST, cwd=link_to(folder, tmp_path), OMP_NUM_THREADS="1",
                           HF_DATASETS_CACHE=str(tmp_path / "cache"))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -136,13 +137,20 @@ def test_a_run_reports_the_documented_fields(cli, tiny_data):
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("script"), reason="needs Linux's `script`")
-def test_a_terminal_gets_a_bar_with_speed_and_time_left(tiny_data, tmp_path):
+@pytest.mark.parametrize(("columns", "line"), [
+    (100, r"\d+/30 \|.{12,}\| loss \d\.\d{3} [↓→↑] · val \d\.\d{3} · [\d,]+ tok/s · [\d:?]+ left"),
+    (60, r"\d+/30 loss \d\.\d{3} [↓→↑] · val \d\.\d{3} · [\d:?]+ left"),
+    (24, r"\d+/30 loss \d\.\d{3} [↓→↑]")])
+def test_a_terminal_gets_a_line_that_fits_it(tiny_data, tmp_path, columns, line):
     command = shlex.join([sys.executable, str(ROOT / "train.py"), *TINY_RUN, "--max_iters=30"])
-    subprocess.run(["script", "-qec", command, "log"], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
-    shown = (tmp_path / "log").read_text().replace("\r", "\n")
-    assert re.search(r"\d+/30 \[\d\d:\d\d<\d\d:\d\d, .*step.*, loss \d\.\d+, [\d,]+ tok/s\]", shown)
-    assert "step 3: val loss" in shown
-    assert "step 2/30: loss" not in shown  # the bar says it
+    subprocess.run(["script", "-qec", command, "log"], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL,
+                   env={**os.environ, "COLUMNS": str(columns)})
+    shown = [text.strip() for text in re.split(r"[\r\n]", (tmp_path / "log").read_text())]
+    lines = [text for text in shown if re.match(r"\d+/30 ", text)]
+    assert any(re.fullmatch(line, text) for text in lines), lines
+    assert all(len(text) < columns for text in lines)
+    assert any(text.startswith("step 3: val loss") for text in shown)
+    assert not any(text.startswith("step 2/30: loss") for text in shown)  # the line says it
 
 
 SAMPLES = ("--sample_interval=2", "--sample_tokens=40")  # more than block_size
