@@ -72,7 +72,7 @@ def test_killed_after_step_60_and_started_again_the_run_ends_byte_identical(cli,
 
 def test_killed_at_any_moment_every_published_checkpoint_is_whole(cli, tiny_data, tmp_path):
     options = (*OPTIONS, "--max_iters=100000", "--save_interval=1", "--eval_interval=100000", "--keep_last=2")
-    for delay_s in (0.0, 0.013, 0.05):
+    for delay_s in (0.0, 0.03):
         kill_after(newest_step(tmp_path / "out" / "tiny") + 3, delay_s, *options, cwd=tmp_path)
         for folder in Path("out/tiny/checkpoints").glob("step_*"):
             verify(folder)
