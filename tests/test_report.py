@@ -176,10 +176,10 @@ def test_the_same_runs_give_the_same_bytes_in_place_of_the_old(cli, two_runs):
     Path("report_files").mkdir()
     Path("report_files/mfu.png").write_text("of an earlier report")
     pages = []
-    for runs in (["--runs", *two_runs], [f"--runs={run}" for run in two_runs], [*two_runs, "./out/a"]):
+    for runs in (["--runs", *two_runs], [*two_runs, "./out/a"]):
         assert cli("report", *runs).code == 0
         pages.append(Path("report.html").read_bytes())
-    assert pages[0] == pages[1] == pages[2]
+    assert pages[0] == pages[1]
     assert not Path("report_files/mfu.png").exists()
     assert not list(Path().glob(".report*"))
 
