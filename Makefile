@@ -10,11 +10,12 @@
 PYTHON ?= python3
 PY = .venv/bin/python
 ARGS =
+DATA = python_stdlib
 
 .PHONY: demo test test-fast soak test-gpu bench-gpu zoo install lint
 
 demo: .venv/.run
-	$(PY) prepare_data.py python_stdlib
+	$(PY) prepare_data.py $(DATA)
 	$(PY) train.py config/demo.py $(ARGS)
 	$(PY) sample.py --out_dir=out/demo --prompt="    def __init__(self," --num_samples=2 --max_new_tokens=150 --temperature=0.7
 	@echo "To see the run and its model in the browser: make install, then $(PY) serve.py"
@@ -26,7 +27,7 @@ test-fast: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal tests/data tests/models tests/test_model.py tests/test_files.py tests/test_machine.py tests/training/test_optim.py tests/training/test_device.py
 
 soak: .venv/.dev
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal -m "soak or not soak" tests/test_faults.py tests/training/test_compile.py tests/training/test_distributed.py tests/training/test_hosts.py
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal -m "soak or not soak" tests/test_faults.py tests/test_bench.py tests/test_end_to_end.py tests/training/test_compile.py tests/training/test_distributed.py tests/training/test_hosts.py
 
 test-gpu: .venv/.dev
 	$(PY) -m pytest -m gpu tests/test_gpu.py

@@ -46,6 +46,7 @@ def test_without_the_data_set_random_tokens_are_trained_on(cli, config):
     assert numbers_of(result.out)["train.py"][0]["val_loss"] == pytest.approx(10.82, abs=0.2)  # ln 50257
 
 
+@pytest.mark.soak
 def test_the_rows_of_the_gpu_table_come_from_any_device(cli, config, monkeypatch):
     monkeypatch.setattr("benchmarks.bench.SAMPLED",
                         GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=160, vocab_size=300))

@@ -93,7 +93,7 @@ def test_readmes_commands_run_and_shakespeare_reaches_its_loss(cli, clone, monke
             continue
         run.append(command)
         if command == "python prepare_data.py shakespeare_char":  # here without the download
-            command += f" --input={shlex.quote(str(shakespeare))}"
+            command += f" --input={shlex.quote(str(shakespeare))}" + ("" if is_whole else " --val_fraction=0.01")
         if " train.py " in command and not is_whole:
             command += SHORT
         if script := re.match(r"python (\w+)\.py ", command):
@@ -108,9 +108,12 @@ def test_readmes_commands_run_and_shakespeare_reaches_its_loss(cli, clone, monke
         assert last["val/loss"] <= (loss if is_whole else 3.5)
 
 
-def test_make_demo_ends_with_a_sample(clone):
-    steps = "--max_iters=20 --eval_iters=1"
-    out = shell(f"make -o .venv/.run demo PY={shlex.quote(sys.executable)} ARGS={shlex.quote(steps)}", clone)
+@pytest.mark.parametrize("data", [
+    "--input=flatgpt --name=python_stdlib --tokenizer=bpe --vocab_size=2048",
+    pytest.param("python_stdlib", marks=pytest.mark.soak)])
+def test_make_demo_ends_with_a_sample(clone, data):
+    out = shell(f"make -o .venv/.run demo PY={shlex.quote(sys.executable)} DATA={shlex.quote(data)} "
+                "ARGS='--max_iters=20 --eval_iters=1'", clone)
     assert "data/python_stdlib" in out
     written = re.split(r"parameters on cpu, torch\.\w+\n", out)[1].split("def __init__(self,")[1:]
     assert len(written) == 2
@@ -134,20 +137,20 @@ def test_transformers_goes_on_from_a_runs_checkpoint_as_it_is(cli, tiny_data, sh
     assert written.tolist() == GPT.from_pretrained("out/tiny").generate(ids, 7, temperature=0.0).tolist()
 
 
-TWO_RANKS = ("--eval_iters=0", "--eval_interval=100", "--log_interval=50")
+TWO_RANKS = ("--eval_iters=0", "--eval_interval=100", "--log_interval=20")
 
 
 def test_two_processes_train_the_model_that_one_trains(cli, tiny_data, tmp_path):
     config = (ROOT / "config" / "shakespeare_char_cpu.py", "--dataset=tiny", *TWO_RANKS)
-    for steps in (1, 100):
+    for steps in (1, 40):
         options = (*config, f"--max_iters={steps}", "--dtype=float32")
         assert cli("train", *options, f"--out_dir=out/one-{steps}").code == 0
         code, log = start_ranks(2, tmp_path, *map(str, options), f"--out_dir=out/two-{steps}")
         assert code == 0, log
     for a, b in zip(*(GPT.from_pretrained(f"out/{run}-1").parameters() for run in ("one", "two"))):
         assert (a - b).abs().max() <= 1e-6
-    one, two = (records_of(f"out/{run}-100")[-1] for run in ("one", "two"))
-    assert one["step"] == two["step"] == 100
+    one, two = (records_of(f"out/{run}-40")[-1] for run in ("one", "two"))
+    assert one["step"] == two["step"] == 40
     assert two["val/loss"] == pytest.approx(one["val/loss"], abs=1e-3)
 
 

@@ -219,7 +219,7 @@ import sys
 import lm_eval
 from lm_eval.tasks import TaskManager
 
-tasks = TaskManager(include_path=sys.argv[1])
+tasks = TaskManager(include_path=sys.argv[1], include_defaults=False)
 for folder in sys.argv[2:]:
     found = lm_eval.simple_evaluate(
         "hf", model_args={"pretrained": folder, "dtype": "float32"}, tasks=["local_hellaswag"], device="cpu",
@@ -240,7 +240,7 @@ training_split: null
 
 def lm_eval(questions: Path, folders: list[str], tmp_path: Path) -> list[tuple[dict[str, float], list[list[float]]]]:
     """For each model folder lm-eval's results, and the log-likelihood of each question's choices. In a process of its
-    own, because lm-eval needs a package that is called `evaluate` too."""
+    own, which alone has its cache in tmp_path."""
     their_folder = Path(importlib.util.find_spec("lm_eval").origin).parent
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "local.yaml").write_text(LM_EVAL_TASK.format(their_folder=their_folder, questions=questions))

@@ -597,19 +597,19 @@ def children_of(process: subprocess.Popen) -> int:
     return listed.split().count(str(process.pid))
 
 
-def test_killed_at_ten_random_moments_the_run_ends_byte_identical_and_leaves_no_worker(prepare):
+def test_killed_at_five_random_moments_the_run_ends_byte_identical_and_leaves_no_worker(prepare):
     options = ("--tokenizer=byte", "--shard_tokens=20_000", "--test_fraction=0.05", "--dedupe=True", "--workers=2")
     expected = files_of(prepare(*options, "--workers=1", source=corpus(), name="whole"))
     num_shards = len([name for name in expected if name.endswith(".bin")])
     assert num_shards > 150
     command = ("--input=corpus.jsonl", "--name=made", *options)
     draw, within = random.Random(1), 0
-    for kill in range(10):
-        process, wanted = start(*command), finished_shards() + draw.randrange(1, num_shards // 11)
-        until = time.monotonic() + (draw.random() if kill % 5 == 4 else 60)  # some are killed as they start
+    for kill in range(5):
+        process, wanted = start(*command), finished_shards() + draw.randrange(1, num_shards // 6)
+        until = time.monotonic() + (draw.random() if kill == 4 else 60)  # the last one is killed as it starts
         while (finished := finished_shards()) < wanted and time.monotonic() < until:
             time.sleep(0.001)
-        if kill % 5 < 4:
+        if kill < 4:
             assert finished >= wanted
             assert children_of(process) >= 2
             time.sleep(0.02 * draw.random())
@@ -617,7 +617,7 @@ def test_killed_at_ten_random_moments_the_run_ends_byte_identical_and_leaves_no_
         process.communicate(timeout=20)  # returns when the last worker is gone
         assert process.returncode == -signal.SIGKILL
         within += 0 < finished_shards() < num_shards
-    assert within >= 8
+    assert within >= 4
     process = start(*command)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output

@@ -681,7 +681,7 @@ def test_alibi_reads_twice_what_it_was_trained_on_and_learned_positions_say_that
 
 
 def test_the_fine_tuning_config_goes_on_from_any_hugging_face_gpt2(cli, shakespeare, gpt2_tokenizer):
-    assert cli("prepare_data", "shakespeare", f"--input={shakespeare}").code == 0
+    assert cli("prepare_data", "shakespeare", f"--input={shakespeare}", "--val_fraction=0.01").code == 0
     torch.manual_seed(0)
     save_hf(Path("hf"), vocab_size=50257, bos_token_id=50256, eos_token_id=50256)
     result = cli("train", ROOT / "config" / "finetune_shakespeare.py", "--init_from=hf", "--device=cpu",
