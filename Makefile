@@ -27,7 +27,7 @@ test-fast: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal tests/data tests/models tests/test_model.py tests/test_files.py tests/test_machine.py tests/training/test_optim.py tests/training/test_device.py
 
 soak: .venv/.dev
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal -m "soak or not soak" tests/test_faults.py tests/test_bench.py tests/test_end_to_end.py tests/training/test_compile.py tests/training/test_distributed.py tests/training/test_hosts.py
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal -m "soak or not soak" tests/serving/test_runs.py tests/test_faults.py tests/test_bench.py tests/test_end_to_end.py tests/training/test_compile.py tests/training/test_distributed.py tests/training/test_hosts.py
 
 test-gpu: .venv/.dev
 	$(PY) -m pytest -m gpu tests/test_gpu.py
