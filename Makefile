@@ -1,7 +1,7 @@
 # make demo      prepare a small corpus, train a small model on it, read what it writes (a few minutes on a laptop)
 # make test      lint, tests, and the README's commands
 # make test-fast  the tests of single functions, for the loop of editing
-# make soak      every way to kill, hang and starve a run that the tests know (a quarter of an hour on two cores)
+# make soak      what takes longer: every way to kill, hang and starve a run that the tests know (half an hour on two cores)
 # make test-gpu  the main job on a machine with an NVIDIA GPU; make bench-gpu measures it there
 # make zoo       what every model and option is worth, as the table in docs/models.md (a quarter of an hour on two cores)
 # make install   .venv with all that the program and the tests need
@@ -27,7 +27,7 @@ test-fast: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal tests/data tests/models tests/test_model.py tests/test_files.py tests/test_machine.py tests/training/test_optim.py tests/training/test_device.py
 
 soak: .venv/.dev
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal -m "soak or not soak" tests/serving/test_runs.py tests/test_faults.py tests/test_bench.py tests/test_end_to_end.py tests/training/test_compile.py tests/training/test_distributed.py tests/training/test_hosts.py
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal -m soak
 
 test-gpu: .venv/.dev
 	$(PY) -m pytest -m gpu tests/test_gpu.py

@@ -770,7 +770,7 @@ def shared_out(num_files: int = 5) -> str:
     return "texts"
 
 
-@pytest.mark.parametrize("dedupe", [False, True])
+@pytest.mark.parametrize("dedupe", [pytest.param(False, marks=pytest.mark.soak), True])
 def test_two_ranks_of_torchrun_put_the_same_documents_in_the_same_splits(prepare, cli, tmp_path, dedupe):
     options = ("--tokenizer=byte", "--shard_tokens=3000", "--val_fraction=0.2", "--test_fraction=0.1",
                f"--dedupe={dedupe}")

@@ -53,7 +53,8 @@ def state_of(page, name: str) -> str | None:
 
 
 def points(page, key: str = "train/loss") -> dict[str, list[list[float]]]:
-    """Name of a line in a chart -> its points, as plotly.js has them."""
+    """Name of a line in a chart -> its points, as plotly.js has them, once it is drawn."""
+    page.wait_for_selector(f'[data-key="{key}"] .plot .scatterlayer', state="attached")
     return page.evaluate("""key => {
         const traces = document.querySelector(`[data-key="${key}"] .plot`).data;
         return Object.fromEntries(traces.map(trace => [trace.name, trace.x.map((x, i) => [x, trace.y[i]])]));

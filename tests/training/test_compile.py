@@ -149,7 +149,8 @@ def count_graphs(layout: str, dtype: str) -> tuple[list[int], str | None]:
         return counts, failure
 
 
-@pytest.mark.parametrize(("layout", "dtype"), [("ddp", "float32"), ("fsdp", "float32"), ("fsdp", "bfloat16")])
+@pytest.mark.parametrize(("layout", "dtype"), [
+    ("ddp", "float32"), pytest.param("fsdp", "float32", marks=pytest.mark.soak), ("fsdp", "bfloat16")])
 def test_all_blocks_share_the_trials_compilation(layout, dtype):
     """One graph is a block, one the loss of a chunk; each is compiled once more for evaluations, without gradients."""
     assert on_ranks(2, count_graphs, layout, dtype) == [([2, 2, 4, 4], None)] * 2

@@ -137,6 +137,7 @@ def what_it_does(cli, run: str) -> dict[str, object]:
 COPIES = (without_links, with_links_followed, with_links_as_text, with_dangling_links, with_links_to_the_original,
           with_swapped_links, with_the_best_under_its_link_alone, with_half_of_the_best_beside_its_link, amid_clutter,
           made_before_the_record)
+IN_THE_TEST = (without_links, with_links_followed, with_links_as_text, made_before_the_record)  # the rest in the soak
 
 
 @pytest.fixture
@@ -164,7 +165,8 @@ def go_on(cli, scripted, run: Path) -> dict[str, bytes]:
 ORIGINALS: list = []  # what the original does and how it goes on, the same in each test
 
 
-@pytest.mark.parametrize("copied", COPIES, indirect=True, ids=lambda copy: copy.__name__)
+@pytest.mark.parametrize("copied", [pytest.param(copy, marks=() if copy in IN_THE_TEST else pytest.mark.soak)
+                                    for copy in COPIES], indirect=True, ids=lambda copy: copy.__name__)
 def test_a_copy_writes_measures_exports_and_goes_on_as_the_original(cli, original, copied, scripted):
     before = files_of(copied)
     if not ORIGINALS:

@@ -156,7 +156,8 @@ def test_a_terminal_gets_a_line_that_fits_it(tiny_data, tmp_path, columns, line)
 SAMPLES = ("--sample_interval=2", "--sample_tokens=40")  # more than block_size
 
 
-@pytest.mark.parametrize(("layout", "nproc"), [("ddp", 1), ("ddp", 2), ("fsdp", 2)])
+@pytest.mark.parametrize(("layout", "nproc"), [
+    ("ddp", 1), pytest.param("ddp", 2, marks=pytest.mark.soak), ("fsdp", 2)])
 def test_a_run_that_writes_samples_ends_as_one_that_does_not(cli, tiny_data, tmp_path, layout, nproc):
     run = (*TINY_RUN, "--dropout=0.1", "--batch_size=2", f"--parallel={layout}", "--max_iters=7")
     for name, options in (("silent", ()), ("writes", SAMPLES)):

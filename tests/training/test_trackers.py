@@ -274,6 +274,7 @@ def test_a_run_outlives_wandbs_process_and_a_folder_that_is_none(cli, tiny_data,
     assert records_of(TINY)[-1]["step"] == 6
 
 
+@pytest.mark.soak  # wandb tries for twenty seconds
 def test_without_a_server_the_run_is_kept_on_the_disk(tiny_data, tmp_path):
     out = run_process(ROOT / "train.py", *RUN, *BOTH[:2], cwd=tmp_path, WANDB_MODE="online", WANDB_API_KEY="0" * 40,
                       WANDB_BASE_URL="http://127.0.0.1:9", WANDB_INIT_TIMEOUT="1")
