@@ -131,9 +131,8 @@ def test_the_page_fits_a_phone_and_follows_the_theme(two_runs):
         for width, scheme in ((1400, "light"), (390, "light"), (390, "dark"), (1400, "dark")):
             page.set_viewport_size({"width": width, "height": 900})
             page.emulate_media(color_scheme=scheme)
-            until(lambda width=width: page.locator(".main-chart .main-svg").first.bounding_box()["width"] < width,
-                  "the chart fits")
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            until(lambda width=width: page.locator(".main-chart .main-svg").first.bounding_box()["width"] < width
+                  and page.evaluate("document.documentElement.scrollWidth") <= width, "the drawn page fits")
             backgrounds.add((scheme, page.evaluate("getComputedStyle(document.body).backgroundColor")))
         assert len(backgrounds) == 2
 
