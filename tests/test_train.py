@@ -321,7 +321,7 @@ BY_TRIAL = tuple(option for option in TINY_RUN if not option.startswith("--dtype
 
 def faster(monkeypatch, winner: str) -> None:
     """A processor with instructions for bfloat16 on which every trial is won by that number type."""
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     monkeypatch.setattr("flatgpt.training.device.time_in_turn", lambda steps: {
         choice: 1 + (str(choice) != f"{winner} with attention=sdpa") for choice in steps})
 
@@ -349,7 +349,7 @@ def test_the_number_type_of_a_trial_is_kept_from_the_first_step_on(cli, tiny_dat
 
 def test_a_checkpoint_that_recorded_auto_goes_on_by_the_old_rule(cli, tiny_data, monkeypatch):
     """As versions did that made no trial: bfloat16 where there are instructions, short windows by the formula."""
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     monkeypatch.setattr("flatgpt.training.device.time_in_turn", None)
     assert cli("train", *BY_TRIAL, "--dtype=bfloat16", "--attention=math").code == 0
     trainer = Path(LATEST, "training", "trainer.json")

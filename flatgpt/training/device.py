@@ -75,7 +75,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         with torch.cuda.device(device):  # the current one is asked
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    asked = device.type == "cpu" and hasattr(torch.cpu, "get_capabilities")  # torch 2.9 has no such function
+    has = torch.cpu.get_capabilities() if asked else {}
     return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_tile") else torch.float32
 
 

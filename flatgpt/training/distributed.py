@@ -273,8 +273,8 @@ def try_compiler(model: nn.Module, job: Job, batch_size: int) -> str | None:
     # private: what torch.compile takes as `options` reaches inductor's configuration, and this one is not inductor's.
     torch._functorch.config.ban_recompute_materialized_backward = False
     trial, failure = stand_in(model, job), None
-    compile_in_place(trial)
     try:
+        compile_in_place(trial)
         _try_pass(trial, trial, job, batch_size)
     except torch.OutOfMemoryError:  # no fault of the compiler's
         raise

@@ -27,7 +27,7 @@ def tiny(**options) -> torch.nn.Module:
 @pytest.fixture
 def native(monkeypatch):
     """A processor that has instructions for bfloat16."""
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_nothing_is_tried_where_nothing_is_open(native, monkeypatch):
             (("auto", "auto"), {"device": "cpu", "dtype": "auto", "attention": "auto"}, {"block_size": 256}, BFLOAT16),
             (("auto", "sdpa"), {}, {"model": "bigram"}, BFLOAT16)):
         assert pick_numerics(tiny(**shape), *options, CPU, 64, recorded) == (expected, "")
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True})
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True}, raising=False)
     assert pick_numerics(tiny(), "auto", "auto", CPU, 64, {}) == (FLOAT32, "")
     assert pick_numerics(tiny(), "bfloat16", "auto", CPU, 64, {}) == (BY_FORMULA, "")  # a trial would take seconds
 

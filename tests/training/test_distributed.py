@@ -349,8 +349,9 @@ def count_collectives(layout: str) -> dict[str, Counter]:
 
 def test_a_step_takes_no_more_collectives_than_it_has_to():
     """FSDP: a gather a pass for each of the two blocks, one for what is in none, a scatter of each one's gradients."""
+    clip = 2 if torch.__version__.startswith("2.9.") else 1  # which makes a whole norm twice
     expected = {"ddp": [{"c10d::allreduce_": 1}, {}, {}, {}],
-                "fsdp": [{"c10d::_allgather_base_": 5, "c10d::_reduce_scatter_base_": 3}, {"c10d::allreduce_": 1},
+                "fsdp": [{"c10d::_allgather_base_": 5, "c10d::_reduce_scatter_base_": 3}, {"c10d::allreduce_": clip},
                          {}, {}]}
     for layout in LAYOUTS:
         assert list(on_ranks(2, count_collectives, layout)[0].values()) == expected[layout]
