@@ -284,7 +284,7 @@ class Run:
         keys = ("tokens", "train/loss", "lr", "grad_norm", "tokens_per_sec", "mfu", "memory_gb", "elapsed_s", "skipped",
                 "rollbacks")
         return {"id": self.id, "name": self.name, "path": str(self.folder), "max_iters": self._max_iters(),
-                "step": plain(self._newest.get("step", 0)), "val/loss": plain(self._evaluation.get("val/loss")),
+                "step": plain(self._newest.get("step")) or 0, "val/loss": plain(self._evaluation.get("val/loss")),
                 **{key: plain(self._facts.get(key)) for key in keys}}
 
 

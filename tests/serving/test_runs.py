@@ -118,7 +118,7 @@ def test_files_of_a_run_that_hold_anything_do_no_harm(tmp_path, name, content):
     to_json(seen.history(shown["id"], 60.0))
 
 
-@pytest.mark.parametrize("number", ["1" + "0" * 400, "Infinity", "-Infinity", "NaN", "1e308"])
+@pytest.mark.parametrize("number", ["1" + "0" * 400, "Infinity", "-Infinity", "NaN", "1e308", "true"])
 def test_numbers_that_nothing_can_be_reckoned_with_do_no_harm(tmp_path, number):
     step = number if number.isdecimal() else "3"
     values = "".join(f', "{key}": {number}' for key in ("tokens", "train/loss", "val/loss", "elapsed_s"))
@@ -127,6 +127,7 @@ def test_numbers_that_nothing_can_be_reckoned_with_do_no_harm(tmp_path, number):
     seen = table(tmp_path)
     [shown] = seen.refresh()
     assert shown["state"] == "running"  # so that the time left is asked for
+    assert not any(isinstance(value, bool) for value in shown.values())
     to_json(shown)
     to_json(seen.history(shown["id"], 60.0))
 
