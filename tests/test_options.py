@@ -483,8 +483,8 @@ def test_a_key_of_many_values_may_have_none():
 
 def test_of_two_words_where_one_has_its_place_both_are_named():
     with pytest.raises(ValueError, match=r"^a and b: only one out can be named"):
-        parse("--runs=x", "a", "--is_fast", "b", options=Many, bare_word="out")
-    assert parse("--runs=--runs", "a", options=Many, bare_word="out")["out"] == "a"  # a value that looks like a key
+        parse("--is_fast", "a", "b", options=Many, bare_word="out")
+    assert parse("--out=--out", "a", options=Many, bare_word="out")["out"] == "a"  # a value that looks like a key
 
 
 def test_help_may_be_read_only_in_part():
