@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from flatgpt.options import closest
@@ -93,7 +93,8 @@ class JSONAnswer(Response):
 
 def in_words(error: Exception) -> tuple[int, str]:
     """The status and the sentence for what went wrong. What nobody foresaw goes to the server's standard error."""
-    for kind, status in ((UnknownModel, 404), (Busy, 429), (Stopping, 503), (ValueError, 400), (OSError, 400)):
+    for kind, status in ((UnknownModel, 404), (Busy, 429), (Stopping, 503), (ValueError, 400), (OSError, 400),
+                         (ClientDisconnect, 400)):
         if isinstance(error, kind):
             return status, str(error)
     if isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error)):  # torch's

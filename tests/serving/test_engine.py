@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import socket
 import threading
 import time
 from pathlib import Path
@@ -56,6 +57,15 @@ def test_a_client_that_leaves_ends_its_work(url, path, body):
         next(answer.iter_lines())
         assert not is_idle(models())
     assert until(lambda: is_idle(models()))
+
+
+def test_a_client_that_leaves_within_its_body_is_no_fault_of_the_server(url, capfd):
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{")
+        httpx.get(f"{url}/v1/models")  # by now the server waits for the rest
+    httpx.get(f"{url}/v1/models")
+    time.sleep(0.2)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_client_that_leaves_before_its_turn_is_forgotten(url):
