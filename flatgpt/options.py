@@ -155,9 +155,9 @@ def _expand(argv: list[str], bare_word: str, known: dict[str, Any]) -> list[Argu
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
-            is_second = any(argument.where == argument.value for argument in arguments)
-            if bare_word and is_second and not _is_many(known[bare_word]):
-                raise ValueError(f"{arguments[0].where} and {word}: only one {bare_word} can be named")
+            words = [argument.where for argument in arguments if not argument.where.startswith("--")]
+            if bare_word and words and not _is_many(known[bare_word]):
+                raise ValueError(f"{words[0]} and {word}: only one {bare_word} can be named")
             arguments += [Argument(bare_word, word, word)] if bare_word else _read_config(word, known)
             continue
         key, equals, value = word[2:].partition("=")

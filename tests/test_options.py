@@ -481,6 +481,12 @@ def test_a_key_of_many_values_may_have_none():
         parse("--runs", "--out=x", options=Many)
 
 
+def test_of_two_words_where_one_has_its_place_both_are_named():
+    with pytest.raises(ValueError, match=r"^a and b: only one out can be named"):
+        parse("--is_fast", "a", "b", options=Many, bare_word="out")
+    assert parse("--out=--out", "a", options=Many, bare_word="out")["out"] == "a"  # a value that looks like a key
+
+
 def test_help_may_be_read_only_in_part():
     """`train.py --help | head`."""
     command = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'train.py'))} --help | true"

@@ -10,10 +10,10 @@ Every error is a sentence, as {"error": {"message": ...}} with the status that f
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import importlib.util
 import ipaddress
-import json
 import re
 import socket
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -27,12 +27,12 @@ from starlette.datastructures import MutableHeaders, State
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flatgpt.serving.bodies import error_body
+from flatgpt.serving.bodies import JSONAnswer, error_body, to_json
 from flatgpt.serving.curves import Curves
 from flatgpt.serving.runs import Run, RunTable, Tail
 
@@ -44,7 +44,6 @@ READ_S = 1.0  # a request for a long run's history reads on for so long
 POLL_S = 1.0  # between two looks for new records
 MAX_NEW_RECORDS = 500  # at once; with more the page asks for the run anew
 MAX_FOLLOWED = 100  # runs of one event stream
-COOKIE = "flatgpt_token"
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
                                "frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
@@ -73,15 +72,15 @@ async def chart_library(request: Request) -> Response:
     return FileResponse(Path(package, "package_data", "plotly.min.js"), headers={"Cache-Control": "max-age=86400"})
 
 
-async def refuse(request: Request, error: Exception) -> JSONResponse:
+async def refuse(request: Request, error: Exception) -> JSONAnswer:
     """An error as the page and OpenAI's clients read it. What nobody foresaw is told on the terminal alone."""
     if isinstance(error, HTTPException):
         return error_response(error.status_code, str(error.detail))
     return error_response(500, "The server failed; its terminal shows why.")
 
 
-def error_response(status: int, message: str) -> JSONResponse:
-    return JSONResponse(error_body(status, message), status)
+def error_response(status: int, message: str) -> JSONAnswer:
+    return JSONAnswer(error_body(status, message), status)
 
 
 # Runs
@@ -91,11 +90,11 @@ def run_routes(runs: RunTable) -> list[Route]:
     """The list of runs, a run, and a stream of what is new in both."""
 
     async def list_runs(request: Request) -> Response:
-        return JSONResponse({"runs": await run_in_threadpool(runs.refresh), "folders": runs.patterns})
+        return JSONAnswer({"runs": await run_in_threadpool(runs.refresh), "folders": runs.patterns})
 
     async def one_run(request: Request) -> Response:
         try:
-            return JSONResponse(await run_in_threadpool(runs.history, request.path_params["id"], READ_S))
+            return JSONAnswer(await run_in_threadpool(runs.history, request.path_params["id"], READ_S))
         except KeyError:
             raise HTTPException(404, "There is no such run (any more).") from None
 
@@ -158,7 +157,7 @@ class Feed:
 
 
 def event(name: str, value: Any) -> str:
-    return f"event: {name}\ndata: {json.dumps(value, allow_nan=False, separators=(',', ':'))}\n\n"
+    return f"event: {name}\ndata: {to_json(value)}\n\n"
 
 
 # Who may ask
@@ -169,6 +168,8 @@ class Guard:
 
     def __init__(self, app: ASGIApp, host: str, token: str):
         self._app, self._token = app, token
+        # A browser gives a machine's cookies to all of its ports: two servers must not overwrite each other's.
+        self._cookie = f"flatgpt_{hashlib.sha256(token.encode()).hexdigest()[:12]}"
         self._names = {*LOOPBACK, host.lower()} | ({socket.gethostname().lower()} if token else set())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -215,11 +216,11 @@ class Guard:
         if not self._token:
             return None
         bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if self._is_token(bearer) or self._is_token(request.cookies.get(COOKIE, "")):
+        if self._is_token(bearer) or self._is_token(request.cookies.get(self._cookie, "")):
             return None
         if request.url.path == "/" and self._is_token(request.query_params.get("token", "")):
             answer = RedirectResponse("./", 303)
-            answer.set_cookie(COOKIE, self._token, httponly=True, samesite="lax", max_age=30 * 86400)
+            answer.set_cookie(self._cookie, self._token, httponly=True, samesite="lax", max_age=30 * 86400)
             return answer
         return error_response(401, "This server asks for its token: open it as /?token=..., or send it as an API key.")
 

@@ -19,11 +19,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 
 from flatgpt.options import closest
-from flatgpt.serving.engine import Busy, UnknownModel
+from flatgpt.serving.engine import Busy, Stopping, UnknownModel
 
 T = TypeVar("T")
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "an object"}
@@ -78,9 +78,23 @@ def describe(hint: Any) -> str:
 # Answers
 
 
+def to_json(value: Any) -> str:
+    """In ASCII, since names of files and texts of runs may hold what no UTF-8 has: half of a surrogate pair. Raises
+    ValueError for a number that is not finite."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":"))
+
+
+class JSONAnswer(Response):
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return to_json(content).encode()
+
+
 def in_words(error: Exception) -> tuple[int, str]:
     """The status and the sentence for what went wrong. What nobody foresaw goes to the server's standard error."""
-    for kind, status in ((UnknownModel, 404), (Busy, 429), (ValueError, 400), (OSError, 400)):
+    for kind, status in ((UnknownModel, 404), (Busy, 429), (Stopping, 503), (ValueError, 400), (OSError, 400),
+                         (ClientDisconnect, 400)):
         if isinstance(error, kind):
             return status, str(error)
     if isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error)):  # torch's
@@ -105,7 +119,7 @@ def answering(handle: Callable[[Request], Awaitable[Response]]) -> Callable[[Req
         except Exception as error:
             status, message = in_words(error)
             headers = {"Retry-After": "1"} if status == 429 else None
-            return JSONResponse(error_body(status, message), status, headers)
+            return JSONAnswer(error_body(status, message), status, headers)
 
     return answer
 

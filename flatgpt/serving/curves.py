@@ -133,7 +133,7 @@ def as_numbers(rows: list[list[Any]]) -> np.ndarray:
 def number(value: Any) -> float:
     """NaN for what is null, missing, no number or none that can be reckoned with."""
     try:
-        return float(value) if isinstance(value, int | float) else math.nan
+        return float(value) if type(value) in (int, float) else math.nan  # true is none
     except OverflowError:
         return math.nan
 

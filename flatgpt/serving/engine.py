@@ -18,6 +18,7 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -40,6 +41,10 @@ class Busy(Exception):
 
 class UnknownModel(Exception):
     """An id that is not in the list."""
+
+
+class Stopping(Exception):
+    """The server ends."""
 
 
 class Choice(NamedTuple):
@@ -92,15 +97,18 @@ class Engine:
         """What can be chosen: the models named at the start, then each run's checkpoints, newest first."""
         found = [Choice(name, "", None, False, 0) for name in self.named]
         for run in self.find_runs():
-            best = run_folder.best_checkpoint(run)
-            for step, folder in reversed(run_folder.step_folders(run).items()):
-                if run_folder.is_whole(folder):
-                    created = int((folder / "SHA256SUMS").stat().st_mtime)
-                    found.append(Choice(shown(folder), shown(run), step, folder == best, created))
+            with contextlib.suppress(OSError):  # somebody else's, or just being deleted
+                best = run_folder.best_checkpoint(run)
+                for step, folder in reversed(run_folder.step_folders(run).items()):
+                    if run_folder.is_whole(folder):
+                        created = int((folder / "SHA256SUMS").stat().st_mtime)
+                        found.append(Choice(shown(folder), shown(run), step, folder == best, created))
         return found
 
     def _load(self, model_id: str) -> Loaded:
         """Raises ValueError or OSError in words for a user."""
+        if model_id in self.loaded and self.loaded[model_id].is_outdated():
+            del self.loaded[model_id]
         if model_id not in self.loaded:
             from flatgpt.serving.loaded import load
 
@@ -134,7 +142,9 @@ class Engine:
 
     async def _results(self, work: Work, is_gone: Callable[[], Awaitable[bool]]) -> AsyncIterator[Any]:
         try:
-            while not self.is_closed and not await is_gone():
+            while not await is_gone():
+                if self.is_closed:
+                    raise Stopping("the server was stopped before this was done")
                 try:
                     result = await asyncio.wait_for(work.results.get(), POLL_S)
                 except asyncio.TimeoutError:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
-from flatgpt.serving.bodies import answering, read_body
+from flatgpt.serving.bodies import JSONAnswer, answering, read_body
 from flatgpt.serving.engine import Engine
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def routes(engine: Engine) -> list[Route]:
 
             results = await engine.submit(body.model, begin, request.is_disconnected)
             found = [result async for result in results]
-            return JSONResponse(found[0] if found else {})  # nothing: the client has left
+            return JSONAnswer(found[0] if found else {})  # nothing: the client has left
 
         return Route(path, answering(handle), methods=["POST"])
 

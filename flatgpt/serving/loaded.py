@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -48,10 +49,11 @@ def load(model_id: str, device: str, dtype: str) -> Loaded:
     """The model that an id of the engine's list names. Raises ValueError or OSError in words for a user."""
     job, path = this_job(device), weights.resolve(model_id)
     with run_folder.reading(path):
+        found = version(path)
         model = inference.load_model(str(path)).eval()
         tokenizer = inference.find_tokenizer(path, model.config.vocab_size)
     numerics, _ = pick_numerics(model, dtype, "sdpa", job.device, 1, inference.options_of(path), training=False)
-    return Loaded(model_id, model.to(job.device, numerics.dtype), tokenizer)
+    return Loaded(model_id, model.to(job.device, numerics.dtype), tokenizer, found)
 
 
 class Step(NamedTuple):
@@ -83,11 +85,23 @@ class Scores(NamedTuple):
 
 
 def score_logits(logits: torch.Tensor, tokens: torch.Tensor, top: int) -> Scores:
-    """Of logits (B, T, V), what they say of tokens (B, T) and of the `top` likeliest."""
+    """Of logits (B, T, V), what they say of tokens (B, T) and of the `top` likeliest. Raises ValueError for NaN."""
+    refuse_nan(logits)
     log_probs = logits.float().log_softmax(dim=2)
     likeliest = log_probs.topk(min(top, log_probs.size(2)), dim=2)
     return Scores(log_probs.gather(2, tokens.unsqueeze(2)).squeeze(2).cpu(), likeliest.indices.cpu(),
                   likeliest.values.cpu())
+
+
+def refuse_nan(logits: torch.Tensor) -> None:
+    if logits.isnan().any():
+        raise ValueError("what this model computes are no numbers (NaN): it has diverged in its training")
+
+
+def version(path: Path) -> tuple[Path, int, int]:
+    """Differs when something else was put in the place of a checkpoint. Raises FileNotFoundError."""
+    status = path.stat()
+    return path, status.st_ino, status.st_mtime_ns
 
 
 @dataclass(frozen=True)
@@ -95,6 +109,15 @@ class Loaded:
     id: str
     model: LanguageModel
     tokenizer: Tokenizer
+    version: tuple[Path, int, int]
+
+    def is_outdated(self) -> bool:
+        """Whether the id names another checkpoint by now: its run was begun anew, or has a better one. A deleted one
+        goes on being used, and what came from the hub."""
+        try:
+            return Path(self.id).exists() and version(weights.resolve(self.id)) != self.version
+        except (OSError, ValueError):
+            return False
 
     def encode(self, prompt: str | list[int]) -> list[int]:
         """The ids of a prompt, of which there is at least one. Raises ValueError."""
@@ -139,8 +162,7 @@ class Loaded:
 
         def choose(logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
             stages[:] = sampler.stages(logits, seen)
-            if logits.isnan().any():
-                raise ValueError("what this model computes are no numbers (NaN): it has diverged in its training")
+            refuse_nan(logits)
             probs = stages[-1].probs().split(1)
             return torch.cat([draw(row, generator) for row, generator in zip(probs, generators)])
 

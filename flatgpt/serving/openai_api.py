@@ -14,7 +14,6 @@ log-probabilities of 7 and 9, that of the first token being null, and a new toke
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -24,10 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from flatgpt.serving.bodies import answering, error_body, first_of, in_words, read_body
+from flatgpt.serving.bodies import JSONAnswer, answering, error_body, first_of, in_words, read_body, to_json
 from flatgpt.serving.engine import Engine
 
 if TYPE_CHECKING:
@@ -244,7 +243,7 @@ def joined(chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def routes(engine: Engine) -> list[Route]:
     async def list_models(request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [
+        return JSONAnswer({"object": "list", "data": [
             {"id": choice.id, "object": "model", "created": choice.created, "owned_by": "flatgpt"}
             for choice in await run_in_threadpool(engine.choices)]})
 
@@ -258,7 +257,7 @@ def routes(engine: Engine) -> list[Route]:
             include_usage = bool((body.stream_options or {}).get("include_usage"))
             return StreamingResponse(events(head, results, include_usage), media_type="text/event-stream")
         *chunks, usage = [chunk async for chunks in results for chunk in chunks] or [{}]  # [{}]: the client has left
-        return JSONResponse({**head, "choices": joined(chunks), **usage})
+        return JSONAnswer({**head, "choices": joined(chunks), **usage})
 
     return [Route("/v1/models", answering(list_models)),
             Route("/v1/completions", answering(completions), methods=["POST"])]
@@ -271,11 +270,11 @@ async def events(head: dict[str, Any], results: AsyncIterator[list[dict[str, Any
         async for chunks in results:
             for chunk in chunks:
                 if "usage" not in chunk:
-                    yield f"data: {json.dumps({**head, 'choices': [chunk]})}\n\n"
+                    yield f"data: {to_json({**head, 'choices': [chunk]})}\n\n"
                 elif include_usage:
-                    yield f"data: {json.dumps({**head, 'choices': [], **chunk})}\n\n"
+                    yield f"data: {to_json({**head, 'choices': [], **chunk})}\n\n"
         yield "data: [DONE]\n\n"
     except Exception as error:  # the status is sent already
-        yield f"data: {json.dumps(error_body(*in_words(error)))}\n\n"
+        yield f"data: {to_json(error_body(*in_words(error)))}\n\n"
     finally:
         await results.aclose()

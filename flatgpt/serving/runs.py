@@ -15,8 +15,10 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
+import math
 import os
 import platform
+import stat
 import threading
 import time
 import zlib
@@ -27,7 +29,7 @@ from typing import Any, BinaryIO
 
 from flatgpt import files
 from flatgpt.run_folder import parse_record
-from flatgpt.serving.curves import Curves, plain, tokens_per_step
+from flatgpt.serving.curves import Curves, number, plain, tokens_per_step
 
 OPTIONS = "train_config.json"  # what makes a folder a run's
 MAX_DEPTH = 6  # of folders below one that was named
@@ -49,12 +51,12 @@ def find_runs(patterns: Iterable[str]) -> list[Path]:
     found: dict[Path, None] = {}
     for pattern in patterns:
         for root in [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True)):
-            depth = Path(root).resolve().parts
-            for folder, children, names in os.walk(Path(root).resolve()):
+            top = os.path.realpath(root)
+            for folder, children, names in os.walk(top):
                 is_run = OPTIONS in names
                 if is_run:
                     found[Path(folder)] = None
-                is_deep = len(Path(folder).parts) - len(depth) >= MAX_DEPTH
+                is_deep = len(Path(folder).parts) - len(Path(top).parts) >= MAX_DEPTH
                 children[:] = [] if is_run or is_deep else [name for name in children if not name.startswith(".")]
     return sorted(found)
 
@@ -80,7 +82,7 @@ class Tail:
     def read(self) -> tuple[list[dict[str, Any]], bool]:
         """The next records, of at most BLOCK_BYTES, and whether they are of another content than was read before: a
         resume or a rollback has rewritten the file, and it is read from the start again. Raises FileNotFoundError."""
-        with open(self.path, "rb") as file:
+        with open_file(self.path) as file:
             self.size = os.fstat(file.fileno()).st_size
             is_another = self.offset > self.size or _mark(file, self.offset) != self._mark
             if is_another or not self._is_placed:
@@ -95,6 +97,13 @@ class Tail:
         return [*records_in(block[:length])], is_another
 
 
+def open_file(path: Path) -> BinaryIO:
+    """Raises FileNotFoundError for a pipe or a device too: they have no end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise FileNotFoundError(path)
+    return open(path, "rb")
+
+
 def records_in(block: bytes) -> Iterator[dict[str, Any]]:
     return filter(None, map(parse_record, block.split(b"\n")))
 
@@ -107,7 +116,7 @@ def _mark(file: BinaryIO, offset: int) -> int:
 def overview(path: Path) -> Curves:
     """A first picture of a long metrics.jsonl: the records of OVERVIEW_BLOCKS pieces, evenly spaced."""
     curves, size = Curves(), path.stat().st_size
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         for number in range(OVERVIEW_BLOCKS):
             file.seek((size - OVERVIEW_BLOCK_BYTES) * number // (OVERVIEW_BLOCKS - 1))
             block = file.read(OVERVIEW_BLOCK_BYTES)
@@ -117,7 +126,7 @@ def overview(path: Path) -> Curves:
 
 def newest_evaluation(path: Path) -> dict[str, Any]:
     """The last evaluation within SEARCH_BYTES from the end; {} without one."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - SEARCH_BYTES))
         block = file.read(SEARCH_BYTES)
     place = block.rfind(b'"val/loss"')
@@ -200,7 +209,7 @@ class Run:
         self._tail = tail or Tail(self.metrics, "end")
         self._newest, self._facts, self._evaluation, self._has_searched = {}, {}, {}, False
         self.tokens_per_step = 0.0
-        self._pace: deque[tuple[int, float]] = deque(maxlen=50)  # (step, elapsed_s) of the latest reports
+        self._pace: deque[tuple[float, float]] = deque(maxlen=50)  # (step, elapsed_s) of the latest reports
 
     def refresh(self, held: dict[int, list[tuple[int, str]]] | None) -> dict[str, Any]:
         """Read what is new, and return the run's line in the list. Raises FileNotFoundError when the folder is gone."""
@@ -219,7 +228,7 @@ class Run:
         changed_at = max(stamp[1] for stamp in status if stamp) / 1e9
         state = self._state(is_held(self.folder / ".lock", held), held is not None, time.time() - changed_at)
         return self._line() | {"state": state, "changed_at": round(changed_at, 3),
-                               "time_left_s": self._time_left_s() if state == "running" else None}
+                               "time_left_s": plain(self._time_left_s()) if state == "running" else None}
 
     def _read(self, size: int) -> None:
         tail = self._tail
@@ -242,10 +251,11 @@ class Run:
         self.tokens_per_step = tokens_per_step(record) or self.tokens_per_step
         if "val/loss" in record:
             self._evaluation = record
+        place = number(record["step"]), number(record.get("elapsed_s"))
         if {"resumed", "rollbacks"} & record.keys():
             self._pace.clear()
-        elif "train/loss" in record and record.get("elapsed_s") is not None:
-            self._pace.append((record["step"], record["elapsed_s"]))
+        elif "train/loss" in record and all(map(math.isfinite, place)):
+            self._pace.append(place)
 
     def _state(self, is_held: bool, can_tell: bool, age_s: float) -> str:
         """running, finished, stopped (by a signal or its time limit, and saved) or died."""
@@ -262,7 +272,7 @@ class Run:
 
     def _max_iters(self) -> int | None:
         value = self.options.get("max_iters")
-        return value if isinstance(value, int) else None
+        return value if type(value) is int else None
 
     def _time_left_s(self) -> float | None:
         if len(self._pace) < 2 or self._max_iters() is None:
@@ -274,7 +284,7 @@ class Run:
         keys = ("tokens", "train/loss", "lr", "grad_norm", "tokens_per_sec", "mfu", "memory_gb", "elapsed_s", "skipped",
                 "rollbacks")
         return {"id": self.id, "name": self.name, "path": str(self.folder), "max_iters": self._max_iters(),
-                "step": self._newest.get("step", 0), "val/loss": plain(self._evaluation.get("val/loss")),
+                "step": plain(self._newest.get("step")) or 0, "val/loss": plain(self._evaluation.get("val/loss")),
                 **{key: plain(self._facts.get(key)) for key in keys}}
 
 
@@ -294,16 +304,16 @@ def host_of(folder: Path) -> str:
 def _read_small(path: Path) -> dict[str, Any]:
     """{} for what is missing, no JSON object, or far too long for what it should be."""
     with contextlib.suppress(OSError, ValueError):
-        if path.stat().st_size <= MAX_OPTIONS_BYTES:
+        if path.is_file() and path.stat().st_size <= MAX_OPTIONS_BYTES:
             return files.read_json(path)
     return {}
 
 
 def _version(path: Path) -> tuple[int, int] | None:
-    """Size and time of the last change; None for what is not there."""
+    """Size and time of the last change; None for what is not there, or no file."""
     with contextlib.suppress(OSError):
         status = path.stat()
-        return status.st_size, status.st_mtime_ns
+        return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
     return None
 
 
@@ -355,6 +365,6 @@ class RunTable:
                 del self._histories[oldest]
         try:
             shown = history.catch_up(budget_s)
-        except FileNotFoundError:  # it has not reported yet
+        except OSError:  # it has not reported yet, or nobody can read it
             shown = Curves().as_dict() | {"read": 1.0, "position": ""}
         return {"id": run_id, "options": run.options, **shown}

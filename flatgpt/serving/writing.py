@@ -12,7 +12,6 @@ neither surprise nor candidates.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from flatgpt.serving.bodies import answering, error_body, first_of, in_words, read_body
+from flatgpt.serving.bodies import JSONAnswer, answering, error_body, first_of, in_words, read_body, to_json
 from flatgpt.serving.engine import Engine
 
 if TYPE_CHECKING:
@@ -93,7 +92,7 @@ def describe_token(step: Step, text: str, tokenizer: Tokenizer, num_rows: int) -
 
 def routes(engine: Engine) -> list[Route]:
     async def list_models(request: Request) -> Response:
-        return JSONResponse({"models": [choice._asdict() for choice in await run_in_threadpool(engine.choices)]})
+        return JSONAnswer({"models": [choice._asdict() for choice in await run_in_threadpool(engine.choices)]})
 
     async def stream_text(request: Request) -> Response:
         body = await read_body(request, GenerateBody)
@@ -103,9 +102,9 @@ def routes(engine: Engine) -> list[Route]:
         async def lines():
             try:
                 async for result in results:
-                    yield json.dumps(result) + "\n"
+                    yield to_json(result) + "\n"
             except Exception as error:  # the status is sent already
-                yield json.dumps(error_body(*in_words(error))) + "\n"
+                yield to_json(error_body(*in_words(error))) + "\n"
             finally:
                 await results.aclose()
 

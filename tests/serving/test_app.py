@@ -1,6 +1,7 @@
 """app.py: who may ask, what cannot be named, sizes, errors as sentences, and the stream of what is new."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -120,6 +121,27 @@ def test_the_token_is_asked_of_every_request(folder):
     assert {"HttpOnly", "SameSite=lax"} <= set(welcome.headers["set-cookie"].split("; "))
     assert client.get("/api/runs").status_code == 200  # by the cookie
     assert "does not answer to the name" in refusal(client.get("/", headers={"host": "evil.example"}), 403)
+
+
+def test_two_servers_do_not_overwrite_each_others_cookies(folder):
+    """A browser gives a machine's cookies to all of its ports."""
+    browser: dict[str, str] = {}
+    for token in (TOKEN, TOKEN[::-1]):
+        client = TestClient(app_of(folder, token=token), base_url="http://localhost:8000", cookies=browser)
+        client.get(f"/?token={token}")
+        browser |= dict(client.cookies)
+    for token in (TOKEN, TOKEN[::-1]):
+        client = TestClient(app_of(folder, token=token), base_url="http://localhost:8000", cookies=browser)
+        assert client.get("/api/runs").status_code == 200
+
+
+def test_names_and_texts_that_are_no_unicode_are_given_all_the_same(folder):
+    name = os.fsdecode(b"\xff\xfe")
+    write_run(folder / name, [{"step": 1, "samples": ["\ud800"]}], {"wandb_run_name": "\udfff"})
+    client = TestClient(app_of(folder), base_url="http://localhost:8000")
+    [line] = [line for line in client.get("/api/runs").json()["runs"] if line["name"] == name]
+    history = client.get(f"/api/runs/{line['id']}").json()
+    assert (history["samples"][0]["samples"], history["options"]) == (["\ud800"], {"wandb_run_name": "\udfff"})
 
 
 def test_answers_say_that_nothing_comes_from_elsewhere(client):

@@ -2,7 +2,10 @@
 
 import asyncio
 import contextlib
+import os
 import shutil
+import socket
+import threading
 import time
 from pathlib import Path
 
@@ -54,6 +57,15 @@ def test_a_client_that_leaves_ends_its_work(url, path, body):
         next(answer.iter_lines())
         assert not is_idle(models())
     assert until(lambda: is_idle(models()))
+
+
+def test_a_client_that_leaves_within_its_body_is_no_fault_of_the_server(url, capfd):
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{")
+        httpx.get(f"{url}/v1/models")  # by now the server waits for the rest
+    httpx.get(f"{url}/v1/models")
+    time.sleep(0.2)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_client_that_leaves_before_its_turn_is_forgotten(url):
@@ -151,6 +163,34 @@ def test_a_checkpoint_that_is_deleted_is_told_from_one_that_never_was(tmp_path):
         run_alone(engine, model_id)
 
 
+def test_a_run_that_is_begun_anew_writes_with_its_new_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(shutil.copytree("out/tiny", tmp_path / "run", symlinks=True))
+    best, other, engine = Path(LAST).name, Path(FIRST).name, Engine(list, ["../run", f"checkpoints/{Path(LAST).name}"],
+                                                                    "cpu", "float32")
+
+    def norm(loaded):
+        yield loaded.model.head.norm().item()
+
+    before = [run_alone(engine, name, norm) for name in engine.named]
+    os.replace(f"checkpoints/{best}", "old")
+    shutil.copytree(f"checkpoints/{other}", f"checkpoints/{best}")
+    after = [run_alone(engine, name, norm) for name in engine.named]
+    assert before[0] == before[1] != after[0] == after[1]
+    shutil.rmtree("checkpoints")  # what lies in memory can still be used
+    assert [run_alone(engine, name, norm) for name in engine.named] == after
+
+
+def test_a_run_of_somebody_else_hides_no_other(tmp_path, monkeypatch):
+    def refuse(run):
+        raise PermissionError(run)
+
+    real = engine_module.run_folder.step_folders
+    monkeypatch.setattr(engine_module.run_folder, "step_folders",
+                        lambda run: real(run) if run == Path("out/tiny") else refuse(run))
+    engine = Engine(lambda: [tmp_path, Path("out/tiny")], [], "cpu", "float32")
+    assert [choice.id for choice in engine.choices()] == [LAST, FIRST]
+
+
 def test_a_server_without_a_model_in_use_has_no_torch_in_memory():
     """It is most of what a process takes, and seconds of its start."""
     modules = "engine, bodies, writing, introspection, openai_api"
@@ -163,6 +203,16 @@ def test_a_device_that_is_not_here_is_said_to_who_asks():
     for _ in range(2):
         with pytest.raises(ValueError, match="device='gpu' is not a device: use cuda"):
             run_alone(engine, LAST)
+
+
+@pytest.mark.parametrize(("path", "body"), ENDLESS)
+def test_what_a_stop_cuts_short_says_so(path, body):
+    """It must not be taken for a whole answer."""
+    engine = Engine(lambda: [Path("out/tiny")], [], "cpu", "float32")
+    threading.Thread(target=lambda: until(lambda: engine.active) and engine.close()).start()
+    with serving(make_app(engine)) as url:
+        answer = httpx.post(url + path, json=body, timeout=60)
+    assert "the server was stopped before this was done" in answer.text
 
 
 def test_an_error_is_its_own_requests(url):
@@ -183,8 +233,11 @@ def test_a_model_that_has_diverged_says_so(tmp_path, monkeypatch):
         head.fill_(torch.nan)
     try:
         with serving(make_app()) as url:
-            answer = httpx.post(f"{url}/v1/completions", json={"model": LAST, "prompt": "a"}, timeout=60)
+            answers = [httpx.post(f"{url}{path}", json={"model": LAST, "prompt": "ab", **body}, timeout=60)
+                       for path, body in (("/v1/completions", {}), ("/v1/completions", {"echo": True, "logprobs": 0}),
+                                          ("/api/tokens", {}))]
     finally:
         with torch.no_grad():
             head.copy_(kept)
-    assert (answer.status_code, "it has diverged in its training" in answer.text) == (400, True)
+    for answer in answers:
+        assert (answer.status_code, "it has diverged in its training" in answer.text) == (400, True)

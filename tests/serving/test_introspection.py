@@ -1,6 +1,7 @@
 """What a model makes of a prompt, against transformers and plain formulas."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def ask(monkeypatch):
 
 
 def loaded(model) -> Loaded:
-    return Loaded("", model, ByteTokenizer())
+    return Loaded("", model, ByteTokenizer(), (Path(), 0, 0))
 
 
 def theirs(folder: str, layer: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT, TINY_RUN, records_of, write_run
 
 from flatgpt.serving import runs
+from flatgpt.serving.bodies import to_json
 from flatgpt.serving.curves import Curves
 from flatgpt.serving.runs import BLOCK_BYTES, History, Run, RunTable, Tail, find_runs, locked_inodes
 
@@ -113,8 +114,43 @@ def test_files_of_a_run_that_hold_anything_do_no_harm(tmp_path, name, content):
     (folder / name).write_text(content)
     seen = table(tmp_path)
     [shown] = seen.refresh()
-    json.dumps(shown, allow_nan=False)
-    json.dumps(seen.history(shown["id"], 60.0), allow_nan=False)
+    to_json(shown)
+    to_json(seen.history(shown["id"], 60.0))
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 400, "Infinity", "-Infinity", "NaN", "1e308", "true"])
+def test_numbers_that_nothing_can_be_reckoned_with_do_no_harm(tmp_path, number):
+    step = number if number.isdecimal() else "3"
+    values = "".join(f', "{key}": {number}' for key in ("tokens", "train/loss", "val/loss", "elapsed_s"))
+    folder = write_run(tmp_path / "a", [report(1)], {"max_iters": 9}, torn=f'{{"step": {step}{values}}}\n')
+    (folder / "launch.json").write_text('{"ranks": [{"host": "elsewhere"}]}')
+    seen = table(tmp_path)
+    [shown] = seen.refresh()
+    assert shown["state"] == "running"  # so that the time left is asked for
+    assert not any(isinstance(value, bool) for value in shown.values())
+    to_json(shown)
+    to_json(seen.history(shown["id"], 60.0))
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero"),
+                                  lambda path: path.symlink_to(path)], ids=["folder", "pipe", "device", "loop"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "launch.json", "train_config.json"])
+def test_what_is_no_file_is_not_read(tmp_path, name, make):
+    """A pipe would be waited for, and a device has no end."""
+    write_run(tmp_path / "b", [report(1)])
+    place = write_run(tmp_path / "a", [report(1)]) / name
+    place.unlink(missing_ok=True)
+    make(place)
+    seen = table(tmp_path)
+    shown = [line["name"] for line in seen.refresh()]
+    assert shown == (["b"] if name == "train_config.json" else ["a", "b"])
+    for line in seen.refresh():
+        to_json(seen.history(line["id"], 60.0))
+
+
+def test_a_link_that_leads_to_itself_holds_no_runs(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    assert find_runs([str(tmp_path / "loop"), str(tmp_path / "loo*")]) == []
 
 
 def test_a_long_run_is_first_shown_by_a_sample_and_then_whole(tmp_path, monkeypatch):
