@@ -166,7 +166,7 @@ def find_splits(config: EvalConfig, model: LanguageModel, tokenizer: Tokenizer |
         splits = {config.text: Split([Path(config.text)], model.config.vocab_size, [ids])} | splits
     for name, split in splits.items():
         if split.lengths.max(initial=0) < 2:
-            raise ValueError(f"{name} has nothing to measure a loss on: that takes a text of two tokens or more")
+            raise ValueError(f"cannot measure a loss on {name}: it takes a text of two tokens or more")
     return splits
 
 
@@ -243,7 +243,7 @@ def load_questions(name: str, file: str) -> list[Question]:
                 raise ValueError("the context or a choice is empty, or none is correct")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             what = f"it has no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
-            raise ValueError(f"{where} is no question of {name}: {what}") from None
+            raise ValueError(f"{where} is not a question of {name}: {what}") from None
         questions.append(Question(where, context, choices, correct))
     if not questions:
         raise ValueError(f"{file or TASKS[name].hub} holds no questions")
@@ -255,7 +255,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
     for record in local_files.read_lines(path):
         value, replaced = records.json_of(record)
         if replaced:
-            raise ValueError(f"{record.where} holds {replaced:,} bytes that are no text")
+            raise ValueError(f"{record.where} holds {replaced:,} bytes that are not valid text")
         yield record.where, value
 
 
@@ -270,7 +270,7 @@ def read_hub(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     except Exception as error:  # of many kinds: no network, no such data set, files of no known format
         raise OSError(f"could not get the data set {task.hub}: {type(error).__name__}: {error} (without network: on a "
                       f"machine that has it, datasets.load_dataset({task.hub!r}, split={task.split!r}).to_json(FILE) "
-                      f"writes its questions; here, pass --{name}_file=FILE)") from None
+                      f"writes its questions; then copy FILE to this machine and pass --{name}_file=FILE)") from None
     for number, row in enumerate(rows):
         yield f"{task.hub} {task.split} row {number}", row
 
@@ -305,7 +305,7 @@ def encode_question(question: Question, tokenizer: Tokenizer, block_size: int) -
         whole = [*tokenizer.opening(), *tokenizer.encode(context + blank + choice).tolist()]
         tail = whole[len(head):]
         if not 0 < len(tail) <= block_size:
-            raise ValueError(f"{question.where}: an answer of {len(tail)} tokens, and the model reads 1 to "
+            raise ValueError(f"{question.where}: this answer has {len(tail)} tokens, but the model reads 1 to "
                              f"{block_size}: {choice[:60]!r}")
         rows.append(((head + tail)[-(block_size + 1):], len(tail)))
     return rows

@@ -279,8 +279,8 @@ class GPT(LanguageModel):
         start = cache.length if cache is not None else 0
         end, limit = start + idx.size(1), self.config.max_positions
         if limit and end > limit:
-            raise ValueError(f"{end} positions, but the model has learned only block_size={limit}: other positions "
-                             "(--pos=rope, alibi, sinusoidal or none) go on")
+            raise ValueError(f"{end} positions, but the model has learned only block_size={limit}; models with "
+                             "--pos=rope, alibi, sinusoidal or none have no such limit")
         positions = torch.arange(start, end, device=idx.device)
         if cache is None:
             return self.forward_blocks(idx, positions, self.attention_context(positions, end))
@@ -321,7 +321,7 @@ class GPT(LanguageModel):
     def crop_block_size(self, block_size: int) -> None:
         limit = self.config.max_positions
         if block_size < 1 or (limit and block_size > limit):
-            raise ValueError(f"block_size={block_size}: the model has {self.config.block_size} positions, no more")
+            raise ValueError(f"block_size={block_size}: the model has only {self.config.block_size} positions")
         super().crop_block_size(block_size)
         if self.wpe is not None:
             self.wpe = nn.Embedding.from_pretrained(self.wpe.weight[:block_size].detach().clone(), freeze=False)

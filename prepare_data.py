@@ -99,7 +99,7 @@ def main(argv: list[str]) -> None:
     config.tokens.tokenizer = tokenizer_kind(config)
     rank, world_size, *_ = launcher.ranks()
     if world_size > 1 and not launcher.UNDER_TORCHRUN:
-        print(f"rank {rank} of {world_size}, which all have to be started: the environment has "
+        print(f"this is rank {rank} of {world_size}, and all of them have to be started: the environment has "
               f"{launcher.rank_variables()}; {launcher.HOW_TO_START}", flush=True)
     prepare(config, rank, world_size)
     if config.show_merges and rank == 0:
@@ -132,7 +132,7 @@ def prepare(config: PrepareConfig, rank: int, world_size: int) -> None:
                 make(config, parts, folder)
                 return
     if rank == 0:
-        print(f"{target} is there already, made with the same arguments")
+        print(f"{target} exists already and was made with the same arguments: nothing to do")
 
 
 def make(config: PrepareConfig, parts: list[Part], folder: StagingFolder) -> None:
@@ -157,7 +157,7 @@ def folder_name(config: PrepareConfig) -> str:
     if source.input and not expand_glob(source.input):
         raise FileNotFoundError(f"--input={source.input}: no such file or folder")
     if not FOLDER_NAME.fullmatch(name):
-        raise ValueError(f"{name!r} is no name for a folder in {DATA_DIR}/: add --name=NAME")
+        raise ValueError(f"{name!r} cannot be the name of a folder in {DATA_DIR}/: add --name=NAME")
     return name
 
 
@@ -215,7 +215,7 @@ def check_disk(folder: Path, parts: list[Part], encoder: Encoder) -> None:
     expected_bytes = int(sum(part.text_bytes for part in parts) * tokens_per_byte * encoder.dtype.itemsize)
     free = shutil.disk_usage(folder).free
     if free < 0.8 * expected_bytes:
-        raise OSError(f"the disk of {DATA_DIR}/ has {free:,} bytes free, and about {expected_bytes:,} are to be "
+        raise OSError(f"the disk of {DATA_DIR}/ has {free:,} bytes free, but about {expected_bytes:,} will be "
                       "written: free some space, or work on another disk")
 
 
@@ -273,7 +273,7 @@ def write_batches(batches: Iterator[Batch], parts: list[Part], output: Output, s
             speed = (output.counts["bytes"] - bytes_before) / 1e6 / max(time.monotonic() - began, 1e-9)
             text = f"{speed:.1f} MB/s, {output.num_tokens / 1e6:,.1f}M tokens, {len(output.shards)} shards"
             if filled and bar.disable and not silent:
-                print(f"{filled[-1]['file']} is full: {text}", flush=True)
+                print(f"{filled[-1]['file']} is finished: {text}", flush=True)
             bar.set_postfix_str(text, refresh=False)
             bar.update(place(batch.cursor, batch.end) - bar.n)
 
@@ -290,8 +290,8 @@ def verify(folder: Path) -> None:
         for fault in faults:
             tqdm.write(fault)
     if num_faults:
-        raise ValueError(f"{folder} is not sound: {plural(num_faults, 'fault')}, listed above")
-    print(f"{folder} is sound: {plural(checked, 'shard')}")
+        raise ValueError(f"{folder} is damaged: {plural(num_faults, 'fault')}, listed above")
+    print(f"{folder} is intact: {plural(checked, 'shard')}")
 
 
 def show_info(folder: Path) -> None:

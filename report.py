@@ -231,7 +231,7 @@ def options(runs: list[Run]) -> str:
     if len(runs) > 1:
         told = table(head, rows(differing), "fixed") if differing else "<p>The runs have the same options.</p>\n"
     if unlike := [key for key in LOSS_SCALES if key in differing]:
-        told += f"<p>The runs differ in {' and '.join(unlike)}: losses compare only between those that agree.</p>\n"
+        told += f"<p>The runs differ in {' and '.join(unlike)}: compare losses only where they agree.</p>\n"
     return told + folded(f"all {len(keys)} options", table(head, rows(keys), "fixed"))
 
 

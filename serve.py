@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
         from flatgpt.serving.engine import Engine
         from flatgpt.serving.runs import RunTable, find_runs
     except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is not installed, which the page needs: "
+        raise ValueError(f"the page needs {error.name}, which is not installed: "
                          "pip install plotly starlette uvicorn (or make install)") from None
     patterns = config.runs or ("out",)
     engine = Engine(lambda: find_runs(patterns), config.models, config.device, config.dtype)
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
     app = build_app(RunTable(patterns), routes, config.host, config.token)
     listener = listen(config.host, config.port)
     url = page_url(config.host, listener.getsockname()[1], config.token)
-    print(f"{url} shows the runs under {', '.join(patterns)}; Ctrl-C ends it", flush=True)
+    print(f"{url} shows the runs under {', '.join(patterns)}; Ctrl-C ends the server", flush=True)
     if config.open and has_browser():
         threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 

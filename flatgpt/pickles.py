@@ -22,7 +22,7 @@ class _Dtype:
 
     def __init__(self, name: str, *flags: object):
         if not re.fullmatch(r"[biufU]\d+|O8", str(name)):
-            raise ValueError(f"it holds NumPy's {name}, and only numbers and texts are read")
+            raise ValueError(f"it holds NumPy's type {name}, but only numbers and strings are read")
         self.name, self.order = name, "="
 
     def __setstate__(self, state: tuple) -> None:
@@ -71,7 +71,7 @@ STAND_INS: dict[str, Callable] = {
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Callable:
         if (full_name := f"{module}.{name}") not in STAND_INS:
-            raise ValueError(f"it names {full_name}, and only plain values are read: a pickle can run code")
+            raise ValueError(f"it names {full_name}, but only plain values are read, because a pickle can run code")
         return STAND_INS[full_name]
 
 

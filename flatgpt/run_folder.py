@@ -137,7 +137,7 @@ def read_trainer(folder: str | Path) -> dict:
     trainer = read_json(path)
     for key, kinds in TRAINER.items():
         if not isinstance(trainer.get(key), kinds) and (key in trainer or key == "step"):
-            raise ValueError(f"{path} holds what is not expected there: {key} is {trainer.get(key)!r:.50}")
+            raise ValueError(f"{path} has unexpected content: {key} is {trainer.get(key)!r:.50}")
     return trainer
 
 
@@ -151,14 +151,15 @@ def verify(folder: Path) -> None:
     """Raises ValueError unless every file of SHA256SUMS is there with the content it had when it was saved."""
     sums = read_sums(folder) if (folder / "SHA256SUMS").is_file() else {}
     if not sums:
-        raise ValueError(f"checkpoint {folder} has no SHA256SUMS: it is incomplete or not ours")
+        raise ValueError(f"checkpoint {folder} has no SHA256SUMS: it is incomplete, or flatGPT did not write it")
     for name, digest in sums.items():
         path = folder / name
         if not path.is_file():
             raise ValueError(f"checkpoint {folder} is damaged: {name} is missing")
         if sha256_file(path) != digest:
             refuse_pointer(path)
-            raise ValueError(f"checkpoint {folder} is damaged: {name} is not what was saved (its checksum differs)")
+            raise ValueError(f"checkpoint {folder} is damaged: {name} has changed since it was saved (its checksum "
+                             "differs)")
 
 
 @contextlib.contextmanager
@@ -169,5 +170,5 @@ def reading(folder: Path) -> Iterator[None]:
     except (OSError, ValueError):
         if folder.exists():
             raise
-        raise FileNotFoundError(f"{folder} was deleted meanwhile by the run that goes on there: the same command again "
-                                "finds a newer checkpoint") from None
+        raise FileNotFoundError(f"the run that is still training has deleted {folder} in the meantime: give the same "
+                                "command again, and it finds a newer checkpoint") from None

@@ -99,8 +99,8 @@ def plan_batches(config: DataConfig, given: Mapping[str, str], block_size: int, 
         seqs = config.total_batch_size // block_size
     if seqs % world_size:
         below, above = seqs // world_size * world_size, -(-seqs // world_size) * world_size
-        raise ValueError(f"{seqs} sequences a step do not divide over {world_size} processes; the nearest that do: "
-                         + " and ".join(f"{n} (--total_batch_size={n * block_size})" for n in (below, above) if n))
+        raise ValueError(f"{seqs} sequences a step cannot be shared evenly by {world_size} processes; the nearest that "
+                         "can: " + " and ".join(f"{n} (--total_batch_size={n * block_size})" for n in (below, above) if n))
     per_rank = seqs // world_size
     config.batch_size = config.batch_size or fit(per_rank)
     micro_batch = max(n for n in range(1, min(per_rank, config.batch_size) + 1) if per_rank % n == 0)
@@ -332,8 +332,8 @@ class EvalOrder:
         self._ends = np.where(split.lengths > 1, 1 + more, 0).cumsum()
         total = int(self._ends[-1]) if len(self._ends) else 0
         if total == 0:
-            raise ValueError(f"{split.paths[0]} is too short: it has {int(split.lengths.max(initial=0))} of the two "
-                             "tokens that an evaluation takes; prepare the data again under another --name, from more "
+            raise ValueError(f"{split.paths[0]} is too short: an evaluation takes two tokens, and it has "
+                             f"{int(split.lengths.max(initial=0))}; prepare the data again under another --name, from more "
                              "text or with a larger --val_fraction")
         count = min(num_seqs, total) or total
         self.is_whole = count == total

@@ -241,8 +241,8 @@ def encode_in_order(parts: list[Part], start: Cursor, rule: SplitRule, pool: Wor
         for _, future, *place in ahead:
             yield Batch(*place, *future.result())
     except BrokenExecutor:
-        raise OSError("a tokenizing process died, perhaps for want of memory: the same command with fewer --workers "
-                      "goes on from the last finished shard") from None
+        raise OSError("a tokenizing process died, perhaps because memory ran out: the same command with fewer "
+                      "--workers goes on from the last finished shard") from None
 
 
 def _read_batches(parts: list[Part], start: Cursor) -> Iterator[tuple[Cursor, list[str], list[Record]]]:

@@ -86,7 +86,7 @@ def in_words(error: Exception) -> tuple[int, str]:
     if isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error)):  # torch's
         return 503, "the server's memory is full: ask for fewer tokens, or for a smaller model"
     traceback.print_exception(error, file=sys.stderr)
-    return 500, "something went wrong in the server; what it was stands in the terminal where serve.py runs"
+    return 500, "the server failed; the terminal where serve.py runs shows why"
 
 
 def error_body(status: int, message: str) -> dict[str, Any]:

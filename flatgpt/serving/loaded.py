@@ -100,7 +100,7 @@ class Loaded:
         """The ids of a prompt, of which there is at least one. Raises ValueError."""
         if isinstance(prompt, str):
             if any("\ud800" <= character <= "\udfff" for character in prompt):
-                raise ValueError("the prompt is no valid text: it holds half of a surrogate pair")
+                raise ValueError("the prompt is not valid text: it holds half of a surrogate pair")
             return inference.encode(self.tokenizer, prompt)[0].tolist()
         vocab_size = self.model.config.vocab_size
         if any(not 0 <= (bad := i) < vocab_size for i in prompt):
@@ -116,8 +116,8 @@ class Loaded:
     def batch_size(self, num_tokens: int) -> int:
         """How many rows of so many tokens, prompt and new ones, make a batch. Raises ValueError for a row too long."""
         if num_tokens > MAX_TOKENS:
-            raise ValueError(f"the prompt and what is to be written take {num_tokens:,} tokens, and at most "
-                             f"{MAX_TOKENS:,} are read: shorten the prompt, or ask for fewer tokens")
+            raise ValueError(f"the prompt and the new tokens are {num_tokens:,} together, and at most "
+                             f"{MAX_TOKENS:,} are allowed: shorten the prompt, or ask for fewer tokens")
         c = self.model.config
         positions = min(num_tokens, c.max_positions or num_tokens)
         row_bytes = 2 * c.n_layer * c.num_kv_heads * (c.n_embd // c.n_head) * positions * self.model.head.itemsize
@@ -140,7 +140,7 @@ class Loaded:
         def choose(logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
             stages[:] = sampler.stages(logits, seen)
             if logits.isnan().any():
-                raise ValueError("what this model computes are no numbers (NaN): it has diverged in its training")
+                raise ValueError("this model computes NaN: its training diverged")
             probs = stages[-1].probs().split(1)
             return torch.cat([draw(row, generator) for row, generator in zip(probs, generators)])
 

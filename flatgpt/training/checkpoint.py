@@ -106,8 +106,9 @@ class RunFolder:
         if self.config.resume != "never" and max(newest) > newest[0]:
             there = f"that of step {newest[0]}" if newest[0] >= 0 else "none"
             holder = self._job.name(newest.index(max(newest)))
-            raise ValueError(f"{holder} finds step {max(newest)}'s checkpoint in {self.path}, {self._job.name(0)}, "
-                             f"who is to read it, {there}: copy the folder to rank 0's node, or share it")
+            raise ValueError(f"{holder} finds the checkpoint of step {max(newest)} in {self.path}, but "
+                             f"{self._job.name(0)}, which has to read it, finds {there}: copy the folder to rank 0's "
+                             "node, or share it")
 
         return distributed.on_rank0(lambda: self.state_in(self.find(lock)), self._job)
 
@@ -309,7 +310,7 @@ class RunFolder:
         except (OSError, NotImplementedError) as error:
             self._warnings.setdefault("links", (
                 f"the links best and latest could not be made in {self.checkpoints} ({_reason(error)}); going on "
-                "without: every script here finds the best and the newest checkpoint by itself"))
+                "without them: flatGPT's scripts find the best and the newest checkpoint by themselves"))
 
     def retire_after(self, folder: Path) -> None:
         """Delete the checkpoints newer than this one, which the run has gone back to: a start takes the newest."""

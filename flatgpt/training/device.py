@@ -58,8 +58,8 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         device = torch.device("cuda", local_rank)
     if device.type == "cuda" and device.index >= torch.cuda.device_count():
         raise ValueError(f"there is no {device} here, only {torch.cuda.device_count()} GPUs: start no more "
-                         "processes a node than it has GPUs (--nproc_per_node), or, where each process is shown one "
-                         "of its own, add --device=cuda:0")
+                         "processes a node than it has GPUs (--nproc_per_node), or, if each process sees only its "
+                         "own GPU, add --device=cuda:0")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"device={name!r}, but this machine has no MPS: use --device=cpu")
     return device
@@ -192,7 +192,7 @@ def _flash3_fault(device: torch.device, dtype: torch.dtype) -> str:
     if dtype == torch.float32:
         return "FlashAttention-3 is for dtype=bfloat16 and float16"
     if torch.are_deterministic_algorithms_enabled():
-        return "FlashAttention-3's backward pass does not give the same bits each time, as deterministic=True wants"
+        return "FlashAttention-3's backward pass does not give the same bits each time, as deterministic=True needs"
     try:
         from flash_attn_interface import flash_attn_func
     except ImportError as error:

@@ -64,7 +64,7 @@ class Job:
     def set_dtype(self, dtype: torch.dtype) -> None:
         """Raises ValueError where the layout does not go with it."""
         if self.parallel == "fsdp" and dtype == torch.float16:
-            raise ValueError("dtype=float16 does not go with parallel=fsdp, over whose parts no loss scaler looks: "
+            raise ValueError("dtype=float16 does not work with parallel=fsdp, which has no loss scaler here: "
                              "use --dtype=bfloat16 or float32")
         self.dtype = dtype
 
@@ -362,7 +362,7 @@ def on_rank0(do: Callable[[], T], job: Job) -> T:
     finally:
         dist.broadcast_object_list(box, group=job.cpu_group)
     if box[1] and job.hosts[job.rank] != job.hosts[0]:
-        raise OSError(f"{job.name(0)} has failed: its screen says why")
+        raise OSError(f"{job.name(0)} has failed: its own output says why")
     if box[1]:
         sys.exit(2)
     return box[0]

@@ -36,8 +36,8 @@ def meet(job: Job, where: str, timeout: datetime.timedelta) -> dist.Store:
     Raises OSError where they would wait in vain: the store is out of reach, a rank does not come, or gloo would listen
     on a host's loopback, whose ranks torch would keep waiting for five times the timeout."""
     me, (address, _, port) = socket.gethostname(), where.rpartition(":")
-    hint = (f"every host has to reach rank 0 there; where {address} does not lead to its host, start torchrun on that "
-            "with --local-addr=ADDRESS") if launcher.UNDER_TORCHRUN else (
+    hint = (f"every host has to reach rank 0 there; if {address} does not lead to its host, start torchrun on that "
+            "host with --local-addr=ADDRESS") if launcher.UNDER_TORCHRUN else (
             f"the environment has {launcher.rank_variables()}: {launcher.HOW_TO_START}")
     deadline_s = time.monotonic() + timeout.total_seconds()
     while job.rank > 0:
@@ -58,12 +58,12 @@ def meet(job: Job, where: str, timeout: datetime.timedelta) -> dist.Store:
         if job.rank == 0:
             store.wait(heard, timeout)  # it may end with this process
     except dist.DistError as error:
-        raise OSError(f"rank {job.rank} on {me} did not meet the others at {where} ({one_line(error)}), whose screens "
+        raise OSError(f"rank {job.rank} on {me} did not meet the others at {where} ({one_line(error)}), whose output "
                       f"may say why: {hint}") from None
     if len(set(job.hosts)) > 1 and (deaf := sorted(set(filter(_is_loopback, job.hosts)))):
-        raise OSError(f"the processes cannot reach each other: {', '.join(deaf)} listens on loopback alone, since its "
-                      f"own name leads there (/etc/hosts), or to no address it has: {NAME_INTERFACE}, or correct the "
-                      "name")
+        raise OSError(f"the processes cannot reach each other: {', '.join(deaf)} listens only on loopback, because its "
+                      f"own name leads there (/etc/hosts), or to an address that it does not have: {NAME_INTERFACE}, "
+                      "or correct the name")
     return store
 
 
@@ -118,8 +118,8 @@ def lost_connections(job: Job) -> Iterator[None]:
             raise
         others = sorted(set(job.hosts) - {job.hosts[job.rank]}) or ["the other processes"]
         raise OSError(f"{job.name(job.rank)} lost the connection to {', '.join(others)}: {reason}. What was saved is "
-                      "intact: torchrun --max-restarts=3 starts all again by itself, else give the same command again "
-                      "on every host") from None
+                      "intact: torchrun --max-restarts=3 starts all processes again by itself; without it, give the "
+                      "same command again on every host") from None
 
 
 def _cannot_connect(job: Job, reason: str) -> str:

@@ -81,13 +81,13 @@ def schedule_warnings(config: OptimConfig, max_iters: int) -> Iterator[str]:
     if not c.decay_lr or not max_iters:
         return
     if max_iters <= c.warmup_iters:
-        yield (f"the learning rate rises for {c.warmup_iters:,} steps, and the run has {max_iters:,}: it will learn "
-               "next to nothing; lower --warmup_iters")
+        yield (f"the learning rate rises for {c.warmup_iters:,} steps, but the run has only {max_iters:,}: it will "
+               "learn almost nothing; lower --warmup_iters")
     if c.schedule == "constant":
         return
     if c.min_lr > c.learning_rate:
-        yield (f"the decay is a rise: min_lr={c.min_lr:g} is above learning_rate={c.learning_rate:g}; lower it, say "
-               f"--min_lr={c.learning_rate / 10:g}")
+        yield (f"the learning rate will rise instead of decay: min_lr={c.min_lr:g} is above "
+               f"learning_rate={c.learning_rate:g}; lower it, say --min_lr={c.learning_rate / 10:g}")
     if c.lr_decay_iters <= c.warmup_iters < max_iters:
         yield (f"the learning rate falls to min_lr={c.min_lr:g} at once after the warm-up: lr_decay_iters="
                f"{c.lr_decay_iters:,} is not above warmup_iters={c.warmup_iters:,}; raise it, say "

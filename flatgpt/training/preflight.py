@@ -55,10 +55,10 @@ def report(model: LanguageModel, plan: BatchPlan, epochs: str, run: RunFolder, e
            f"kept on the disk, {size(free)} free for {run.path}")
     yield from (f"warning: {line}" for line in schedule_warnings(optim, max_iters))
     if run.config.keep_every % save_interval:
-        yield (f"warning: keep_every={run.config.keep_every} finds a checkpoint only where it meets the saves, one in "
+        yield (f"warning: keep_every={run.config.keep_every} keeps only steps that are saved, and the run saves every "
                f"{save_interval} steps: set a multiple of that")
     if copy > free_memory_bytes():
-        yield "warning: the host's memory will not hold the copy that is saved: use a machine with more"
+        yield "warning: the host's memory will not hold the copy that is saved: use a machine with more memory"
     if checkpoint * (kept - len(run.steps())) > free:
         yield "warning: the disk will be full before the end: lower --keep_last, or choose another --out_dir"
     if job.world_size > 1:

@@ -348,7 +348,7 @@ def test_a_git_lfs_pointer_is_called_one(tmp_path, name):
 def test_a_page_in_the_place_of_weights_is_called_one(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     (tmp_path / "model.safetensors").write_text("<!DOCTYPE html>")
-    with pytest.raises(ValueError, match=r"model\.safetensors is an HTML page, as a failed download leaves one"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is an HTML page, probably from a failed download"):
         weights.load_pretrained(str(tmp_path))
 
 
