@@ -106,5 +106,6 @@ def warn_of_little_memory() -> None:
     left = free_memory_bytes()
     if left < TORCH_BYTES and launcher.is_rank0():
         print(f"warning: {left / 1e6:,.0f} MB of memory are left, and torch alone takes about "
-              f"{TORCH_BYTES / 1e6:,.0f} MB a process: the system may kill this process; give the machine or the container more memory",
+              f"{TORCH_BYTES / 1e6:,.0f} MB a process: the system may kill this process; give the machine or "
+              "the container more memory",
               file=sys.stderr, flush=True)

@@ -100,7 +100,8 @@ def plan_batches(config: DataConfig, given: Mapping[str, str], block_size: int, 
     if seqs % world_size:
         below, above = seqs // world_size * world_size, -(-seqs // world_size) * world_size
         raise ValueError(f"{seqs} sequences a step cannot be shared evenly by {world_size} processes; the nearest that "
-                         "can: " + " and ".join(f"{n} (--total_batch_size={n * block_size})" for n in (below, above) if n))
+                         "can: "
+                         + " and ".join(f"{n} (--total_batch_size={n * block_size})" for n in (below, above) if n))
     per_rank = seqs // world_size
     config.batch_size = config.batch_size or fit(per_rank)
     micro_batch = max(n for n in range(1, min(per_rank, config.batch_size) + 1) if per_rank % n == 0)
@@ -333,8 +334,8 @@ class EvalOrder:
         total = int(self._ends[-1]) if len(self._ends) else 0
         if total == 0:
             raise ValueError(f"{split.paths[0]} is too short: an evaluation takes two tokens, and it has "
-                             f"{int(split.lengths.max(initial=0))}; prepare the data again under another --name, from more "
-                             "text or with a larger --val_fraction")
+                             f"{int(split.lengths.max(initial=0))}; prepare the data again under another --name, "
+                             "from more text or with a larger --val_fraction")
         count = min(num_seqs, total) or total
         self.is_whole = count == total
         self._chosen = np.arange(count, dtype=np.int64) * total // count
