@@ -5,7 +5,7 @@
     python export.py --run=out/run --to=folder --push=owner/name            and upload it, private at first
 
 The folder holds weights, configuration, tokenizer, README.md and the loss curve, and nothing that only a resume needs.
-It is there whole or not at all. The card names files without the folders that they lay in.
+The folder appears only when it is complete. The card names files without their folders.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
 
 
 def find_checkpoint(run: Path, which: str) -> Path:
-    """The checkpoint of a run that is meant. Raises ValueError that names those there are."""
+    """The checkpoint of a run called `which`. Raises ValueError, which lists the checkpoints that exist."""
     steps = run_folder.step_folders(run)
     if not steps:
         raise ValueError(f"{run} is not a run folder with checkpoints: --run takes the --out_dir of train.py")
@@ -113,7 +113,7 @@ def export(run: Path, folder: Path, to: Path, name: str) -> None:
 
 
 def push(folder: Path, repo_id: str, public: bool) -> str:
-    """Upload a folder; the address it has then. Raises OSError, the folder being complete."""
+    """Upload a complete folder, and return its address. Raises OSError."""
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -161,7 +161,7 @@ def card(folder: Path, name: str, model: LanguageModel, records: list[dict[str, 
 
 
 def yaml(header: Mapping[str, Any]) -> str:
-    """Plain texts and lists of them; what is empty is left out."""
+    """A YAML header of strings and lists of strings; empty values are left out."""
     return "".join(f"{key}: {value}\n" if isinstance(value, str) else
                    f"{key}:\n" + "".join(f"- {item}\n" for item in value) for key, value in header.items() if value)
 
@@ -204,7 +204,7 @@ def losses_section(records: list[dict[str, Any]], has_curve: bool) -> str:
 
 
 def open_data(options: Mapping[str, Any], trainer: Mapping[str, Any]) -> Mixture | None:
-    """The data sets that the run was trained on, if they are still here and as they were."""
+    """The data sets that the run was trained on; None if they are missing or have changed."""
     try:
         data = open_mixture(options["dataset"], options["vocab_size"], options["tokenizer"])
     except (OSError, ValueError):

@@ -80,14 +80,14 @@ class PrepareConfig:
         return faults
 
     def conflicts(self, given: Collection[str]) -> list[str]:
-        """Which of the given keys say nothing beside --verify or --info."""
+        """Which of the given keys have no effect together with --verify or --info."""
         looking = "verify" if self.verify else "info" if self.info else ""
         others = [f"--{key}" for key in given if key != looking]
         return [f"--{looking} only looks into a folder: leave out {' '.join(others)}"] if looking and others else []
 
 
 def main(argv: list[str]) -> None:
-    """Make a dataset folder; or verify one, or show what is in it."""
+    """Make a dataset folder, verify one, or show what is in it."""
     config, given = parse_options(PrepareConfig, argv, usage=__doc__, bare_word="dataset")
     check_options(config, given)
     if config.verify:
@@ -114,7 +114,7 @@ def tokenizer_kind(config: PrepareConfig) -> str:
 
 
 def prepare(config: PrepareConfig, rank: int, world_size: int) -> None:
-    """Make data/<name>, together with the other ranks, unless it is there. Raises ValueError or OSError."""
+    """Make data/<name>, together with the other ranks, unless it exists. Raises ValueError or OSError."""
     target = DATA_DIR / folder_name(config)
     repo, commit = sources.hub_name(config.source), ""
     if repo:  # all ranks, and a resumed run, read what the first one found
@@ -210,7 +210,7 @@ def num_workers(config: PrepareConfig, mine: list[Part]) -> int:
 
 
 def check_disk(folder: Path, parts: list[Part], encoder: Encoder) -> None:
-    """Raises OSError if the shards will hardly fit, by a rough estimate."""
+    """Raises OSError if a rough estimate says that the disk is too small for the shards."""
     tokens_per_byte = 1.0 if encoder.kind in ("char", "byte") else 0.25
     expected_bytes = int(sum(part.text_bytes for part in parts) * tokens_per_byte * encoder.dtype.itemsize)
     free = shutil.disk_usage(folder).free
@@ -220,7 +220,7 @@ def check_disk(folder: Path, parts: list[Part], encoder: Encoder) -> None:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Save a tokenizer in a folder that appears when it is complete, unless it is there."""
+    """Save a tokenizer in a folder that appears when it is complete, unless it exists."""
     if not folder.exists():
         with files.named_errors(folder), files.new_folder(folder) as hidden:
             tokenizer.save(hidden)

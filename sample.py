@@ -83,7 +83,7 @@ class SampleConfig:
         return faults
 
     def conflicts(self, given: Collection[str]) -> list[str]:
-        """Which of the given keys say nothing beside the others."""
+        """Which of the given keys have no effect together with the others."""
         why, unwanted = "--dataset and --prompt_tokens are for --split=train, val or test", ("dataset", "prompt_tokens")
         if self.interactive:
             why, unwanted = "--interactive reads its prompts line by line, and continues each once", (
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> None:
 
 
 def sample(config: SampleConfig, job: Job) -> None:
-    """Print the samples, and the speed they were written at."""
+    """Print the samples and the tokens per second."""
     prompt = inference.read(config.prompt)
     path, name = inference.find_model(config.init_from, config.out_dir)
     with run_folder.reading(path):

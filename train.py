@@ -284,7 +284,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
 
 def record_choices(config: TrainConfig, given: Mapping[str, str], model: LanguageModel, numerics: Numerics,
                    trainer: Mapping[str, Any], job: Job) -> None:
-    """Have the options say what `auto` has become, and what the model is and was at first."""
+    """Write into the options what `auto` was resolved to, the model's shape, and what its weights first came from."""
     config.where.dtype, config.attention = str(numerics.dtype).removeprefix("torch."), numerics.attention
     config.where.device = job.device.type if config.where.device == "auto" else config.where.device
     if config.init_from != "scratch":
@@ -316,7 +316,7 @@ def accumulate(config: TrainConfig, wrapped: nn.Module, batch: list[torch.Tensor
 
 
 def why_stop(asked: list[str], config: TrainConfig, run: RunFolder, job: Job) -> str:
-    """What asks this rank to end the run after the step under way, or ""."""
+    """The signal or limit that asks this rank to end the run after the current step, or ""."""
     if asked:
         return asked[0]
     if run.gave_up:

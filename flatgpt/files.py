@@ -176,7 +176,7 @@ def edge_hash(path: Path, edge_bytes: int = 65536) -> str:
 
 
 def sync(path: Path) -> None:
-    """Force a file, or a folder's list of names, to the disk, so that a rename cannot outrun it in a power cut."""
+    """Force a file, or a folder's list of names, to the disk, so that a power cut cannot keep only its rename."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -185,7 +185,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """The same of a folder with all that is in it."""
+    """Sync a folder and everything in it."""
     for path in [*folder.rglob("*"), folder]:
         sync(path)
 

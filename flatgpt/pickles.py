@@ -1,7 +1,7 @@
 """Other people's pickles, read without running anything that they name: plain values, and NumPy's numbers.
 
-Owns what stands in for the names that a pickle may hold: containers of Python's, and functions of ours in NumPy's
-place, which give plain values: np.int64(3) reads 3, an array reads as a flat list. `load_plain` reads a pickle with
+Owns the stand-ins for the names that a pickle may hold: Python's containers, and functions of ours instead of NumPy's,
+which give plain values: np.int64(3) becomes 3, an array becomes a flat list. `load_plain` reads a pickle with
 them, and weights.read_nanogpt hands them to torch's own unpickler.
 """
 

@@ -1,5 +1,5 @@
-"""A run folder as all who read it see it: the records of metrics.jsonl, and which checkpoints there are, newest, best
-and whole. training/checkpoint.py, which writes it, has the layout.
+"""How a run folder is read, by every script: the records of metrics.jsonl, and which checkpoints there are, which is
+the newest, the best, and which are complete. training/checkpoint.py, which writes the folder, describes the layout.
 
 Owns how the newest and the best checkpoint of a run are found. The links `latest` and `best` are for people: a copy may
 have lost them, or have folders or text files in their places. Imports no torch.
@@ -164,7 +164,7 @@ def verify(folder: Path) -> None:
 
 @contextlib.contextmanager
 def reading(folder: Path) -> Iterator[None]:
-    """What fails in here because a run under way has deleted the checkpoint, an older one by now, says so."""
+    """Turn an error in this block into a clear one, if the run that is still training has deleted the checkpoint."""
     try:
         yield
     except (OSError, ValueError):

@@ -326,7 +326,7 @@ def test_questions_from_the_hub_are_those_of_the_file(hellaswag, tmp_path, monke
     (["--hellaswag_file=x.jsonl"], "hellaswag_file=x.jsonl is for --tasks=hellaswag"),
     (["--tasks=hellaswag"], "could not get the data set Rowan/hellaswag"),
     (["--text=text.txt", "--stride=33"], "stride=33 would leave out tokens between windows of 32"),
-    (["--text=text.txt", "--block_size=64"], "block_size=64: the model has 32 positions"),
+    (["--text=text.txt", "--block_size=64"], "block_size=64: the model has only 32 positions"),
     (["--stride=-1", "--batch_size=0"],
      "stride=-1 must be 0 (block_size) or more; batch_size=0 must be 1 to 1,000,000"),
     ([], "does not say what data it was trained on: add --dataset=NAME"),

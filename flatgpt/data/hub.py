@@ -75,7 +75,7 @@ def hub_parts(repo: str, subset: str, split: str, commit: str, text_column: str,
 
 def _read_hub(rows: Any, num_parts: int, index: int, name: str, text_column: str,
               join: Callable[[Iterator[str]], Iterator[str]] | None) -> Iterator[Record]:
-    """The records of one file. Broken content ends in a fault; a failing network is an OSError."""
+    """The records of one file. Broken content gives a record with a fault; a network that fails raises OSError."""
     import pyarrow
 
     part = rows.shard(num_shards=num_parts, index=index).select_columns([text_column]).with_format("arrow")

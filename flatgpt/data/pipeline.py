@@ -203,7 +203,7 @@ def _init_worker(encoder: Encoder) -> None:
 
 
 def _exit_with_parent(parent_sentinel: int) -> None:
-    """End a worker whose main process was killed: it would wait for work for ever."""
+    """End a worker when its main process has been killed; otherwise it would wait for work for ever."""
     multiprocessing.connection.wait([parent_sentinel])
     os._exit(1)
 

@@ -5,11 +5,11 @@
         rank_00000_of_00002_1f0c22a9/        shards, progress.json, with dedupe the digests of its documents
         rank_00001_of_00002_1f0c22a9/
 
-Owns who may work there, what may be taken up again, and the last step, `publish`: when every rank's progress.json says
+Owns who may work there, what may be continued, and the last step, `publish`: when every rank's progress.json says
 `done`, rank 0 moves the shards up, writes dataset.json and renames the folder. There is no process group: the ranks see
 each other's files, so that a late or a resumed one needs nobody to be there.
 
-Invariants: data/NAME is there whole or not at all; the last part of the names stands for the arguments, so that work
+Invariants: data/NAME exists only when it is complete; the last part of the names stands for the arguments, so that work
 begun with others is never taken up; finished shards of others are never removed.
 """
 
@@ -92,7 +92,7 @@ class StagingFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep a second run off this rank's work. Raises OSError when there is one."""
+        """Lock this rank's work against a second run. Raises OSError when another run holds the lock."""
         self.target.parent.mkdir(exist_ok=True)
         held = FileLock(self.target.with_name(f".{self.target.name}.{self.rank}.lock"), timeout=0)
         try:
@@ -215,7 +215,7 @@ def arguments_in(record: Path) -> dict[str, Any]:
 
 
 def wait_for(missing: Callable[[], list[str]]) -> None:
-    """Return when nothing is missing any more; print now and then what is."""
+    """Wait until nothing is missing any more; print now and then what is missing."""
     began = said = time.monotonic()
     while what := missing():
         if time.monotonic() - said > 30:

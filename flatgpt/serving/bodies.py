@@ -1,4 +1,4 @@
-"""What a client posts, checked, and what it is told when that will not do.
+"""What a client posts, checked, and the error that it gets when that is not valid.
 
 Owns the way from a body to a dataclass, and from an exception to a status with a sentence. The shape of an error is the
 one that OpenAI's client reads: {"error": {"message": ..., "type": ..., "code": ...}}.
@@ -79,7 +79,7 @@ def describe(hint: Any) -> str:
 
 
 def in_words(error: Exception) -> tuple[int, str]:
-    """The status and the sentence for what went wrong. What nobody foresaw goes to the server's standard error."""
+    """The status and the sentence for an error. Unexpected errors are printed on the server's standard error."""
     for kind, status in ((UnknownModel, 404), (Busy, 429), (ValueError, 400), (OSError, 400)):
         if isinstance(error, kind):
             return status, str(error)
@@ -111,7 +111,7 @@ def answering(handle: Callable[[Request], Awaitable[Response]]) -> Callable[[Req
 
 
 async def first_of(results: AsyncIterator[T]) -> AsyncIterator[T]:
-    """The same results, of which the first is there: what fails before it can still be answered with a status."""
+    """The same results, the first one already computed: an error before it can still be answered with a status."""
     try:
         head = [await anext(results)]
     except StopAsyncIteration:

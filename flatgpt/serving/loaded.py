@@ -1,6 +1,6 @@
-"""A model in memory, and all that the server asks of it: text, scores, attention, neighbors.
+"""A model in memory, and everything that the server computes with it: text, scores, attention, neighbors.
 
-Owns how a model gets there, how large a request may be, and the numbers that are read from it. Everything that takes
+Owns how a model is loaded, how large a request may be, and which numbers are computed. Everything that takes
 long is an iterator, a step at a time, so that the engine's thread can do other work between. It is the only module of
 the server that imports torch.
 
@@ -40,7 +40,7 @@ MAX_SHOWN = 512  # tokens of a prompt that is looked into: attention is T^2 numb
 
 @cache
 def this_job(device: str) -> Job:
-    """The one job of the thread that runs the models. Raises ValueError for a device that is not here."""
+    """The Job of the thread that runs the models. Raises ValueError for a device that this machine does not have."""
     return distributed.init_job(DeviceConfig(device), alone=True).__enter__()
 
 
@@ -61,7 +61,7 @@ class Step(NamedTuple):
     stages: list[Stage]
 
     def candidates(self, num_rows: int) -> Candidates:
-        """Of the first row."""
+        """The candidates of the first row."""
         return candidates(self.stages, self.tokens, num_rows)
 
     def scores(self, top: int) -> Scores:
@@ -70,7 +70,7 @@ class Step(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What a model thought of tokens (B, T) that came, in nats."""
+    """How likely a model found the tokens (B, T) that came, in nats."""
 
     log_probs: torch.Tensor  # (B, T)
     top_ids: torch.Tensor  # (B, T, K): the likeliest tokens at each place, likeliest first

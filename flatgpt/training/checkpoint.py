@@ -76,7 +76,7 @@ class RunConfig:
 
 
 class RunFolder:
-    """The folder `config.out_dir`; `log` gets what there is to tell a person. Rank 0 alone reads and writes in it."""
+    """The folder `config.out_dir`; `log` prints a line for the user. Only rank 0 reads and writes the folder."""
 
     def __init__(self, config: RunConfig, job: Job, log: Callable[[str], None] = print):
         self.config, self.path = config, Path(config.out_dir)
@@ -251,12 +251,12 @@ class RunFolder:
 
     @property
     def is_saving(self) -> bool:
-        """Whether a save has begun that nobody has been told the end of."""
+        """Whether a save has begun whose result `poll` has not reported yet."""
         return self._writing is not None
 
     @property
     def gave_up(self) -> bool:
-        """Whether so many saves in a row have failed that the run should stop."""
+        """Whether MAX_FAILED_SAVES saves in a row have failed, so that the run should stop."""
         return len(self._failures) >= MAX_FAILED_SAVES
 
     def finish(self) -> None:
@@ -301,7 +301,7 @@ class RunFolder:
         os.rename(folder, final)
 
     def _link(self, name: str, folder: Path) -> None:
-        """Point a link at a checkpoint, where the disk has links."""
+        """Point a link at a checkpoint, if the disk supports links."""
         fresh = self.checkpoints / f".{name}"
         try:
             fresh.unlink(missing_ok=True)
@@ -342,7 +342,7 @@ def _name(step: int) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Without the names of files, which go with OSErrors."""
+    """An error as text, without the file names that an OSError adds."""
     return getattr(error, "strerror", None) or str(error)
 
 

@@ -1,5 +1,5 @@
-"""Which device, which number type for its matrix products, and which attention kernel: what `auto` means, and what a
-device has.
+"""Which device a run uses, which number type for matrix products, and which attention kernel: what `auto` means, and
+what a device supports.
 
 Owns the options that name a device. On a CPU a short trial of the model decides what `auto` means, since a processor
 that has instructions for bfloat16 may be slower with them all the same. A run records the choice in its options, so
@@ -94,7 +94,7 @@ def pick_attention(name: str, device: torch.device, dtype: torch.dtype, block_si
 
 
 class Numerics(NamedTuple):
-    """What a model computes in."""
+    """The number type and the attention kernel that a model computes with."""
 
     dtype: torch.dtype
     attention: str
@@ -213,6 +213,6 @@ def _flash3_fault(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """What a compiler or a driver throws, as far as a person reads it."""
+    """The type and the first line of an error, for a message."""
     return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
 

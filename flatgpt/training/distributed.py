@@ -195,7 +195,7 @@ def wrap(model: nn.Module, job: Job, batch_size: int) -> nn.Module:
 
 
 def _try_pass(wrapped: nn.Module, model: nn.Module, job: Job, batch_size: int) -> None:
-    """A forward and backward pass over zeros, whose gradients are forgotten."""
+    """A forward and backward pass over zeros; its gradients are dropped."""
     nothing = torch.zeros(batch_size, model.config.block_size, dtype=torch.long, device=job.device)
     try:
         with job.autocast():
@@ -294,7 +294,7 @@ def compile_in_place(model: nn.Module, **how: Any) -> None:
 
 
 def eager(model: nn.Module) -> contextlib.AbstractContextManager:
-    """In here the model runs without what was compiled of it: the compiler would make it anew for each new length."""
+    """Within this context the model runs uncompiled; torch.compile would compile again for each new length."""
     return torch.compiler.set_stance("force_eager") if model.is_compiled else contextlib.nullcontext()
 
 

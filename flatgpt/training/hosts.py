@@ -1,7 +1,7 @@
-"""The hosts of a job: how its processes find each other before torch connects them, and what is said, with the hosts'
-names, when they do not, or when a connection is lost.
+"""The hosts of a job: how its processes find each other before torch connects them, and the messages, with the hosts'
+names, for when they do not find each other, or a connection is lost.
 
-Owns every word about hosts, addresses and interfaces. docs/hosts.md has what was made to happen between two of them.
+Owns every message about hosts, addresses and interfaces. docs/hosts.md lists the failures that were tested.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _is_loopback(host: str) -> bool:
 
 @contextlib.contextmanager
 def deadline(seconds: float, job: Job) -> Iterator[None]:
-    """What lasts longer in here ends the process: a rank that waits for connections in gloo hears of no failure."""
+    """End the process if the block takes longer: a rank that waits for connections in gloo learns of no failure."""
 
     def end() -> None:
         sys.stderr.write(f"error: {_cannot_connect(job, f'nothing heard for {seconds:.0f} s')}\n")
@@ -106,7 +106,7 @@ def deadline(seconds: float, job: Job) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lost_connections(job: Job) -> Iterator[None]:
-    """What torch says of a connection that broke, in one line that names hosts. Raises OSError."""
+    """Turn torch's error about a broken connection into an OSError of one line, which names the hosts."""
     try:
         yield
     except RuntimeError as error:

@@ -76,7 +76,7 @@ def learning_rate(step: int, config: OptimConfig) -> float:
 
 
 def schedule_warnings(config: OptimConfig, max_iters: int) -> Iterator[str]:
-    """What nobody can want of the learning rate in a run of so many steps."""
+    """Warnings about learning-rate options that make no sense in a run of max_iters steps."""
     c = config
     if not c.decay_lr or not max_iters:
         return
@@ -98,7 +98,7 @@ def schedule_warnings(config: OptimConfig, max_iters: int) -> Iterator[str]:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """AdamW's; Muon's keeps its proportion to that."""
+    """Set AdamW's learning rate, and Muon's in proportion to it."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_ratio"]
 

@@ -22,7 +22,7 @@ from flatgpt.training.device import one_line
 
 
 class Trackers:
-    """All that a run was asked to report to. `log` gets what there is to tell a person."""
+    """All services that a run reports to. `log` prints a line for the user."""
 
     def __init__(self, log: Callable[[str], None]):
         self._log = log

@@ -83,7 +83,7 @@ def test_other_formats_of_the_hub_are_read_too(hub):
     (PLAIN, {"text_column": "id"}, "column 'id' holds int64, not text"),
     (LANGUAGES, {"text_column": "body"}, "Please pick one among the available configs: ['en', 'de']"),
     (LANGUAGES, {"subset": "fr"}, "BuilderConfig 'fr' not found. Available: ['en', 'de']"),
-    (LANGUAGES, {"subset": "en"}, "has no column 'text', but id, body"),
+    (LANGUAGES, {"subset": "en"}, "has no column 'text', only id, body"),
     ({"corpus.py": "open('ran', 'w')"}, {}, "could not open the data set 'hub/corpus'")])
 def test_what_a_data_set_lacks_is_one_line(cli, refused, hub, contents, options, words):
     arguments = [f"--{key}={value}" for key, value in options.items()]

@@ -450,7 +450,7 @@ def test_a_torn_parquet_file_says_so_and_a_damaged_one_gives_the_rows_before():
 @pytest.mark.parametrize(("line", "words"), [
     (b'{"text": "torn', "is not JSON: Unterminated string starting at, character 10"), (b"{bad}", "is not JSON"),
     (b"\x00", "is not JSON"),
-    (b'{"text": "one"} {"text": "two"}', "is not JSON: Extra data"), (b"[" * 100_000, "is not JSON"),
+    (b'{"text": "one"} {"text": "two"}', "is not JSON: Extra data"), (b"[" * 100_000, "nested too deeply"),
     (b'{"body": "x", "id": 1}', "has no text under 'text', but 'body', 'id'; --text_column names the key"),
     *((b'{"text": %b}' % value, f"has no text under 'text', but {kind};") for value, kind in (
         (b"3", "int"), (b'["x"]', "list"), (b'{"text": "x"}', "dict"), (b"false", "bool"), (b"9" * 5000, "float"))),
@@ -467,7 +467,7 @@ def test_a_line_that_holds_no_text_is_named(line, words):
 
 def test_a_column_that_is_not_there_or_holds_no_text_is_refused():
     write("a.parquet", parquet(TEXTS, "body"))
-    with pytest.raises(ValueError, match=r"a\.parquet has no column 'text', but id, body; --text_column names"):
+    with pytest.raises(ValueError, match=r"a\.parquet has no column 'text', only id, body; --text_column=NAME says"):
         texts_in("a.parquet")
     with pytest.raises(ValueError, match=r"a\.parquet: column 'id' holds int64, not text"):
         texts_in("a.parquet", "id")
