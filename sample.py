@@ -49,8 +49,8 @@ from flatgpt.training.distributed import Job
 @dataclass
 class SampleConfig:
     init_from: Annotated[str, "path"] = "resume"  # gpt2, a hub id, a model or run folder, ckpt.pt; resume: out_dir
-    out_dir: Annotated[str, "path"] = "out"  # run folder; its best checkpoint writes
-    prompt: Annotated[str, "FILE:path"] = ""  # what to continue; FILE:path: from a file; empty: end-of-text or newline
+    out_dir: Annotated[str, "path"] = "out"  # run folder; its best checkpoint is used
+    prompt: Annotated[str, "FILE:path"] = ""  # text to continue; FILE:path: from a file; empty: end-of-text or newline
     interactive: bool = False  # continue each line of the standard input; Ctrl-D or Ctrl-C ends it
     split: Literal["train", "val", "test"] | None = None  # continue prompts from this split of the data, and show both
     dataset: Annotated[str, "paths"] = ""  # with split: the data set or mixture; empty: what the run was trained on

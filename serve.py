@@ -37,10 +37,10 @@ class ServeConfig:
     host: str = "127.0.0.1"  # address to listen at; another than this machine's own needs a token
     port: int = 8000  # port to listen at; 0 = any that is free
     open: bool = True  # open the page in a browser, where there is one
-    token: str = ""  # what every request must bring; the printed link does
+    token: str = ""  # secret that every request must carry; the printed link contains it
     models: Annotated[tuple[str, ...], "path"] = ()  # more models than the runs': gpt2, hub ids, folders
-    device: str = "auto"  # of the models: auto, cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the models
+    device: str = "auto"  # device of the models: auto, cpu, cuda, cuda:1, mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # number type of the models
 
     def validate(self) -> list[str]:
         """What is wrong with these options, a sentence each."""

@@ -46,7 +46,7 @@ class DataConfig:
     """Data and batch"""
 
     dataset: Annotated[str, "paths"] = "openwebtext"  # folder in data/, or its path; a mixture: a:0.7,b:0.3
-    tokenizer: Literal["auto", "gpt2"] = "auto"  # gpt2: what shards without dataset.json were made with
+    tokenizer: Literal["auto", "gpt2"] = "auto"  # gpt2: say that shards without dataset.json hold GPT-2's tokens
     gradient_accumulation_steps: int = 40  # micro-batches a step, summed over the ranks
     batch_size: int = 12  # sequences a micro-batch, the most that a device takes at a time; 0 = as many as fit it
     total_batch_size: int = 0  # tokens a step over all ranks; 0 = gradient_accumulation_steps * batch_size * block_size

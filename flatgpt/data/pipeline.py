@@ -45,7 +45,7 @@ AHEAD_BYTES = 64 << 20  # text that is on its way at a time, or one document if 
 
 @dataclass
 class TokensConfig:
-    """What to make of it"""
+    """Tokens and shards to make"""
 
     tokenizer: Annotated[str, "path"] = "auto"  # gpt2, char, byte, bpe, a folder or hub id; auto = the source's
     vocab_size: int = 2048  # vocabulary of a bpe, which is trained on (the first 500 MB of) the text

@@ -116,7 +116,7 @@ class Loaded:
     def batch_size(self, num_tokens: int) -> int:
         """How many rows of so many tokens, prompt and new ones, make a batch. Raises ValueError for a row too long."""
         if num_tokens > MAX_TOKENS:
-            raise ValueError(f"the prompt and the new tokens are {num_tokens:,} together, and at most "
+            raise ValueError(f"the prompt and the new tokens take {num_tokens:,} tokens, and at most "
                              f"{MAX_TOKENS:,} are allowed: shorten the prompt, or ask for fewer tokens")
         c = self.model.config
         positions = min(num_tokens, c.max_positions or num_tokens)

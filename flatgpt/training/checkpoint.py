@@ -62,9 +62,9 @@ class RunConfig:
     resume: Literal["auto", "must", "never"] = "auto"  # auto: go on from the newest checkpoint in out_dir, if any
     overwrite: bool = False  # with resume=never: delete the run that is in out_dir
     save_interval: int = 0  # steps between checkpoints; 0 = at each evaluation
-    always_save_checkpoint: bool = True  # False: of the evaluations, only those with the best val loss save
+    always_save_checkpoint: bool = True  # False: after an evaluation save only if its val loss is the best so far
     keep_last: int = 3  # checkpoints kept besides the best; 0 = all
-    keep_every: int = 0  # keep those of every so many steps as well; 0 = no more than keep_last says
+    keep_every: int = 0  # also keep the checkpoints at multiples of this step; 0 = only keep_last
 
     def validate(self) -> list[str]:
         faults = failed_rules(

@@ -35,11 +35,11 @@ CLEARLY_FASTER = 0.9  # of the other's time: a smaller difference may be noise
 
 @dataclass
 class DeviceConfig:
-    """Where and in what numbers"""
+    """Device and number type"""
 
     device: str = "auto"  # cuda, cuda:1, mps, cpu; auto = the best there is
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto = 16 bits where faster
-    deterministic: bool = False  # the same bits on every run on CUDA too, for some speed (a CPU always gives them)
+    deterministic: bool = False  # on CUDA too, every run gives the same bits, at some cost in speed (a CPU always does)
 
     def validate(self) -> list[str]:
         is_device = re.fullmatch(r"auto|cpu|mps|cuda(:\d\d?)?", self.device)

@@ -37,7 +37,7 @@ FILE_TIMEOUT_S = 3600  # that the others wait while rank 0 reads, verifies or wr
 class ParallelConfig:
     """Several processes"""
 
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # ddp: each holds the whole model; fsdp: each a part of it (FSDP2)
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # ddp: each process holds the whole model; fsdp: a part (FSDP2)
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # of torch.distributed; auto = nccl on CUDA, else gloo
     timeout_s: int = 600  # seconds that a rank waits for the others before it gives up, and torchrun restarts all
 

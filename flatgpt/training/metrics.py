@@ -56,11 +56,11 @@ class LogConfig:
 
     log_interval: int = 1  # steps between reports of the training loss
     wandb_log: bool = False  # report to Weights & Biases as well
-    wandb_project: str = "owt"  # project there
-    wandb_run_name: str = "gpt2"  # name of the run there
+    wandb_project: str = "owt"  # Weights & Biases project
+    wandb_run_name: str = "gpt2"  # name of the run in Weights & Biases
     tensorboard: bool = False  # write event files for TensorBoard to out_dir/tensorboard as well
-    sample_interval: int = 0  # steps between samples of what the model writes by itself; 0 = never
-    sample_tokens: int = 100  # tokens in each
+    sample_interval: int = 0  # steps between text samples from the model; 0 = never
+    sample_tokens: int = 100  # tokens in each sample
 
     def validate(self) -> list[str]:
         return failed_rules(self, ("log_interval", self.log_interval > 0, "positive"),

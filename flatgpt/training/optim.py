@@ -32,12 +32,12 @@ class OptimConfig:
     muon_momentum: float = 0.95  # decay of Muon's mean of gradients, a step (Nesterov)
     grad_clip: float = 1.0  # largest global gradient norm; 0 = no clipping
     decay_lr: bool = True  # warm up, then follow the schedule; False = learning_rate throughout
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # after the warm-up; wsd: stay, then linear
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # decay after warm-up; wsd: stay, then linear
     warmup_iters: int = 2000  # steps of linear warm-up
     lr_decay_iters: int = 600000  # step at which min_lr is reached; usually max_iters
     decay_fraction: float = 0.2  # the last part of lr_decay_iters, in which wsd decays
     min_lr: float = 6e-5  # learning rate at the end of the decay; usually learning_rate / 10
-    spike_sigma: float = 0.0  # skip an update whose gradient norm is so many deviations above the usual; 0 = never
+    spike_sigma: float = 0.0  # skip an update if its gradient norm is this many deviations above normal; 0 = never
     max_bad_steps: int = 10  # skipped updates in a row after which the run goes back to its last good checkpoint
 
     def validate(self) -> list[str]:
