@@ -7,5 +7,5 @@
     preflight.py    what a run will need, printed before its first step
     checkpoint.py   the run folder: lock, find, save, delete; resume.py, how a run continues from one
     metrics.py      what is reported; terminal.py, its line on a terminal
-    trackers.py     wandb and TensorBoard; plots.py, curves and pictures of runs, for report.py
+    trackers.py     wandb and TensorBoard; plots.py, curves and pictures of runs, for the report page
 """
