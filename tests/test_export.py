@@ -165,7 +165,7 @@ def test_any_checkpoint_that_is_kept_can_be_exported(cli, run):
 @pytest.mark.parametrize(("options", "message"), [
     ([], "--to=FOLDER says where"),
     (["--to=data"], "data exists already: choose another --to"),
-    (["--to=x", "--checkpoint=step_4"], "out/tiny has best, latest, step_3, step_6"),
+    (["--to=x", "--checkpoint=step_4"], "in out/tiny; it has best, latest, step_3, step_6"),
     (["--to=x", "--run=data"], "data is not a run folder with checkpoints"),
     (["--to=x", "--push=name"], "push='name' is no name of a repository: owner/name"),
     (["--to=x", "--push=owner/name"], "pushing needs a token"),
@@ -229,7 +229,7 @@ def test_push_uploads_the_folder_and_is_private_unless_told(cli, run, hub, monke
 def test_push_into_a_repository_that_is_public_has_to_be_meant(refused, run, hub, monkeypatch):
     monkeypatch.setattr(hub, "is_private", False)
     error = refused("export", f"--run={run}", "--to=folder", "--push=owner/name")
-    assert "folder is complete, but was not pushed: owner/name exists, and is public" in error
+    assert "folder is complete, but was not pushed: owner/name exists and is public" in error
     assert [call[0] for call in hub.calls] == ["create_repo"]
 
 

@@ -249,7 +249,7 @@ def test_a_folder_of_somebody_else_is_left_alone(refused):
      "show_merges: the char tokenizer learns no merges from the text, --tokenizer=bpe does"),
     (["--input=short.txt", "--tokenizer=char"], "train split came out empty"),
     (["--input=text.txt", "--tokenizer=bpe", "--vocab_size=100"], "vocab_size=100"),
-    (["--input=text.txt", "--tokenizer=word"], "none of gpt2, char, byte, bpe, no folder, and no hub id"),
+    (["--input=text.txt", "--tokenizer=word"], "not one of gpt2, char, byte, bpe, not a folder, and not a hub id"),
     (["--input=text.txt", "--val_fraction=0"], "val_fraction=0.0 must be above 0"),
     (["--input=text.txt", "--val_fraction=-0.1"], "val_fraction=-0.1 must be above 0"),
     (["--input=text.txt", "--test_fraction=-0.1"], "test_fraction=-0.1"),
