@@ -327,7 +327,7 @@ def test_validation_loss_does_not_depend_on_the_layout(tmp_path, layout):
 
 def test_float16_is_refused_with_fsdp(monkeypatch):
     monkeypatch.setattr(distributed, "pick_dtype", lambda name, device: torch.float16)
-    with pytest.raises(ValueError, match="dtype=float16 does not go with parallel=fsdp"), join("fsdp"):
+    with pytest.raises(ValueError, match="dtype=float16 does not work with parallel=fsdp"), join("fsdp"):
         pass
 
 
