@@ -82,7 +82,7 @@ class CompletionBody:
             ("top_k", self.top_k >= 0, "0 or more"), ("n", self.n >= 1, "1 or more"),
             ("seed", (self.seed or 0) >= 0, "0 or more"),
             ("logprobs", 0 <= (self.logprobs or 0) <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}")) if not ok]
-        faults += [f"{key}={getattr(self, key)} is not supported: leave it out" for key, only in FIXED.items()
+        faults += [f"{key}={getattr(self, key)} is not offered here: leave it out" for key, only in FIXED.items()
                    if (getattr(self, key) or only) != only and (key, getattr(self, key)) != ("best_of", self.n)]
         if len(self.prompts()) * self.n > MAX_CHOICES:
             faults.append(f"{len(self.prompts())} prompts, {self.n} choices each: at most {MAX_CHOICES} in one request")

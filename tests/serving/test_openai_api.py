@@ -175,7 +175,7 @@ def test_a_prompt_up_to_the_context_and_one_is_scored(complete, length):
     ({"prompt": "x" * 66, "echo": True, "logprobs": 1}, "this model reads 64 at a time: shorten the prompt (lm_eval"),
     ({"prompt": [[1], ["a"]]}, "prompt=[[1], ['a']] must be a text or a list, each item a whole number or"),
     ({"prompt": [[1], []]}, "the prompt is empty"),
-    ({"best_of": 3, "suffix": "x"}, "best_of=3 is not supported: leave it out; suffix=x is not supported"),
+    ({"best_of": 3, "suffix": "x"}, "best_of=3 is not offered here: leave it out; suffix=x is not offered here"),
     ({"n": 200}, "1 prompts, 200 choices each: at most 128"),
     ({"stop": ["a"] * 17}, "stop: at most 16 texts of up to 1000 characters"),
     ({"stop": "a" * 1001}, "stop: at most 16 texts of up to 1000 characters"),
