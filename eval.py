@@ -94,7 +94,7 @@ def main(argv: list[str]) -> None:
 
 
 def evaluate(config: EvalConfig, job: Job) -> None:
-    """Print what was asked for, on rank 0; every rank takes its share of the work."""
+    """Measure what the options ask for, and print it on rank 0; every rank does its share of the work."""
     asked = {name: load_questions(name, questions_file(config, name)) for name in task_names(config)}
     path, called = inference.find_model(config.init_from, config.out_dir)
     with run_folder.reading(path):
@@ -139,7 +139,7 @@ def evaluate(config: EvalConfig, job: Job) -> None:
 
 
 def load_model(config: EvalConfig, path: Path, job: Job) -> LanguageModel:
-    """The model at path on this rank's device, its context length as asked for. Raises ValueError or OSError."""
+    """The model at path on this rank's device, with the context length of the options. Raises ValueError or OSError."""
     model = inference.load_model(str(path)).to(job.device).eval()
     if config.block_size:
         model.crop_block_size(config.block_size)
@@ -159,14 +159,14 @@ def load_model(config: EvalConfig, path: Path, job: Job) -> LanguageModel:
 def find_splits(config: EvalConfig, model: LanguageModel, tokenizer: Tokenizer | None,
                 data: Mixture | None) -> dict[str, Split]:
     """The tokens to measure the loss on, by name: the text's, and those of each data set. Raises ValueError or OSError
-    for a text that is none or empty, and for data without such a split."""
+    for a text that is unreadable or empty, and for data without such a split."""
     splits = data.splits(config.split) if data else {}
     if config.text:
         ids = tokenizer.encode(inference.read(f"FILE:{config.text}"))
         splits = {config.text: Split([Path(config.text)], model.config.vocab_size, [ids])} | splits
     for name, split in splits.items():
         if split.lengths.max(initial=0) < 2:
-            raise ValueError(f"{name} has nothing to measure a loss on: that takes a text of two tokens or more")
+            raise ValueError(f"cannot measure a loss on {name}: it takes a text of two tokens or more")
     return splits
 
 
@@ -216,7 +216,7 @@ def form_hellaswag(record: dict[str, Any]) -> tuple[str, list[str], int]:
 
 
 def tidy_wikihow(text: str) -> str:
-    """Without the marks that WikiHow's texts have there: a [title] ends a sentence, other brackets say nothing."""
+    """The text without the marks of WikiHow: [title] becomes the end of a sentence, other brackets are removed."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
@@ -234,7 +234,7 @@ def questions_file(config: EvalConfig, name: str) -> str:
 
 
 def load_questions(name: str, file: str) -> list[Question]:
-    """A task's questions. Raises ValueError that names the line with one that is none, and OSError."""
+    """A task's questions. Raises ValueError, which names the line that is not a question, and OSError."""
     questions = []
     for where, record in read_lines(Path(file)) if file else read_hub(name):
         try:
@@ -243,7 +243,7 @@ def load_questions(name: str, file: str) -> list[Question]:
                 raise ValueError("the context or a choice is empty, or none is correct")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             what = f"it has no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
-            raise ValueError(f"{where} is no question of {name}: {what}") from None
+            raise ValueError(f"{where} is not a question of {name}: {what}") from None
         questions.append(Question(where, context, choices, correct))
     if not questions:
         raise ValueError(f"{file or TASKS[name].hub} holds no questions")
@@ -255,12 +255,12 @@ def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
     for record in local_files.read_lines(path):
         value, replaced = records.json_of(record)
         if replaced:
-            raise ValueError(f"{record.where} holds {replaced:,} bytes that are no text")
+            raise ValueError(f"{record.where} holds {replaced:,} bytes that are not valid text")
         yield record.where, value
 
 
 def read_hub(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a task's data set on the hub. Raises OSError."""
+    """Yield the rows of a task's data set on the hub, each with its place. Raises OSError."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -270,7 +270,7 @@ def read_hub(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     except Exception as error:  # of many kinds: no network, no such data set, files of no known format
         raise OSError(f"could not get the data set {task.hub}: {type(error).__name__}: {error} (without network: on a "
                       f"machine that has it, datasets.load_dataset({task.hub!r}, split={task.split!r}).to_json(FILE) "
-                      f"writes its questions; here, pass --{name}_file=FILE)") from None
+                      f"writes its questions; then copy FILE to this machine and pass --{name}_file=FILE)") from None
     for number, row in enumerate(rows):
         yield f"{task.hub} {task.split} row {number}", row
 
@@ -305,7 +305,7 @@ def encode_question(question: Question, tokenizer: Tokenizer, block_size: int) -
         whole = [*tokenizer.opening(), *tokenizer.encode(context + blank + choice).tolist()]
         tail = whole[len(head):]
         if not 0 < len(tail) <= block_size:
-            raise ValueError(f"{question.where}: an answer of {len(tail)} tokens, and the model reads 1 to "
+            raise ValueError(f"{question.where}: this answer has {len(tail)} tokens, but the model reads 1 to "
                              f"{block_size}: {choice[:60]!r}")
         rows.append(((head + tail)[-(block_size + 1):], len(tail)))
     return rows

@@ -5,7 +5,7 @@
     python export.py --run=out/run --to=folder --push=owner/name            and upload it, private at first
 
 The folder holds weights, configuration, tokenizer, README.md and the loss curve, and nothing that only a resume needs.
-It is there whole or not at all. The card names files without the folders that they lay in.
+The folder appears only when it is complete. The card names files without their folders.
 """
 
 from __future__ import annotations
@@ -77,21 +77,22 @@ def main(argv: list[str]) -> None:
     folder = find_checkpoint(run, config.checkpoint)
     with run_folder.reading(folder):
         export(run, folder, to, config.push or to.name)
-    print(f"{to}: step {run_folder.step_of(folder):,} of {run}, a model folder; its README.md still needs a licence")
+    print(f"made the model folder {to} from step {run_folder.step_of(folder):,} of {run}; its README.md still needs "
+          "a licence")
     if config.push:
         print(f"pushed to {push(to, config.push, config.public)}")
 
 
 def find_checkpoint(run: Path, which: str) -> Path:
-    """The checkpoint of a run that is meant. Raises ValueError that names those there are."""
+    """The checkpoint of a run called `which`. Raises ValueError, which lists the checkpoints that exist."""
     steps = run_folder.step_folders(run)
     if not steps:
-        raise ValueError(f"{run} is no run folder with checkpoints: --run names the --out_dir of train.py")
+        raise ValueError(f"{run} is not a run folder with checkpoints: --run takes the --out_dir of train.py")
     there = {"best": run_folder.best_checkpoint(run), "latest": run_folder.newest_checkpoint(run)} | {
         f"step_{step}": folder for step, folder in steps.items()}
     if folder := there.get(re.sub("^step_0+(?=[0-9])", "step_", which)):
         return folder
-    raise ValueError(f"checkpoint={which!r} is not there; {run} has "
+    raise ValueError(f"there is no checkpoint {which!r} in {run}; it has "
                      f"{', '.join(name for name, folder in there.items() if folder)}")
 
 
@@ -112,7 +113,7 @@ def export(run: Path, folder: Path, to: Path, name: str) -> None:
 
 
 def push(folder: Path, repo_id: str, public: bool) -> str:
-    """Upload a folder; the address it has then. Raises OSError, the folder being complete."""
+    """Upload a complete folder, and return its address. Raises OSError."""
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -125,8 +126,8 @@ def push(folder: Path, repo_id: str, public: bool) -> str:
         raise OSError(f"{folder} is complete, but could not be pushed to {repo_id}: {one_line(error)}; to try again: "
                       f"hf upload {repo_id} {folder} .{'' if public else ' --private'}") from None
     if is_exposed:
-        raise OSError(f"{folder} is complete, but was not pushed: {repo_id} exists, and is public. If that is meant: "
-                      f"hf upload {repo_id} {folder} .")
+        raise OSError(f"{folder} is complete, but was not pushed: {repo_id} exists and is public. To upload there "
+                      f"all the same: hf upload {repo_id} {folder} .")
     return str(address)
 
 
@@ -154,13 +155,13 @@ def card(folder: Path, name: str, model: LanguageModel, records: list[dict[str, 
         f"## Loss\n\n{losses_section(records, has_curve)}", f"## Data\n\n{data_section(options, data)}",
         f"## Use\n\n{use_section(name, is_ours, folder, c.block_size)}",
         f"## Options\n\nflatGPT's, as the run had them:\n\n{table(shown)}",
-        "## Licence\n\nNot stated yet. Whoever publishes this model says here, and as `license:` in the header, under "
-        "which terms; the data's own terms have a say in them."]
+        "## Licence\n\nNot stated yet. Before you publish this model, state its licence here and as `license:` in the "
+        "header. The licence of the training data may limit the choice."]
     return f"---\n{yaml(header)}---\n\n" + "\n\n".join(section.strip() for section in sections) + "\n"
 
 
 def yaml(header: Mapping[str, Any]) -> str:
-    """Plain texts and lists of them; what is empty is left out."""
+    """A YAML header of strings and lists of strings; empty values are left out."""
     return "".join(f"{key}: {value}\n" if isinstance(value, str) else
                    f"{key}:\n" + "".join(f"- {item}\n" for item in value) for key, value in header.items() if value)
 
@@ -197,13 +198,13 @@ def losses_section(records: list[dict[str, Any]], has_curve: bool) -> str:
         return "No loss was recorded."
     what = "Cross-entropy in nats a token."
     if any("val/sampled_loss" in record for record in records):
-        what += (" The last validation loss is that of the whole validation split; those before, among which the best "
-                 "is sought, are of the same sample of it each time.")
+        what += (" The last validation loss is that of the whole validation split; the earlier ones, from which "
+                 "the best is chosen, are all measured on the same sample of it.")
     return f"![loss over tokens](loss.png)\n\n{what}"
 
 
 def open_data(options: Mapping[str, Any], trainer: Mapping[str, Any]) -> Mixture | None:
-    """The data sets that the run was trained on, if they are still here and as they were."""
+    """The data sets that the run was trained on; None if they are missing or have changed."""
     try:
         data = open_mixture(options["dataset"], options["vocab_size"], options["tokenizer"])
     except (OSError, ValueError):
@@ -222,7 +223,7 @@ def data_section(options: Mapping[str, Any], data: Mixture | None) -> str:
     """What it was trained on, and where that came from; its name alone when the data are no longer here."""
     if data is None:
         names = ", ".join(Path(part).name for part in options["dataset"].split(","))
-        return f"`{names}`; where it came from was not known any more when this card was made."
+        return f"`{names}`; its origin was no longer known when this card was made."
     lines = []
     for (name, dataset), share in zip(data.datasets.items(), data.shares):
         made, source = dataset.manifest.get("arguments", {}), hub_id(dataset)

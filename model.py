@@ -58,16 +58,16 @@ class GPTConfig:
     bias: bool = False  # biases in linear layers and norms (GPT-2 has them; without is a bit better and faster)
     pos: Literal["learned", "sinusoidal", "learned_sinusoidal", "rope", "alibi", "none"] = "learned"  # positions
     rope_theta: float = 10000.0  # the slowest rotation of pos=rope turns once in about 2 pi theta positions
-    rope_factor: float = 1.0  # slow rotations are so many times slower, for a longer context (Llama 3.1: 8, 3.2: 32)
-    rope_original_block_size: int = 0  # the context length before that, in tokens (Llama 3.1: 8192); tells what is slow
+    rope_factor: float = 1.0  # slows the slow rotations by this factor, for a longer context (Llama 3.1: 8, 3.2: 32)
+    rope_original_block_size: int = 0  # context length before rope_factor, in tokens (Llama 3.1: 8192)
     mlp: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"] = "gelu"  # gelu: exact; gelu_tanh: OpenAI's GPT-2's
     mlp_hidden: int = 0  # width of the MLP; 0 = 4 C, with swiglu 8/3 C, which has as many parameters
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # rmsnorm takes off no mean and has no bias
-    norm_position: Literal["pre", "post"] = "pre"  # norm what a layer reads, or the sum behind it
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # rmsnorm subtracts no mean and has no bias
+    norm_position: Literal["pre", "post"] = "pre"  # pre: norm the input of each layer; post: norm the sum after it
     norm_eps: float = 1e-5  # added to the variance in the norms
     qk_norm: bool = False  # norm queries and keys, head by head
     tie_embeddings: bool = True  # the token table is also the output head
-    window: int = 8  # tokens that model=mlp looks at
+    window: int = 8  # number of last tokens that model=mlp reads
 
     def validate(self) -> list[str]:
         """What is wrong with this shape, a sentence each."""
@@ -279,8 +279,8 @@ class GPT(LanguageModel):
         start = cache.length if cache is not None else 0
         end, limit = start + idx.size(1), self.config.max_positions
         if limit and end > limit:
-            raise ValueError(f"{end} positions, but the model has learned only block_size={limit}: other positions "
-                             "(--pos=rope, alibi, sinusoidal or none) go on")
+            raise ValueError(f"{end} positions, but the model has learned only block_size={limit}; models with "
+                             "--pos=rope, alibi, sinusoidal or none have no such limit")
         positions = torch.arange(start, end, device=idx.device)
         if cache is None:
             return self.forward_blocks(idx, positions, self.attention_context(positions, end))
@@ -321,7 +321,7 @@ class GPT(LanguageModel):
     def crop_block_size(self, block_size: int) -> None:
         limit = self.config.max_positions
         if block_size < 1 or (limit and block_size > limit):
-            raise ValueError(f"block_size={block_size}: the model has {self.config.block_size} positions, no more")
+            raise ValueError(f"block_size={block_size}: the model has only {self.config.block_size} positions")
         super().crop_block_size(block_size)
         if self.wpe is not None:
             self.wpe = nn.Embedding.from_pretrained(self.wpe.weight[:block_size].detach().clone(), freeze=False)

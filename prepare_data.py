@@ -80,14 +80,14 @@ class PrepareConfig:
         return faults
 
     def conflicts(self, given: Collection[str]) -> list[str]:
-        """Which of the given keys say nothing beside --verify or --info."""
+        """Which of the given keys have no effect together with --verify or --info."""
         looking = "verify" if self.verify else "info" if self.info else ""
         others = [f"--{key}" for key in given if key != looking]
         return [f"--{looking} only looks into a folder: leave out {' '.join(others)}"] if looking and others else []
 
 
 def main(argv: list[str]) -> None:
-    """Make a dataset folder; or verify one, or show what is in it."""
+    """Make a dataset folder, verify one, or show what is in it."""
     config, given = parse_options(PrepareConfig, argv, usage=__doc__, bare_word="dataset")
     check_options(config, given)
     if config.verify:
@@ -99,7 +99,7 @@ def main(argv: list[str]) -> None:
     config.tokens.tokenizer = tokenizer_kind(config)
     rank, world_size, *_ = launcher.ranks()
     if world_size > 1 and not launcher.UNDER_TORCHRUN:
-        print(f"rank {rank} of {world_size}, which all have to be started: the environment has "
+        print(f"this is rank {rank} of {world_size}, and all of them have to be started: the environment has "
               f"{launcher.rank_variables()}; {launcher.HOW_TO_START}", flush=True)
     prepare(config, rank, world_size)
     if config.show_merges and rank == 0:
@@ -114,7 +114,7 @@ def tokenizer_kind(config: PrepareConfig) -> str:
 
 
 def prepare(config: PrepareConfig, rank: int, world_size: int) -> None:
-    """Make data/<name>, together with the other ranks, unless it is there. Raises ValueError or OSError."""
+    """Make data/<name>, together with the other ranks, unless it exists. Raises ValueError or OSError."""
     target = DATA_DIR / folder_name(config)
     repo, commit = sources.hub_name(config.source), ""
     if repo:  # all ranks, and a resumed run, read what the first one found
@@ -132,7 +132,7 @@ def prepare(config: PrepareConfig, rank: int, world_size: int) -> None:
                 make(config, parts, folder)
                 return
     if rank == 0:
-        print(f"{target} is there already, made with the same arguments")
+        print(f"{target} exists already and was made with the same arguments: nothing to do")
 
 
 def make(config: PrepareConfig, parts: list[Part], folder: StagingFolder) -> None:
@@ -157,7 +157,7 @@ def folder_name(config: PrepareConfig) -> str:
     if source.input and not expand_glob(source.input):
         raise FileNotFoundError(f"--input={source.input}: no such file or folder")
     if not FOLDER_NAME.fullmatch(name):
-        raise ValueError(f"{name!r} is no name for a folder in {DATA_DIR}/: add --name=NAME")
+        raise ValueError(f"{name!r} cannot be the name of a folder in {DATA_DIR}/: add --name=NAME")
     return name
 
 
@@ -210,17 +210,17 @@ def num_workers(config: PrepareConfig, mine: list[Part]) -> int:
 
 
 def check_disk(folder: Path, parts: list[Part], encoder: Encoder) -> None:
-    """Raises OSError if the shards will hardly fit, by a rough estimate."""
+    """Raises OSError if a rough estimate says that the disk is too small for the shards."""
     tokens_per_byte = 1.0 if encoder.kind in ("char", "byte") else 0.25
     expected_bytes = int(sum(part.text_bytes for part in parts) * tokens_per_byte * encoder.dtype.itemsize)
     free = shutil.disk_usage(folder).free
     if free < 0.8 * expected_bytes:
-        raise OSError(f"the disk of {DATA_DIR}/ has {free:,} bytes free, and about {expected_bytes:,} are to be "
+        raise OSError(f"the disk of {DATA_DIR}/ has {free:,} bytes free, but about {expected_bytes:,} will be "
                       "written: free some space, or work on another disk")
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Save a tokenizer in a folder that appears when it is complete, unless it is there."""
+    """Save a tokenizer in a folder that appears when it is complete, unless it exists."""
     if not folder.exists():
         with files.named_errors(folder), files.new_folder(folder) as hidden:
             tokenizer.save(hidden)
@@ -273,7 +273,7 @@ def write_batches(batches: Iterator[Batch], parts: list[Part], output: Output, s
             speed = (output.counts["bytes"] - bytes_before) / 1e6 / max(time.monotonic() - began, 1e-9)
             text = f"{speed:.1f} MB/s, {output.num_tokens / 1e6:,.1f}M tokens, {len(output.shards)} shards"
             if filled and bar.disable and not silent:
-                print(f"{filled[-1]['file']} is full: {text}", flush=True)
+                print(f"{filled[-1]['file']} is finished: {text}", flush=True)
             bar.set_postfix_str(text, refresh=False)
             bar.update(place(batch.cursor, batch.end) - bar.n)
 
@@ -290,8 +290,8 @@ def verify(folder: Path) -> None:
         for fault in faults:
             tqdm.write(fault)
     if num_faults:
-        raise ValueError(f"{folder} is not sound: {plural(num_faults, 'fault')}, listed above")
-    print(f"{folder} is sound: {plural(checked, 'shard')}")
+        raise ValueError(f"{folder} is damaged: {plural(num_faults, 'fault')}, listed above")
+    print(f"{folder} is intact: {plural(checked, 'shard')}")
 
 
 def show_info(folder: Path) -> None:

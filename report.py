@@ -96,14 +96,14 @@ def read_runs(folders: list[Path]) -> list[Run]:
 
 
 def labels(folders: list[Path]) -> list[str]:
-    """The folders' paths below the last folder that holds them all."""
+    """A label for each run: its path below the deepest folder that contains all of them."""
     paths = [folder.resolve() for folder in folders]
     common = os.path.commonpath([path.parent for path in paths])
     return [path.relative_to(common).as_posix() for path in paths]
 
 
 def page(runs: list[Run], figures: dict[Picture, Figure]) -> str:
-    """The whole HTML page, which asks nothing of a network."""
+    """The whole HTML page, which loads nothing from a network."""
     title = " · ".join(run.label for run in runs) if len(runs) <= 4 else f"{len(runs)} runs"
     sections = {"Summary": summary_table(runs) + events(runs), "Curves": curves(figures),
                 "Options": options(runs), "Samples": samples(runs)}
@@ -156,7 +156,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]], layout: str = "aut
 
 
 def name_of(run: Run, runs: list[Run]) -> str:
-    """The run's label behind the stroke that it is drawn with."""
+    """The run's label, after a sample of the line that it is drawn with."""
     index = runs.index(run)
     pattern = " ".join(f"{2 * length:g}" for length in dashes(index))
     return (f'<svg class="stroke" viewBox="0 0 24 4" aria-hidden="true"><line x1="0" y1="2" x2="24" y2="2" '
@@ -193,7 +193,7 @@ def summary_table(runs: list[Run]) -> str:
 
 
 def events(runs: list[Run]) -> str:
-    """Skipped steps, rollbacks and restarts, folded away."""
+    """Skipped steps, rollbacks and restarts, in a section that is closed at first."""
     rows = [[name_of(run, runs), f"{record['step']:,}", short(run.place(record, "tokens")),
              html.escape(kind + (f": {record['fault']}" if "fault" in record else ""))]
             for run in runs for kind, record in run.events()]
@@ -210,7 +210,7 @@ def show(value: float | None, form: str, unit: str = "") -> str:
 
 
 def duration(seconds: float) -> str:
-    """Its two largest units: 2 h 05 min."""
+    """A time in its two largest units: 2 h 05 min."""
     for size, unit, smaller, part in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
         if seconds >= size:
             text = f"{seconds // size:.0f} {unit} {seconds % size // smaller:02.0f} {part}"
@@ -219,7 +219,7 @@ def duration(seconds: float) -> str:
 
 
 def options(runs: list[Run]) -> str:
-    """What differs between the runs, their folders aside; then everything, folded away."""
+    """The options that differ between the runs, without their folders; then all options, in a closed section."""
     head = ["option", *(name_of(run, runs) for run in runs)]
     keys = list(dict.fromkeys(key for run in runs for key in run.options))
 
@@ -231,7 +231,7 @@ def options(runs: list[Run]) -> str:
     if len(runs) > 1:
         told = table(head, rows(differing), "fixed") if differing else "<p>The runs have the same options.</p>\n"
     if unlike := [key for key in LOSS_SCALES if key in differing]:
-        told += f"<p>The runs differ in {' and '.join(unlike)}: losses compare only between those that agree.</p>\n"
+        told += f"<p>The runs differ in {' and '.join(unlike)}: compare losses only where they agree.</p>\n"
     return told + folded(f"all {len(keys)} options", table(head, rows(keys), "fixed"))
 
 
@@ -246,7 +246,7 @@ def curves(figures: dict[Picture, Figure]) -> str:
 
 
 def samples(runs: list[Run]) -> str:
-    """The last ones that each run has written down."""
+    """The last samples that each run has recorded."""
     last = [(run, written[-1]) for run in runs if (written := [r for r in run.records if "samples" in r])]
     return '<div class="grid">' + "".join(
         f"<div><h3>{name_of(run, runs)}<small>step {record['step']:,}</small></h3>"

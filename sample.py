@@ -49,8 +49,8 @@ from flatgpt.training.distributed import Job
 @dataclass
 class SampleConfig:
     init_from: Annotated[str, "path"] = "resume"  # gpt2, a hub id, a model or run folder, ckpt.pt; resume: out_dir
-    out_dir: Annotated[str, "path"] = "out"  # run folder; its best checkpoint writes
-    prompt: Annotated[str, "FILE:path"] = ""  # what to continue; FILE:path: from a file; empty: end-of-text or newline
+    out_dir: Annotated[str, "path"] = "out"  # run folder; its best checkpoint is used
+    prompt: Annotated[str, "FILE:path"] = ""  # text to continue; FILE:path: from a file; empty: end-of-text or newline
     interactive: bool = False  # continue each line of the standard input; Ctrl-D or Ctrl-C ends it
     split: Literal["train", "val", "test"] | None = None  # continue prompts from this split of the data, and show both
     dataset: Annotated[str, "paths"] = ""  # with split: the data set or mixture; empty: what the run was trained on
@@ -83,7 +83,7 @@ class SampleConfig:
         return faults
 
     def conflicts(self, given: Collection[str]) -> list[str]:
-        """Which of the given keys say nothing beside the others."""
+        """Which of the given keys have no effect together with the others."""
         why, unwanted = "--dataset and --prompt_tokens are for --split=train, val or test", ("dataset", "prompt_tokens")
         if self.interactive:
             why, unwanted = "--interactive reads its prompts line by line, and continues each once", (
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> None:
 
 
 def sample(config: SampleConfig, job: Job) -> None:
-    """Print the samples, and the speed they were written at."""
+    """Print the samples and the tokens per second."""
     prompt = inference.read(config.prompt)
     path, name = inference.find_model(config.init_from, config.out_dir)
     with run_folder.reading(path):

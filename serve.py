@@ -37,10 +37,10 @@ class ServeConfig:
     host: str = "127.0.0.1"  # address to listen at; another than this machine's own needs a token
     port: int = 8000  # port to listen at; 0 = any that is free
     open: bool = True  # open the page in a browser, where there is one
-    token: str = ""  # what every request must bring; the printed link does
+    token: str = ""  # secret that every request must carry; the printed link contains it
     models: Annotated[tuple[str, ...], "path"] = ()  # more models than the runs': gpt2, hub ids, folders
-    device: str = "auto"  # of the models: auto, cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the models
+    device: str = "auto"  # device of the models: auto, cpu, cuda, cuda:1, mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # number type of the models
 
     def validate(self) -> list[str]:
         """What is wrong with these options, a sentence each."""
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
         from flatgpt.serving.engine import Engine
         from flatgpt.serving.runs import RunTable, find_runs
     except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is not installed, which the page needs: "
+        raise ValueError(f"the page needs {error.name}, which is not installed: "
                          "pip install plotly starlette uvicorn (or make install)") from None
     patterns = config.runs or ("out",)
     engine = Engine(lambda: find_runs(patterns), config.models, config.device, config.dtype)
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
     app = build_app(RunTable(patterns), routes, config.host, config.token)
     listener = listen(config.host, config.port)
     url = page_url(config.host, listener.getsockname()[1], config.token)
-    print(f"{url} shows the runs under {', '.join(patterns)}; Ctrl-C ends it", flush=True)
+    print(f"{url} shows the runs under {', '.join(patterns)}; Ctrl-C ends the server", flush=True)
     if config.open and has_browser():
         threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 
@@ -99,7 +99,7 @@ def is_loopback(host: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Raises OSError in words."""
+    """A socket that listens at host and port. Raises OSError with a message for the user."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=128)

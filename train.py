@@ -60,7 +60,7 @@ VERSIONS = {"python": sys.version.split()[0], "torch": torch.__version__}
 
 @dataclass
 class ModelConfig(GPTConfig):
-    """Model; init_from other than scratch brings its own"""
+    """Model; --init_from other than scratch loads its own shape"""
 
     vocab_size: int = 0  # vocabulary; 0 = the data set's own (50257 where it does not say)
 
@@ -76,13 +76,13 @@ class TrainConfig:
     eval_interval: int = 2000  # steps between evaluations on the validation split
     eval_iters: int = 200  # batches an evaluation, evenly spaced over the split; 0 = the whole split, as at the end
     eval_only: bool = False  # evaluate on the whole validation split and exit
-    seed: int = 1337  # of the initial weights, the data order and dropout
+    seed: int = 1337  # seed of the initial weights, the data order and dropout
     compile: Literal["auto", "True", "False"] = "auto"  # torch.compile the blocks; auto = on CUDA only
     attention: Literal["auto", "sdpa", "math", "flash3"] = "auto"  # kernel; auto = FlashAttention-3 where it runs
     activation_checkpointing: bool = False  # run the blocks again in the backward pass: less memory, more time
-    bigram_counts: bool = False  # with model=bigram: its best table, by counting; evaluate and save it, make no updates
-    bigram_k: float = 1.0  # what is added to each of the counts, so that no pair is impossible
-    max_minutes: float = field(default=0.0, metadata={"rank": 0})  # save and stop so long after the launch; 0 = never
+    bigram_counts: bool = False  # with model=bigram: count its best table instead of training, evaluate it and save it
+    bigram_k: float = 1.0  # with bigram_counts: added to each count, so that no pair of tokens is impossible
+    max_minutes: float = field(default=0.0, metadata={"rank": 0})  # minutes after the launch: save and stop; 0 = never
     run: RunConfig = field(default_factory=RunConfig, metadata={"rank": 0})
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -284,7 +284,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
 
 def record_choices(config: TrainConfig, given: Mapping[str, str], model: LanguageModel, numerics: Numerics,
                    trainer: Mapping[str, Any], job: Job) -> None:
-    """Have the options say what `auto` has become, and what the model is and was at first."""
+    """Write into the options what `auto` was resolved to, the model's shape, and what its weights first came from."""
     config.where.dtype, config.attention = str(numerics.dtype).removeprefix("torch."), numerics.attention
     config.where.device = job.device.type if config.where.device == "auto" else config.where.device
     if config.init_from != "scratch":
@@ -316,7 +316,7 @@ def accumulate(config: TrainConfig, wrapped: nn.Module, batch: list[torch.Tensor
 
 
 def why_stop(asked: list[str], config: TrainConfig, run: RunFolder, job: Job) -> str:
-    """What asks this rank to end the run after the step under way, or ""."""
+    """The signal or limit that asks this rank to end the run after the current step, or ""."""
     if asked:
         return asked[0]
     if run.gave_up:

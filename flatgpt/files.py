@@ -20,15 +20,15 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name on the Hugging F
 BOMS = {codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",  # before UTF-16's, which begin alike
         codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-HTML = "an HTML page, as a failed download leaves one: download it again"
+HTML = "an HTML page, probably from a failed download: download it again"
 MAGIC_BYTES = {  # first bytes of a file -> what it is, and the way out
     LFS_POINTER: "a Git LFS pointer, not the file itself: `git lfs pull` in its folder fetches that",
     b"<!doctype html": HTML, b"<html": HTML,
     **{magic: f"compressed: `{tool} -dc FILE > NEW` unpacks it" for magic, tool in {
         b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh91AY&SY": "bzip2", b"\xfd7zXZ\0": "xz"}.items()},
     b"PK\x03\x04": "a ZIP archive, as np.savez and torch.save write one, too: `unzip` unpacks it",
-    b"\x93NUMPY": "a file of np.save, with a header: for tokens without one, np.load(FILE).astype('<u2').tofile(FILE)",
-    b"%PDF-": "a PDF: `pdftotext` makes text of it"}
+    b"\x93NUMPY": "a file of np.save; this removes its header: np.load(FILE).astype('<u2').tofile(FILE)",
+    b"%PDF-": "a PDF: `pdftotext` extracts its text"}
 
 
 def read_json(path: Path) -> dict:
@@ -50,7 +50,7 @@ def reading_values(path: Path) -> Iterator[None]:
         yield
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         what = f"has no {error}" if isinstance(error, KeyError) else (
-            f"holds what is not expected there: {(str(error) or type(error).__name__).splitlines()[0]}")
+            f"has unexpected content: {(str(error) or type(error).__name__).splitlines()[0]}")
         raise ValueError(f"{path} {what}") from None
 
 
@@ -75,7 +75,7 @@ def read_text(path: Path) -> str:
     refuse_pointer(path)
     text, replaced = decode(path.read_bytes())
     if replaced:
-        raise ValueError(f"{path} is no UTF-8 text: {replaced:,} of its bytes are none")
+        raise ValueError(f"{path} is not UTF-8 text: {replaced:,} of its bytes are invalid")
     return text
 
 
@@ -145,7 +145,7 @@ def fetch_snapshot(repo_id: str, patterns: list[str]) -> Path:
     except (OSError, ValueError) as error:  # a ValueError over a name that the hub cannot have
         reason = str(error).strip().splitlines()[0]
         raise OSError(f"could not get {repo_id} from the hub, and the cache does not hold it: {reason} "
-                      "(without network: copy its folder here, and name that in its place)") from None
+                      "(without network: copy its folder to this machine, and give the path instead)") from None
 
 
 def sha256_file(path: Path) -> str:
@@ -176,7 +176,7 @@ def edge_hash(path: Path, edge_bytes: int = 65536) -> str:
 
 
 def sync(path: Path) -> None:
-    """Force a file, or a folder's list of names, to the disk, so that a rename cannot outrun it in a power cut."""
+    """Force a file, or a folder's list of names, to the disk, so that a power cut cannot keep only its rename."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -185,7 +185,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """The same of a folder with all that is in it."""
+    """Sync a folder and everything in it."""
     for path in [*folder.rglob("*"), folder]:
         sync(path)
 

@@ -1,5 +1,5 @@
-"""What launched this process, torchrun or a Slurm job: its rank there, how its end is tied to torchrun's, whether it
-was started again, and the time since the launch.
+"""What launched this process, torchrun or a Slurm job: the process's rank, its end together with torchrun, whether it
+is a restart, and the time since the launch.
 
 Imports no torch: a worker ties its end to torchrun's before the seconds that this import takes.
 """
@@ -54,7 +54,7 @@ def ranks() -> Ranks:
 
 
 def is_rank0() -> bool:
-    """Whether this process is the one that speaks, as far as the environment tells, which is not checked here."""
+    """Whether the environment says that this process is rank 0, the one that prints. The variables are not checked."""
     return os.environ.get("RANK", "").strip() in ("", "0")
 
 
@@ -132,7 +132,7 @@ def launch() -> dict[str, str]:
 
 
 def is_restart(now: Mapping[str, str], then: Mapping[str, str]) -> bool:
-    """Whether the launch of then has started us again: the same torchrun, or the same Slurm job, requeued since."""
+    """Whether the `launch` of an earlier start has started us again: the same torchrun, or a requeued Slurm job."""
     is_requeued = now["slurm_restarts"] not in ("0", then["slurm_restarts"])
     return "" != now["torchrun"] == then["torchrun"] or ("" != now["slurm_job"] == then["slurm_job"] and is_requeued)
 

@@ -66,7 +66,7 @@ def _memory_groups() -> Iterator[tuple[int, int]]:
 
 
 def memory_bytes() -> int:
-    """All that the process may have."""
+    """The memory that the process may use in all, in bytes."""
     return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *(limit for limit, _ in _memory_groups())])
 
 
@@ -78,7 +78,7 @@ def free_memory_bytes() -> int:
 
 
 def resident_bytes() -> int:
-    """What this process holds of it at the moment; 0 where that is not known."""
+    """The memory that this process holds at the moment, in bytes; 0 where that is not known."""
     return 1024 * _fields(ROOT / "proc/self/status").get("VmRSS", 0)
 
 
@@ -102,9 +102,10 @@ def num_cores() -> int:
 
 
 def warn_of_little_memory() -> None:
-    """Say, before torch is imported, that there is no room for it: the system kills a process without a word."""
+    """Warn, before torch is imported, if too little memory is free: the system would kill the process silently."""
     left = free_memory_bytes()
     if left < TORCH_BYTES and launcher.is_rank0():
-        print(f"warning: {left / 1e6:,.0f} MB of memory are left here, and torch alone takes a process about "
-              f"{TORCH_BYTES / 1e6:,.0f} MB: the system may kill it; give the machine or the container more",
+        print(f"warning: {left / 1e6:,.0f} MB of memory are left, and torch alone takes about "
+              f"{TORCH_BYTES / 1e6:,.0f} MB a process: the system may kill this process; give the machine or "
+              "the container more memory",
               file=sys.stderr, flush=True)

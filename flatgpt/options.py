@@ -266,7 +266,7 @@ def _describe(kind: Any) -> str:
 def run_script(main: Callable[[list[str]], None]) -> None:
     """Run a script's main on the command line. What a user can mend is printed as one line, and the exit status is 2.
 
-    That is: OSError, which names its file, and ValueError raised by one of our rooms. Anything else, a library's
+    That is: OSError, which names its file, and ValueError raised by flatGPT's own code. Anything else, a library's
     ValueError too, is a defect, and keeps its traceback.
     """
     try:

@@ -1,7 +1,7 @@
 """Other people's pickles, read without running anything that they name: plain values, and NumPy's numbers.
 
-Owns what stands in for the names that a pickle may hold: containers of Python's, and functions of ours in NumPy's
-place, which give plain values: np.int64(3) reads 3, an array reads as a flat list. `load_plain` reads a pickle with
+Owns the stand-ins for the names that a pickle may hold: Python's containers, and functions of ours instead of NumPy's,
+which give plain values: np.int64(3) becomes 3, an array becomes a flat list. `load_plain` reads a pickle with
 them, and weights.read_nanogpt hands them to torch's own unpickler.
 """
 
@@ -22,7 +22,7 @@ class _Dtype:
 
     def __init__(self, name: str, *flags: object):
         if not re.fullmatch(r"[biufU]\d+|O8", str(name)):
-            raise ValueError(f"it holds NumPy's {name}, and only numbers and texts are read")
+            raise ValueError(f"it holds NumPy's type {name}, but only numbers and strings are read")
         self.name, self.order = name, "="
 
     def __setstate__(self, state: tuple) -> None:
@@ -71,7 +71,7 @@ STAND_INS: dict[str, Callable] = {
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Callable:
         if (full_name := f"{module}.{name}") not in STAND_INS:
-            raise ValueError(f"it names {full_name}, and only plain values are read: a pickle can run code")
+            raise ValueError(f"it names {full_name}, but only plain values are read, because a pickle can run code")
         return STAND_INS[full_name]
 
 

@@ -1,5 +1,5 @@
-"""A run folder as all who read it see it: the records of metrics.jsonl, and which checkpoints there are, newest, best
-and whole. training/checkpoint.py, which writes it, has the layout.
+"""How a run folder is read, by every script: the records of metrics.jsonl, and which checkpoints there are, which is
+the newest, the best, and which are complete. training/checkpoint.py, which writes the folder, describes the layout.
 
 Owns how the newest and the best checkpoint of a run are found. The links `latest` and `best` are for people: a copy may
 have lost them, or have folders or text files in their places. Imports no torch.
@@ -137,7 +137,7 @@ def read_trainer(folder: str | Path) -> dict:
     trainer = read_json(path)
     for key, kinds in TRAINER.items():
         if not isinstance(trainer.get(key), kinds) and (key in trainer or key == "step"):
-            raise ValueError(f"{path} holds what is not expected there: {key} is {trainer.get(key)!r:.50}")
+            raise ValueError(f"{path} has unexpected content: {key} is {trainer.get(key)!r:.50}")
     return trainer
 
 
@@ -151,23 +151,24 @@ def verify(folder: Path) -> None:
     """Raises ValueError unless every file of SHA256SUMS is there with the content it had when it was saved."""
     sums = read_sums(folder) if (folder / "SHA256SUMS").is_file() else {}
     if not sums:
-        raise ValueError(f"checkpoint {folder} has no SHA256SUMS: it is incomplete or not ours")
+        raise ValueError(f"checkpoint {folder} has no SHA256SUMS: it is incomplete, or flatGPT did not write it")
     for name, digest in sums.items():
         path = folder / name
         if not path.is_file():
             raise ValueError(f"checkpoint {folder} is damaged: {name} is missing")
         if sha256_file(path) != digest:
             refuse_pointer(path)
-            raise ValueError(f"checkpoint {folder} is damaged: {name} is not what was saved (its checksum differs)")
+            raise ValueError(f"checkpoint {folder} is damaged: {name} has changed since it was saved (its checksum "
+                             "differs)")
 
 
 @contextlib.contextmanager
 def reading(folder: Path) -> Iterator[None]:
-    """What fails in here because a run under way has deleted the checkpoint, an older one by now, says so."""
+    """Turn an error in this block into a clear one, if the run that is still training has deleted the checkpoint."""
     try:
         yield
     except (OSError, ValueError):
         if folder.exists():
             raise
-        raise FileNotFoundError(f"{folder} was deleted meanwhile by the run that goes on there: the same command again "
-                                "finds a newer checkpoint") from None
+        raise FileNotFoundError(f"the run that is still training has deleted {folder} in the meantime: give the same "
+                                "command again, and it finds a newer checkpoint") from None

@@ -30,7 +30,7 @@ def begin(needs_reader: bool = False) -> None:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """In here Ctrl-C is a KeyboardInterrupt, unless the process was started with SIGINT ignored."""
+    """Within this context Ctrl-C raises KeyboardInterrupt, unless the process was started with SIGINT ignored."""
     before = signal.getsignal(signal.SIGINT)
     if before == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -178,7 +178,7 @@ def test_ranks_resume_byte_identically_and_one_process_goes_on_from_it(cli, tiny
 def test_a_step_that_does_not_divide_over_the_processes_is_one_line(tiny_data, tmp_path):
     code, log = start_ranks(3, tmp_path, *TINY_RUN)
     assert code == 2
-    assert "error: 8 sequences a step do not divide over 3 processes" in log
+    assert "error: 8 sequences a step cannot be shared evenly by 3 processes" in log
     assert not (tmp_path / "out").exists()
 
 

@@ -316,9 +316,9 @@ def test_questions_from_the_hub_are_those_of_the_file(hellaswag, tmp_path, monke
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    (["--text=empty.txt"], "empty.txt has nothing to measure a loss on"),
+    (["--text=empty.txt"], "cannot measure a loss on empty.txt"),
     (["--text=none.txt"], "none.txt"),
-    (["--text=model/model.safetensors"], "model.safetensors is no UTF-8 text"),
+    (["--text=model/model.safetensors"], "model.safetensors is not UTF-8 text"),
     (["--text=pointer"], "pointer is a Git LFS pointer, not the file itself: `git lfs pull`"),
     (["--tasks=hellaswag", "--hellaswag_file=pointer"], "pointer is a Git LFS pointer"),
     (["--tasks=helaswag"], "there is no task 'helaswag'; did you mean 'hellaswag'?"),
@@ -326,7 +326,7 @@ def test_questions_from_the_hub_are_those_of_the_file(hellaswag, tmp_path, monke
     (["--hellaswag_file=x.jsonl"], "hellaswag_file=x.jsonl is for --tasks=hellaswag"),
     (["--tasks=hellaswag"], "could not get the data set Rowan/hellaswag"),
     (["--text=text.txt", "--stride=33"], "stride=33 would leave out tokens between windows of 32"),
-    (["--text=text.txt", "--block_size=64"], "block_size=64: the model has 32 positions"),
+    (["--text=text.txt", "--block_size=64"], "block_size=64: the model has only 32 positions"),
     (["--stride=-1", "--batch_size=0"],
      "stride=-1 must be 0 (block_size) or more; batch_size=0 must be 1 to 1,000,000"),
     ([], "does not say what data it was trained on: add --dataset=NAME"),
@@ -340,13 +340,13 @@ def test_bad_input_is_one_line(refused, byte_model, options, message):
 
 @pytest.mark.parametrize(("line", "message"), [
     ("{", "questions.jsonl:51 is not JSON"),
-    ('{"activity_label": "\udcff"}', "questions.jsonl:51 holds 1 bytes that are no text"),
-    ("[1]", "questions.jsonl:51 is no question of hellaswag: TypeError"),
-    ('{"activity_label": "x"}', "questions.jsonl:51 is no question of hellaswag: it has no 'ctx_a'"),
-    (json.dumps(hellaswag_records()[0] | {"label": 4}), "questions.jsonl:51 is no question of hellaswag: ValueError"),
-    (json.dumps(hellaswag_records()[0] | {"label": ""}), "questions.jsonl:51 is no question of hellaswag: ValueError"),
-    (json.dumps(hellaswag_records()[0] | {"endings": ["a", " "]}), "questions.jsonl:51 is no question"),
-    (json.dumps(hellaswag_records()[0] | {"endings": ["x" * 33] * 4}), "questions.jsonl:1: an answer of"),
+    ('{"activity_label": "\udcff"}', "questions.jsonl:51 holds 1 bytes that are not valid text"),
+    ("[1]", "questions.jsonl:51 is not a question of hellaswag: TypeError"),
+    ('{"activity_label": "x"}', "questions.jsonl:51 is not a question of hellaswag: it has no 'ctx_a'"),
+    (json.dumps(hellaswag_records()[0] | {"label": 4}), ":51 is not a question of hellaswag: ValueError"),
+    (json.dumps(hellaswag_records()[0] | {"label": ""}), ":51 is not a question of hellaswag: ValueError"),
+    (json.dumps(hellaswag_records()[0] | {"endings": ["a", " "]}), "questions.jsonl:51 is not a question"),
+    (json.dumps(hellaswag_records()[0] | {"endings": ["x" * 33] * 4}), "questions.jsonl:1: this answer has"),
 ])
 def test_a_line_that_is_no_question_is_named(refused, byte_model, hellaswag, line, message):
     hellaswag.write_bytes(hellaswag.read_bytes() + f"{line}\n".encode(errors="surrogateescape"))

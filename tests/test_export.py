@@ -142,7 +142,7 @@ def test_a_data_set_of_the_hub_is_named_and_one_that_is_gone_is_not_made_up(cli,
     assert cli("export", f"--run={run}", "--to=two").code == 0
     header, text = card_of("two")
     assert "datasets" not in header
-    assert "`tiny`; where it came from was not known any more" in text
+    assert "`tiny`; its origin was no longer known" in text
 
 
 def test_a_shape_of_our_own_is_exported_for_flatgpt(cli, tiny_data):
@@ -165,8 +165,8 @@ def test_any_checkpoint_that_is_kept_can_be_exported(cli, run):
 @pytest.mark.parametrize(("options", "message"), [
     ([], "--to=FOLDER says where"),
     (["--to=data"], "data exists already: choose another --to"),
-    (["--to=x", "--checkpoint=step_4"], "out/tiny has best, latest, step_3, step_6"),
-    (["--to=x", "--run=data"], "data is no run folder with checkpoints"),
+    (["--to=x", "--checkpoint=step_4"], "in out/tiny; it has best, latest, step_3, step_6"),
+    (["--to=x", "--run=data"], "data is not a run folder with checkpoints"),
     (["--to=x", "--push=name"], "push='name' is no name of a repository: owner/name"),
     (["--to=x", "--push=owner/name"], "pushing needs a token"),
     (["--to=x", "--public=True"], "public=True is for --push"),
@@ -186,7 +186,7 @@ def test_a_damaged_checkpoint_or_a_failed_write_leaves_no_folder(refused, run, m
     with open(run / "checkpoints/best/model.safetensors", "r+b") as file:
         file.seek(-4, os.SEEK_END)
         file.write(b"\0\0\0\1")
-    assert "model.safetensors is not what was saved" in refused("export", f"--run={run}", "--to=hf/model")
+    assert "model.safetensors has changed since it was saved" in refused("export", f"--run={run}", "--to=hf/model")
     assert list(Path("hf").iterdir()) == []
 
 
@@ -229,7 +229,7 @@ def test_push_uploads_the_folder_and_is_private_unless_told(cli, run, hub, monke
 def test_push_into_a_repository_that_is_public_has_to_be_meant(refused, run, hub, monkeypatch):
     monkeypatch.setattr(hub, "is_private", False)
     error = refused("export", f"--run={run}", "--to=folder", "--push=owner/name")
-    assert "folder is complete, but was not pushed: owner/name exists, and is public" in error
+    assert "folder is complete, but was not pushed: owner/name exists and is public" in error
     assert [call[0] for call in hub.calls] == ["create_repo"]
 
 

@@ -541,7 +541,8 @@ def test_without_a_shared_disk_rank_0_must_hold_the_newest_checkpoint(data, undi
     before = files_of(data / "out")
     code, log = start_ranks(2, data, *RUN, LAST_FOLDER="other")
     assert code == 2
-    assert "rank 1 finds step 30's checkpoint in out/tiny, rank 0, who is to read it, that of step 20" in log
+    assert ("rank 1 finds the checkpoint of step 30 in out/tiny, but rank 0, which has to read it, finds that of "
+            "step 20") in log
     assert files_of(data / "out") == before
     code, log = start_ranks(2, data / "other", *RUN, LAST_FOLDER=str(data))  # the other way round there is no harm
     assert code == 0, log

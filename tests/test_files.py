@@ -70,7 +70,7 @@ def test_what_is_no_text_and_no_json_is_called_what_it_is(tmp_path):
         with pytest.raises(ValueError, match=rf"a\.json .*{words}"):
             files.read_json(path)
     for content, words in (
-            (POINTER, "is a Git LFS pointer"), (b"a\xff\xfeb", "is no UTF-8 text: 2 of its bytes are none")):
+            (POINTER, "is a Git LFS pointer"), (b"a\xff\xfeb", "is not UTF-8 text: 2 of its bytes are invalid")):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=rf"a\.json .*{words}"):
             files.read_text(path)

@@ -241,7 +241,8 @@ def test_a_preparation_says_at_once_why_it_will_wait(cli, tmp_path, environment,
     (tmp_path / "t.txt").write_text("some text\n" * 99)
     environment("RANK=0 WORLD_SIZE=2")
     result = cli("prepare_data", "--input=t.txt", "--name=t", "--tokenizer=byte")
-    assert result.out.startswith("rank 0 of 2, which all have to be started: the environment has RANK=0, WORLD_SIZE=2;")
+    assert result.out.startswith("this is rank 0 of 2, and all of them have to be started: the environment has "
+                                 "RANK=0, WORLD_SIZE=2;")
     assert result.err.startswith("error: missing: ['rank_00001_of_00002_")
 
 

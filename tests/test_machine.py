@@ -126,7 +126,7 @@ def test_too_little_memory_for_torch_is_said(root, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
     root({"proc/self/cgroup": "0::/"} | v2("", 160_000_000, 20_000_000))
     machine.warn_of_little_memory()
-    assert capsys.readouterr().err.startswith("warning: 140 MB of memory are left here")
+    assert capsys.readouterr().err.startswith("warning: 140 MB of memory are left, and")
     monkeypatch.setenv("RANK", "1")
     machine.warn_of_little_memory()
     assert capsys.readouterr().err == ""

@@ -242,7 +242,7 @@ def test_positions_that_go_on_read_more_than_block_size_and_learned_ones_say_tha
         model.crop_block_size(64)
         assert model.config.block_size == 64
     for pos in ("learned", "learned_sinusoidal"):
-        with pytest.raises(ValueError, match=r"32 positions, but .* block_size=16: .*--pos=rope"):
+        with pytest.raises(ValueError, match=r"32 positions, but .* block_size=16; .*--pos=rope"):
             make_model(pos=pos)(idx)
 
 

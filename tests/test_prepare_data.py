@@ -151,7 +151,7 @@ def test_a_split_that_no_document_falls_in_is_a_warning(prepare, cli):
     assert result.code == 0
     assert result.out.endswith("warning: no document fell in the test split: give a larger --test_fraction\n")
     assert read_json(Path("data/made/dataset.json"))["splits"]["test"] == {"documents": 0, "tokens": 0}
-    assert cli("prepare_data", "--verify=made").out.endswith("made is sound: 2 shards\n")
+    assert cli("prepare_data", "--verify=made").out.endswith("made is intact: 2 shards\n")
 
 
 def test_a_document_of_50_mb(prepare):
@@ -208,7 +208,7 @@ def test_the_same_command_again_touches_nothing_and_says_so(prepare, cli):
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     result = cli("prepare_data", "--input=text.txt", "--name=made", "--tokenizer=byte")
     assert result.code == 0
-    assert "data/made is there already" in result.out
+    assert "data/made exists already" in result.out
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
 
 
@@ -242,14 +242,14 @@ def test_a_folder_of_somebody_else_is_left_alone(refused):
     (["--input=empty.txt", "--tokenizer=byte"], "the source is empty"),
     (["--input=empty.txt", "--tokenizer=char"], "the source is empty"),
     (["--input=empty.txt", "--tokenizer=bpe"], "the source is empty"),
-    (["--input=*.txt", "--tokenizer=byte"], "'*.txt' is no name for a folder in data/: add --name=NAME"),
+    (["--input=*.txt", "--tokenizer=byte"], "'*.txt' cannot be the name of a folder in data/: add --name=NAME"),
     (["--input=text.txt", "--hf=some/thing"], "--hf=some/thing is a source of its own: leave out --input"),
     (["--input=text.txt", "--workers=-1"], "workers=-1 must be 0 or more"),
     (["--input=text.txt", "--tokenizer=char", "--show_merges"],
      "show_merges: the char tokenizer learns no merges from the text, --tokenizer=bpe does"),
     (["--input=short.txt", "--tokenizer=char"], "train split came out empty"),
     (["--input=text.txt", "--tokenizer=bpe", "--vocab_size=100"], "vocab_size=100"),
-    (["--input=text.txt", "--tokenizer=word"], "none of gpt2, char, byte, bpe, no folder, and no hub id"),
+    (["--input=text.txt", "--tokenizer=word"], "not one of gpt2, char, byte, bpe, not a folder, and not a hub id"),
     (["--input=text.txt", "--val_fraction=0"], "val_fraction=0.0 must be above 0"),
     (["--input=text.txt", "--val_fraction=-0.1"], "val_fraction=-0.1 must be above 0"),
     (["--input=text.txt", "--test_fraction=-0.1"], "test_fraction=-0.1"),
@@ -392,8 +392,8 @@ def test_what_was_read_left_out_dropped_and_replaced_is_counted_and_named_by_fil
         "dropped, because broken: 0.jsonl 1, 1.jsonl 1, 2.jsonl 1, other files 6 (the first: texts/0.jsonl:6 is not "
         "JSON: Expecting property name enclosed in double quotes, character 2)",
         "dropped, because empty: 0.jsonl 1, 1.jsonl 1, 2.jsonl 1, other files 6",
-        "dropped, because there already: 1.jsonl 2, 2.jsonl 2, 3.jsonl 2, other files 10",
-        "warning: bytes that are no text, replaced by U+FFFD: 0.jsonl 1, 1.jsonl 2, 2.jsonl 3, other files 39",
+        "dropped, because duplicate: 1.jsonl 2, 2.jsonl 2, 3.jsonl 2, other files 10",
+        "warning: bytes that are not valid text, replaced by U+FFFD: 0.jsonl 1, 1.jsonl 2, 2.jsonl 3, other files 39",
         "warning: NULs in the text, as of UTF-16 without a byte order mark: 1.jsonl 1, 2.jsonl 2, 3.jsonl 3, "
         "other files 30"]
     assert shown == [line for line in cli("prepare_data", "--info=made").out.splitlines() if line in shown]
@@ -432,7 +432,7 @@ def test_what_was_begun_or_made_before_files_were_named_goes_on(cli):
         assert len(state.keys() & set(later)) == holds
         path.write_text(json.dumps({key: value for key, value in state.items() if key not in later}))
     assert cli("prepare_data", *options, "--name=made").code == 0
-    assert "is there already" in cli("prepare_data", *options, "--name=whole").out
+    assert "exists already" in cli("prepare_data", *options, "--name=whole").out
     assert "9 empty documents, 9 broken records" in cli("prepare_data", "--info=whole").out
     made, whole = (read_json(Path(f"data/{name}/dataset.json")) for name in ("made", "whole"))
     for key in ("documents", "bytes", "bad_records", "empty_documents", "shards"):
@@ -443,7 +443,7 @@ def test_what_was_begun_or_made_before_files_were_named_goes_on(cli):
 @pytest.mark.parametrize("name", ["notes [1].txt", "a*b"])
 def test_a_source_whose_name_is_a_pattern_only_needs_a_name(cli, refused, name):
     write_documents(".", {f"{name}/a.txt": TEXT} if "." not in name else {name: TEXT})
-    assert "is no name for a folder in data/: add --name=NAME" in refused(
+    assert "cannot be the name of a folder in data/: add --name=NAME" in refused(
         "prepare_data", f"--input={name}", "--tokenizer=byte")
     assert cli("prepare_data", f"--input={name}", "--tokenizer=byte", "--name=made").code == 0
     assert text_of(Path("data/made"), "train").removeprefix(EOT) == TEXT[:int(len(TEXT) * 0.9)]
@@ -685,7 +685,7 @@ def test_a_resumed_run_reads_the_commit_that_it_began_with(cli, hub_commits):
     assert read == ["old", "old"]
     arguments = read_json(Path("data/corpus/dataset.json"))["arguments"]
     assert (arguments["revision"], arguments["commit"]) == ("", "old")
-    assert "is there already" in cli("prepare_data", *HUB).out
+    assert "exists already" in cli("prepare_data", *HUB).out
     assert cli("prepare_data", *HUB, "--name=later").code == 0
     assert documents_of(Path("data/later"), "val")[0].endswith(" of new")
 
@@ -843,8 +843,8 @@ def test_ranks_that_were_killed_go_on_and_end_byte_identical(prepare):
     before = files_of(Path("data"))
     outputs = run_ranks(2, *options, "--name=made")
     assert [output.splitlines()[-1:] for output in outputs] == [
-        ["data/made is there already, made with the same arguments"], outputs[1].splitlines()]
-    assert "rank 1 of 2, which all have to be started" in outputs[1]
+        ["data/made exists already and was made with the same arguments: nothing to do"], outputs[1].splitlines()]
+    assert "this is rank 1 of 2, and all of them have to be started" in outputs[1]
     assert files_of(Path("data")) == before
 
 
@@ -877,7 +877,7 @@ def test_a_disk_without_the_space_is_refused_before_anything_is_written(refused,
     Path("text.txt").write_text(TEXT)
     free_bytes(monkeypatch, lambda: len(TEXT))  # a byte takes two
     line = refused("prepare_data", "--input=text.txt", "--name=made", "--tokenizer=byte")
-    assert f"the disk of data/ has {len(TEXT):,} bytes free, and about {2 * len(TEXT):,} are to be written" in line
+    assert f"the disk of data/ has {len(TEXT):,} bytes free, but about {2 * len(TEXT):,} will be written" in line
     assert not list(Path("data").iterdir())
     free_bytes(monkeypatch, lambda: 3 * len(TEXT))
     prepare("--tokenizer=byte")
@@ -892,7 +892,8 @@ def test_each_finished_shard_is_a_line(cli, monkeypatch):
     lines = cli("prepare_data", f"--input={source}", "--tokenizer=byte", "--shard_tokens=5000").out.splitlines()
     assert len(lines) == 5
     for i, line in enumerate(lines[:-1], 1):
-        assert re.fullmatch(rf"(train|val)_00000\d\.bin is full: \d+\.\d MB/s, 0\.0M tokens, {i} shards", line), line
+        assert re.fullmatch(rf"(train|val)_00000\d\.bin is finished: \d+\.\d MB/s, 0\.0M tokens, {i} shards",
+                            line), line
     assert re.fullmatch(r"data/texts: 100 documents, 23,800 bytes; tokenizer byte with 257 tokens; train [\d,]+, "
                         r"val [\d,]+ tokens", lines[-1])
 
@@ -966,11 +967,11 @@ def test_show_merges_prints_rules_that_lead_from_bytes_to_the_vocabulary(cli):
 def test_a_validation_split_of_one_token_is_said_and_named_at_training(cli, refused, tmp_path, length):
     (tmp_path / "few.txt").write_text("abcdefghij"[:length])
     result = cli("prepare_data", "--input=few.txt", "--name=few", "--tokenizer=char")
-    assert result.out.endswith("warning: the val split is a single token, and one predicts nothing: give more text, or "
+    assert result.out.endswith("warning: the val split has one token, but a loss takes two: give more text, or "
                                "a larger --val_fraction\n")
     options = ("--dataset=few", "--block_size=2", "--n_layer=1", "--n_head=1", "--n_embd=16", "--device=cpu")
     line = refused("train", *options)
-    assert "data/few/val_000000.bin is too short: it has 1 of the two tokens that an evaluation takes; prepare" in line
+    assert "data/few/val_000000.bin is too short: an evaluation takes two tokens, and it has 1; prepare" in line
     assert "--val_fraction" in line
     result = cli("prepare_data", "--input=few.txt", "--name=more", "--tokenizer=char", "--val_fraction=0.4")
     assert "warning" not in result.out

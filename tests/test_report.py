@@ -211,7 +211,7 @@ def test_options_that_differ_are_told_and_all_are_there(cli, tmp_path):
     page = Path("report.html").read_text()
     assert table_rows(page, "Options") == [["option", "a", "b"], ["lr", "0.001", "0.0001"], ["dataset", "x", "y"],
                                            ["new_key", "–", "False"]]
-    assert "differ in dataset: losses compare only between those that agree" in page
+    assert "differ in dataset: compare losses only where they agree" in page
     everything = page.partition("<h2>Options</h2>")[2].partition("<details>")[2]
     assert all(f">{key}<" in everything for key in (*same, "lr", "out_dir", "dataset", "new_key"))
     assert cli("report", "a").code == 0

@@ -12,7 +12,7 @@ from flatgpt.run_folder import read_records, read_trainer
 def test_a_trainer_json_that_no_run_can_go_on_from_is_named(tmp_path, key, value):
     (tmp_path / "training").mkdir()
     files.write_json(tmp_path / "training" / "trainer.json", {"step": 3, key: value})
-    with pytest.raises(ValueError, match=rf"trainer\.json holds what is not expected there: {key} is "):
+    with pytest.raises(ValueError, match=rf"trainer\.json has unexpected content: {key} is "):
         read_trainer(tmp_path)
     files.write_json(tmp_path / "training" / "trainer.json", {"step": 3, "an": "addition"})
     assert read_trainer(tmp_path) == {"step": 3, "an": "addition"}

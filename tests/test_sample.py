@@ -107,8 +107,8 @@ def test_a_nanogpt_checkpoint_samples_with_its_data_sets_characters(cli, tmp_pat
 @pytest.mark.parametrize(("options", "message"), [
     (["--prompt=Ω and ∂"], "the tokenizer has no token for 'Ω' '∂': its"),
     (["--prompt=FILE:none.txt"], "none.txt"),
-    (["--prompt=FILE:out/tiny/checkpoints/best/model.safetensors"], "model.safetensors is no UTF-8 text"),
-    (["--prompt=caf\udce9"], "the prompt is no valid text"),
+    (["--prompt=FILE:out/tiny/checkpoints/best/model.safetensors"], "model.safetensors is not UTF-8 text"),
+    (["--prompt=caf\udce9"], "the prompt is not valid text"),
     (["--seed=99999999999999999999"], "is not a whole number that can be"),
     (["--temperature=-1", "--top_p=0"], "temperature=-1.0 must be 0 or more; top_p=0.0 must be above 0"),
     (["--min_p=2", "--repetition_penalty=0", "--show_probs=-1"], "show_probs=-1 must be 0 (none) or more; min_p=2.0 "
@@ -117,7 +117,7 @@ def test_a_nanogpt_checkpoint_samples_with_its_data_sets_characters(cli, tmp_pat
     (["--split=test"], "data/tiny has no test split: it has train and val"),
     (["--split=val", "--prompt=a"], "--split=val takes its prompts from the data: leave out --prompt"),
     (["--split=val", "--prompt_tokens=-1"], "prompt_tokens=-1 must be 0 (half of block_size) or more"),
-    (["--split=val", "--max_new_tokens=5000"], "in its longest shard, and a prompt with what follows takes 5008"),
+    (["--split=val", "--max_new_tokens=5000"], "in its longest shard, but a prompt with its continuation takes 5008"),
     (["--split=val", "--dataset=other"], "no data set 'other' in data/; make it with"),
     (["--dataset=tiny"], "--dataset and --prompt_tokens are for --split=train, val or test: leave out --dataset"),
     (["--interactive", "--start=a", "--split=val"], "continues each once: leave out --prompt --split"),
@@ -148,7 +148,7 @@ def test_a_checkpoint_that_a_run_deletes_meanwhile_is_called_that(refused, train
 
     monkeypatch.setattr("flatgpt.models.inference.load_model", load_late)
     line = refused("sample", "--out_dir=out/tiny")
-    assert f"{folder} was deleted meanwhile by the run that goes on there" in line
+    assert f"the run that is still training has deleted {folder} in the meantime" in line
 
 
 def test_a_model_without_any_tokenizer_says_where_one_was_looked_for(refused, tmp_path):
@@ -288,7 +288,7 @@ def test_lines_that_are_typed_are_continued_one_by_one(cli, trained, monkeypatch
     assert result.code == 0
     assert result.out.partition("\n")[2] == "".join(text + LINE for text in wanted)
     assert result.err.splitlines() == [
-        "error: the prompt is no valid text: the terminal did not send it as UTF-8",
+        "error: the prompt is not valid text: the terminal did not send it as UTF-8",
         "error: the tokenizer has no token for 'Ω': its 43 characters are those of the text it was made from"]
 
 

@@ -41,7 +41,7 @@ def test_without_the_web_packages_one_line_says_what_to_install(refused, monkeyp
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    assert "uvicorn is not installed, which the page needs: pip install" in refused("serve")
+    assert "the page needs uvicorn, which is not installed: pip install" in refused("serve")
 
 
 def test_a_port_that_is_taken_is_one_line(refused):
@@ -67,7 +67,7 @@ def test_the_script_serves_without_torch_until_it_is_interrupted(tmp_path):
                           stderr=subprocess.PIPE) as server:
         line = server.stdout.readline()
         url = line.split()[0]
-        assert line == f"{url} shows the runs under out; Ctrl-C ends it\n"
+        assert line == f"{url} shows the runs under out; Ctrl-C ends the server\n"
         with urllib.request.urlopen(f"{url}api/events?runs=") as stream:
             assert stream.readline() == b"retry: 2000\n"
             server.send_signal(signal.SIGINT)  # with a stream open

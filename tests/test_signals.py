@@ -23,7 +23,7 @@ run_script(lambda argv: [print(i, flush="flush" in argv) for i in range(3)])
 
 
 def python(code: str, *args: str, shell: str = "", **how) -> subprocess.CompletedProcess:
-    """`python -c code args...`, which imports from our rooms; `shell`: redirections of its streams."""
+    """`python -c code args...`, which can import flatgpt; `shell`: redirections of its streams."""
     command = ["sh", "-c", f'exec "$@" {shell}', "sh", sys.executable, "-c", code, *args]
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL} | how
     env = {**os.environ, "PYTHONPATH": str(ROOT), **how.pop("env", {})}

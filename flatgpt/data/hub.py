@@ -41,7 +41,7 @@ def hub_parts(repo: str, subset: str, split: str, commit: str, text_column: str,
     try:
         builder = datasets.load_dataset_builder(repo, subset or None, revision=commit or None)
         if split not in builder.config.data_files:
-            raise ValueError(f"no split {split!r}, but {', '.join(map(str, builder.config.data_files))}")
+            raise ValueError(f"there is no split {split!r}, only {', '.join(map(str, builder.config.data_files))}")
         urls = builder.config.data_files[split]
         rows = builder.as_streaming_dataset(split=split)
         columns = rows.column_names or list(next(iter(rows), {}))
@@ -53,13 +53,13 @@ def hub_parts(repo: str, subset: str, split: str, commit: str, text_column: str,
     except Exception as error:  # of many kinds: no network, no such data set, subset or split, files of no known format
         for path in filter(Path.is_file, find_files(repo)[1] if os.path.isdir(repo) else ()):
             files.refuse_pointer(path)
-        hint = ("datasets takes [ ] * ? in a folder's name for a pattern: rename it, or pass it as --input=FOLDER"
+        hint = ("datasets reads [ ] * ? in a folder's name as a pattern: rename it, or pass it as --input=FOLDER"
                 if os.path.isdir(repo) and glob.escape(os.path.abspath(repo)) != os.path.abspath(repo) else
                 "without network: copy its files here, and pass their folder as --input=FOLDER")
         raise OSError(f"could not open the data set {repo!r}: {type(error).__name__}: {error} ({hint})") from None
     if text_column not in columns:
-        raise ValueError(f"{repo} has no column {text_column!r}, but {', '.join(columns)}; --text_column names the one "
-                         "with the text")
+        raise ValueError(f"{repo} has no column {text_column!r}, only {', '.join(columns)}; --text_column=NAME says "
+                         "which one has the text")
     kind = getattr((rows.features or {}).get(text_column), "dtype", "string")
     if kind not in TEXT_TYPES:
         raise ValueError(f"{repo}: column {text_column!r} holds {kind}, not text; --text_column names the one with the "
@@ -75,7 +75,7 @@ def hub_parts(repo: str, subset: str, split: str, commit: str, text_column: str,
 
 def _read_hub(rows: Any, num_parts: int, index: int, name: str, text_column: str,
               join: Callable[[Iterator[str]], Iterator[str]] | None) -> Iterator[Record]:
-    """The records of one file. Broken content ends in a fault; a failing network is an OSError."""
+    """The records of one file. Broken content gives a record with a fault; a network that fails raises OSError."""
     import pyarrow
 
     part = rows.shard(num_shards=num_parts, index=index).select_columns([text_column]).with_format("arrow")

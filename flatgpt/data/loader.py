@@ -46,7 +46,7 @@ class DataConfig:
     """Data and batch"""
 
     dataset: Annotated[str, "paths"] = "openwebtext"  # folder in data/, or its path; a mixture: a:0.7,b:0.3
-    tokenizer: Literal["auto", "gpt2"] = "auto"  # gpt2: what shards without dataset.json were made with
+    tokenizer: Literal["auto", "gpt2"] = "auto"  # gpt2: say that shards without dataset.json hold GPT-2's tokens
     gradient_accumulation_steps: int = 40  # micro-batches a step, summed over the ranks
     batch_size: int = 12  # sequences a micro-batch, the most that a device takes at a time; 0 = as many as fit it
     total_batch_size: int = 0  # tokens a step over all ranks; 0 = gradient_accumulation_steps * batch_size * block_size
@@ -99,7 +99,8 @@ def plan_batches(config: DataConfig, given: Mapping[str, str], block_size: int, 
         seqs = config.total_batch_size // block_size
     if seqs % world_size:
         below, above = seqs // world_size * world_size, -(-seqs // world_size) * world_size
-        raise ValueError(f"{seqs} sequences a step do not divide over {world_size} processes; the nearest that do: "
+        raise ValueError(f"{seqs} sequences a step cannot be shared evenly by {world_size} processes; the nearest that "
+                         "can: "
                          + " and ".join(f"{n} (--total_batch_size={n * block_size})" for n in (below, above) if n))
     per_rank = seqs // world_size
     config.batch_size = config.batch_size or fit(per_rank)
@@ -332,9 +333,9 @@ class EvalOrder:
         self._ends = np.where(split.lengths > 1, 1 + more, 0).cumsum()
         total = int(self._ends[-1]) if len(self._ends) else 0
         if total == 0:
-            raise ValueError(f"{split.paths[0]} is too short: it has {int(split.lengths.max(initial=0))} of the two "
-                             "tokens that an evaluation takes; prepare the data again under another --name, from more "
-                             "text or with a larger --val_fraction")
+            raise ValueError(f"{split.paths[0]} is too short: an evaluation takes two tokens, and it has "
+                             f"{int(split.lengths.max(initial=0))}; prepare the data again under another --name, "
+                             "from more text or with a larger --val_fraction")
         count = min(num_seqs, total) or total
         self.is_whole = count == total
         self._chosen = np.arange(count, dtype=np.int64) * total // count

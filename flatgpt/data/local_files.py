@@ -254,8 +254,8 @@ def _read_parquet(path: Path, text_column: str) -> Iterator[Record]:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = file.schema_arrow.names
             if text_column not in columns:
-                raise ValueError(f"{path} has no column {text_column!r}, but {', '.join(columns)}; --text_column "
-                                 "names the one with the text")
+                raise ValueError(f"{path} has no column {text_column!r}, only {', '.join(columns)}; "
+                                 "--text_column=NAME says which one has the text")
             for batch in file.iter_batches(batch_size=256, columns=[text_column]):
                 column = batch.column(batch.schema.names.index(text_column))  # a struct's of that name may come along
                 for text in column_texts(column, path, text_column):

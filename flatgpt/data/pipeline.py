@@ -45,7 +45,7 @@ AHEAD_BYTES = 64 << 20  # text that is on its way at a time, or one document if 
 
 @dataclass
 class TokensConfig:
-    """What to make of it"""
+    """Tokens and shards to make"""
 
     tokenizer: Annotated[str, "path"] = "auto"  # gpt2, char, byte, bpe, a folder or hub id; auto = the source's
     vocab_size: int = 2048  # vocabulary of a bpe, which is trained on (the first 500 MB of) the text
@@ -203,7 +203,7 @@ def _init_worker(encoder: Encoder) -> None:
 
 
 def _exit_with_parent(parent_sentinel: int) -> None:
-    """End a worker whose main process was killed: it would wait for work for ever."""
+    """End a worker when its main process has been killed; otherwise it would wait for work for ever."""
     multiprocessing.connection.wait([parent_sentinel])
     os._exit(1)
 
@@ -241,8 +241,8 @@ def encode_in_order(parts: list[Part], start: Cursor, rule: SplitRule, pool: Wor
         for _, future, *place in ahead:
             yield Batch(*place, *future.result())
     except BrokenExecutor:
-        raise OSError("a tokenizing process died, perhaps for want of memory: the same command with fewer --workers "
-                      "goes on from the last finished shard") from None
+        raise OSError("a tokenizing process died, perhaps because memory ran out: the same command with fewer "
+                      "--workers goes on from the last finished shard") from None
 
 
 def _read_batches(parts: list[Part], start: Cursor) -> Iterator[tuple[Cursor, list[str], list[Record]]]:

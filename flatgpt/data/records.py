@@ -85,7 +85,7 @@ def json_of(record: Record) -> tuple[Any, int]:
         hint = " (it holds NULs: UTF-16 without a byte order mark?)" if "\0" in text else ""
         raise ValueError(f"{record.where} is not JSON: {error.msg}, character {error.pos + 1}{hint}") from None
     except RecursionError:
-        raise ValueError(f"{record.where} is not JSON that can be read: too many brackets in brackets") from None
+        raise ValueError(f"{record.where} is not JSON that can be read: its brackets are nested too deeply") from None
 
 
 def _decode_python(data: bytes) -> tuple[str, int]:

@@ -147,7 +147,7 @@ def open_shard(path: Path) -> np.ndarray:
     if len(header) == 3 and int(header[0]) in FORMATS:
         version, dtype = FORMATS[int(header[0])]
         if header[1] != version:
-            raise ValueError(f"{path}: version {header[1]} of the shard format, but {version} is what can be read")
+            raise ValueError(f"{path}: version {header[1]} of the shard format cannot be read, only version {version}")
         offset, count = HEADER_WORDS * 4, int(header[2])
         if size != offset + count * dtype.itemsize:
             raise ValueError(f"{path} is torn: its header counts {count:,} tokens, which takes "
@@ -226,9 +226,9 @@ def open_dataset(name: str, vocab_size: int = 0, tokenizer: str = "auto") -> Dat
     splits = {split: Split(found, vocab_size) for split, found in paths.items()}
     max_ids = 256 ** max(shard.itemsize for held in splits.values() for shard in held.shards)
     if own_size and own_size > max_ids:
-        raise ValueError(f"{folder}/meta.pkl speaks of a vocabulary of {own_size:,}, and ids above {max_ids - 1:,} do "
-                         "not fit the type of its tokens: make the data anew with python prepare_data.py, whose shards "
-                         "are as wide as it takes")
+        raise ValueError(f"{folder}/meta.pkl has a vocabulary of {own_size:,} tokens, but ids above {max_ids - 1:,} do "
+                         "not fit the type of its tokens: make the data again with python prepare_data.py, which takes "
+                         "a wider type")
     summary = [[shard["sha256"] for shard in manifest.get("shards", [])],
                [(split, path.name, int(length), files.edge_hash(path)) for split, held in splits.items()
                 for path, length in zip(held.paths, held.lengths)]]
@@ -277,7 +277,8 @@ def list_shards(folder: Path) -> tuple[dict[str, list[Path]], dict[str, Any]]:
         _ = [(index(held["documents"]), index(held["tokens"])) for held in manifest.get("splits", {}).values()]
         _ = manifest.get("arguments", {}).items()
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{folder}/dataset.json is not ours: {error} was not understood") from None
+        raise ValueError(f"{folder}/dataset.json was not written by prepare_data.py: {error} was not "
+                         "understood") from None
     return paths, manifest
 
 
@@ -342,7 +343,7 @@ def _verify_shard(path: Path, vocab_size: int, eot_id: int | None, manifest: dic
         if tokens.dtype != np.dtype(manifest["dtype"]):
             faults.append(f"{path} holds {tokens.dtype}, and dataset.json says {manifest['dtype']}")
         if digest.hexdigest() != listed["sha256"]:
-            faults.append(f"{path} is not what was written: its SHA-256 differs from that in dataset.json")
+            faults.append(f"{path} has changed since it was written: its SHA-256 differs from that in dataset.json")
     return faults, num_eot
 
 

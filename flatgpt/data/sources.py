@@ -51,7 +51,7 @@ class SourceConfig:
         return []
 
     def conflicts(self, given: Collection[str]) -> list[str]:
-        """Which of the given keys say nothing of the source that is named."""
+        """Which of the given keys have no effect on the source that is named."""
         if not (self.input or self.dataset in SOURCES) or hub_name(self):
             return []
         return [f"{key} is for data sets of the hub" for key in ("subset", "split", "revision") if key in given]
@@ -124,7 +124,7 @@ def python_parts(keys: tuple[str, ...]) -> list[Part]:
 
 @lru_cache(maxsize=1)
 def download(url: str) -> bytes:
-    """A file from the network. Raises OSError with the way out."""
+    """Download a file. Raises OSError, which says what to do without a network."""
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
             return response.read()

@@ -42,7 +42,7 @@ class SplitRule:
 
 
 def digest_of(utf8: bytes) -> bytes:
-    """16 bytes of the SHA-256 of a document's text: only duplicates share them."""
+    """16 bytes of the SHA-256 of a document's text; only duplicates have the same digest."""
     return hashlib.sha256(utf8).digest()[:DIGEST_BYTES]
 
 

@@ -5,11 +5,11 @@
         rank_00000_of_00002_1f0c22a9/        shards, progress.json, with dedupe the digests of its documents
         rank_00001_of_00002_1f0c22a9/
 
-Owns who may work there, what may be taken up again, and the last step, `publish`: when every rank's progress.json says
+Owns who may work there, what may be continued, and the last step, `publish`: when every rank's progress.json says
 `done`, rank 0 moves the shards up, writes dataset.json and renames the folder. There is no process group: the ranks see
 each other's files, so that a late or a resumed one needs nobody to be there.
 
-Invariants: data/NAME is there whole or not at all; the last part of the names stands for the arguments, so that work
+Invariants: data/NAME exists only when it is complete; the last part of the names stands for the arguments, so that work
 begun with others is never taken up; finished shards of others are never removed.
 """
 
@@ -41,8 +41,8 @@ COUNTS = {"documents": "document", "bytes": "byte", "empty_documents": "empty do
           "documents_with_replaced_bytes": "replaced text"}  # of dataset.json -> in words
 FILES = {  # of dataset.json -> how it is said of which files
     "bad_records": "dropped, because broken", "empty_documents": "dropped, because empty",
-    "duplicate_documents": "dropped, because there already",
-    "replaced_bytes": "warning: bytes that are no text, replaced by U+FFFD",
+    "duplicate_documents": "dropped, because duplicate",
+    "replaced_bytes": "warning: bytes that are not valid text, replaced by U+FFFD",
     "unknown_tokens": "warning: tokens for text that the tokenizer does not know",
     "nul_characters": "warning: NULs in the text, as of UTF-16 without a byte order mark"}
 UNCOMPARED = ("input", "skip_bad")  # arguments that may differ: what they lead to is the same, or was counted
@@ -75,8 +75,8 @@ class StagingFolder:
         for begun in self.folder.glob("rank_*"):
             if any(begun.glob("*.bin")) and not begun.name.endswith(self._of_all):
                 self._compare(self.folder, begun / "progress.json")
-                raise ValueError(f"{self.folder} was begun by another number of processes ({begun.name}): go on with "
-                                 "that, or remove it")
+                raise ValueError(f"{self.folder} was begun by another number of processes ({begun.name}): use that "
+                                 "number again, or remove the folder")
 
     def _compare(self, folder: Path, record: Path) -> None:
         """Raises ValueError unless `record`, a JSON file, says that folder is made with our arguments."""
@@ -92,7 +92,7 @@ class StagingFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep a second run off this rank's work. Raises OSError when there is one."""
+        """Lock this rank's work against a second run. Raises OSError when another run holds the lock."""
         self.target.parent.mkdir(exist_ok=True)
         held = FileLock(self.target.with_name(f".{self.target.name}.{self.rank}.lock"), timeout=0)
         try:
@@ -215,7 +215,7 @@ def arguments_in(record: Path) -> dict[str, Any]:
 
 
 def wait_for(missing: Callable[[], list[str]]) -> None:
-    """Return when nothing is missing any more; print now and then what is."""
+    """Wait until nothing is missing any more; print now and then what is missing."""
     began = said = time.monotonic()
     while what := missing():
         if time.monotonic() - said > 30:
@@ -244,9 +244,9 @@ def describe(target: Path, manifest: dict[str, Any]) -> str:
                      + (f" (the first: {manifest['first_fault']})" if what == "bad_records" else ""))
     lines += [f"warning: no document fell in the {split} split: give a larger --{split}_fraction"
               for split, held in manifest["splits"].items() if not held["tokens"]]
-    lines += [f"warning: the {split} split is a single token, and one predicts nothing: give "
+    lines += [f"warning: the {split} split has one token, but a loss takes two: give "
               + ("more text" if split == "train" else f"more text, or a larger --{split}_fraction")
               for split, held in manifest["splits"].items() if held["tokens"] == 1]
     if manifest["documents"] > 1 and has_tokenizer(target) and load_tokenizer(target).eot_id is None:
-        lines.append("note: nothing stands between the documents, for the tokenizer has no end-of-text token")
+        lines.append("note: nothing separates the documents, because the tokenizer has no end-of-text token")
     return "\n".join(lines)

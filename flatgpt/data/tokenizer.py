@@ -165,7 +165,8 @@ def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenize
 def check_kind(kind: str) -> None:
     """Raises ValueError for a kind that `make_tokenizer` cannot know."""
     if not (kind in KINDS or follow_link(Path(kind)).is_dir() or HUB_ID.fullmatch(kind)):
-        raise ValueError(f"tokenizer={kind!r} is none of {', '.join(KINDS)}, no folder, and no hub id (owner/name)")
+        raise ValueError(f"tokenizer={kind!r} is not one of {', '.join(KINDS)}, not a folder, and not a hub id "
+                         "(owner/name)")
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -178,7 +179,7 @@ def no_tokenizer(folder: Path) -> str:
     others = ", ".join(path.name for path in sorted(folder.glob("*")) if path.suffix in (".model", ".tiktoken")
                        or path.name in ("vocab.txt", "tekken.json"))
     return f"{folder} holds no tokenizer: neither tokenizer.json nor vocab.json and merges.txt" + (
-        f"; {others} is one of another make, of which transformers writes a tokenizer.json: AutoTokenizer."
+        f"; {others} has another format, which transformers converts to a tokenizer.json: AutoTokenizer."
         f"from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})" if others else "")
 
 
@@ -221,7 +222,7 @@ def _read_vocab_and_merges(folder: Path) -> HFTokenizer:
     try:
         model = models.BPE.from_file(str(vocab), str(merges))
     except Exception as error:  # tokenizers raises nothing more specific
-        raise ValueError(f"{vocab} and {merges} are no tokenizer: {error}") from None
+        raise ValueError(f"{vocab} and {merges} are not a tokenizer: {error}") from None
     return _byte_level(model, EOT if model.token_to_id(EOT) is not None else None)
 
 

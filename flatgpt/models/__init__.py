@@ -2,7 +2,7 @@
 
     language_model.py  what every model has: loss, generation, files
     fused.py           the head and its loss in chunks, the recomputed activation: less memory, the same results
-    positions.py       the formulas of RoPE, ALiBi and sinusoids
+    positions.py       positional encodings: the formulas of RoPE, ALiBi and sinusoids
     generate.py        caches, the loop that streams tokens, the decoding step as a CUDA graph
     sampling.py        logits -> the next token
     baselines.py       bigram, MLP and recurrent models to measure a GPT against; build, which makes any model

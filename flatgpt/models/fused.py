@@ -1,4 +1,4 @@
-"""What saves memory in training and changes no result: the head with its loss, and the MLP's second half.
+"""Code that saves memory in training and changes no result: the head with its loss, and the MLP's second half.
 
 Owns two autograd functions, the activations, and the sizes of the chunks. It knows tensors and layers, but no model.
 

@@ -31,8 +31,8 @@ def find_model(init_from: str, out_dir: str) -> tuple[Path, str]:
     """Where the model lies that these options name (see weights.resolve), and what to call it: of a run, with the
     checkpoint. Raises FileNotFoundError, also for a run folder that is not there: it is not looked for on the hub."""
     if init_from == "resume" and not Path(out_dir).is_dir():
-        raise FileNotFoundError(f"there is no run folder {out_dir}: --out_dir names one that train.py has made, "
-                                "--init_from another model")
+        raise FileNotFoundError(f"there is no run folder {out_dir}: --out_dir takes one that train.py has made, "
+                                "--init_from any other model")
     source = out_dir if init_from == "resume" else init_from
     path = weights.resolve(source)
     return path, f"{source} ({path.name})" if path.parent.name == "checkpoints" else source
@@ -83,7 +83,7 @@ def encode(tokenizer: Tokenizer, prompt: str) -> torch.Tensor:
     """Ids (1, T) of the prompt, at least one: see Tokenizer.encode_prompt. Raises ValueError for text that cannot be
     encoded."""
     if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise ValueError("the prompt is no valid text: the terminal did not send it as UTF-8")
+        raise ValueError("the prompt is not valid text: the terminal did not send it as UTF-8")
     return torch.from_numpy(tokenizer.encode_prompt(prompt).astype(np.int64))[None, :]
 
 
@@ -160,7 +160,7 @@ def draw_windows(data: Mixture, split: str, num_seqs: int, num_tokens: int, seed
     splits = data.splits(split)
     for name, held in splits.items():
         if (longest := int(held.lengths.max(initial=0))) <= num_tokens:
-            raise ValueError(f"the {split} split of {name} has {longest} tokens in its longest shard, and a prompt "
-                             f"with what follows takes {num_tokens}: lower --max_new_tokens or --prompt_tokens")
+            raise ValueError(f"the {split} split of {name} has {longest} tokens in its longest shard, but a prompt "
+                             f"with its continuation takes {num_tokens}: lower --max_new_tokens or --prompt_tokens")
     orders = [TrainOrder(held, num_tokens, seed) for held in splits.values()]
     return MixedOrder(orders, data.shares).batch(0, num_seqs)[0]

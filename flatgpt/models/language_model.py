@@ -90,7 +90,7 @@ class LanguageModel(nn.Module):
         return total - (self.wpe.weight.numel() if non_embedding and getattr(self, "wpe", None) else 0)
 
     def set_attention(self, backend: str) -> None:
-        """Use one of model.AttentionBackend in all blocks."""
+        """Use one of the kernels in model.AttentionBackend in all blocks."""
         for block in self.h:
             block.attn.backend = backend
 

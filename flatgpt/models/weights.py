@@ -69,8 +69,8 @@ def resolve(source: str) -> Path:
     if path.is_dir():
         folder = path if (path / "config.json").is_file() else best_checkpoint(path) or newest_checkpoint(path)
         if folder and not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{folder} has no config.json: it is no whole checkpoint; copy it again, or name "
-                                    "another with --init_from")
+            raise FileNotFoundError(f"{folder} has no config.json: it is not a complete checkpoint; copy it again, or "
+                                    "choose another with --init_from")
         if folder:
             return folder.resolve()  # the checkpoint itself: a run that is under way moves the link
         if (path / "ckpt.pt").is_file():  # nanoGPT's out_dir
@@ -105,7 +105,7 @@ def load_huggingface(folder: Path) -> tuple[GPTConfig, State]:
         read_config, rename = readers[kind]
         values, faults = read_config(settings)
         if faults:
-            raise ValueError(f"{path} asks for what there is not here: {', '.join(faults)}")
+            raise ValueError(f"{path} asks for features that flatGPT does not have: {', '.join(faults)}")
         config = _make_config(path, values)
         state = rename(config, _read_safetensors(folder))
         if kind == "gpt2":
@@ -223,7 +223,7 @@ def read_nanogpt(path: Path) -> dict:
                              "loaded, because such a file can run code") from None
         with open(path, "rb") as file:
             raise ValueError(f"{path} is not a readable PyTorch checkpoint: its {path.stat().st_size:,} bytes, which "
-                             f"begin with {file.read(16)!r}, are cut off, or something else") from None
+                             f"begin with {file.read(16)!r}, are incomplete or of another kind") from None
     parts = [checkpoint.get(key) for key in ("model", "model_args")] if isinstance(checkpoint, dict) else [None]
     if not all(isinstance(part, dict) for part in parts):
         raise ValueError(f"{path} is not nanoGPT's: a dictionary with 'model' and 'model_args' was expected")
@@ -254,7 +254,7 @@ def _finish(config: GPTConfig, state: State, path: Path) -> State:
     if config.tie_embeddings:
         head = state.pop("lm_head.weight", None)
         if head is not None and not torch.equal(head, state.setdefault("wte.weight", head)):
-            raise ValueError(f"{path}: the head differs from the token table, and config.json says that they are one")
+            raise ValueError(f"{path}: the head differs from the token table, but config.json says that they are tied")
     wanted = shapes(config)
     for name in TABLES:
         if name in state and name in wanted:

@@ -73,7 +73,7 @@ async def chart_library(request: Request) -> Response:
 
 
 async def refuse(request: Request, error: Exception) -> JSONAnswer:
-    """An error as the page and OpenAI's clients read it. What nobody foresaw is told on the terminal alone."""
+    """An error as the page and OpenAI's clients read it. Unexpected errors are printed on the terminal only."""
     if isinstance(error, HTTPException):
         return error_response(error.status_code, str(error.detail))
     return error_response(500, "The server failed; its terminal shows why.")
@@ -128,7 +128,7 @@ class Feed:
             await anyio.sleep(POLL_S)
 
     def new(self) -> Iterator[str]:
-        """The events that there are now."""
+        """The events since the last call."""
         lines = {line["id"]: line for line in self._runs.refresh()}
         if changed := [line for run_id, line in lines.items() if self._sent.get(run_id) != line]:
             yield event("runs", changed)
@@ -164,7 +164,7 @@ def event(name: str, value: Any) -> str:
 
 
 class Guard:
-    """Lets pass what this server's own pages and other programs ask, and adds HEADERS to each answer."""
+    """Lets requests of this server's own pages and of other programs pass, and adds HEADERS to each answer."""
 
     def __init__(self, app: ASGIApp, host: str, token: str):
         self._app, self._token = app, token
@@ -212,7 +212,7 @@ class Guard:
             return False
 
     def _welcome(self, request: Request) -> Response | None:
-        """None for who has the token; the first link's becomes a cookie."""
+        """None for a request with the token. A token in the address of the first link becomes a cookie."""
         if not self._token:
             return None
         bearer = request.headers.get("authorization", "").removeprefix("Bearer ")

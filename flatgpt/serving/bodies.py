@@ -1,4 +1,4 @@
-"""What a client posts, checked, and what it is told when that will not do.
+"""What a client posts, checked, and the error that it gets when that is not valid.
 
 Owns the way from a body to a dataclass, and from an exception to a status with a sentence. The shape of an error is the
 one that OpenAI's client reads: {"error": {"message": ..., "type": ..., "code": ...}}.
@@ -92,7 +92,7 @@ class JSONAnswer(Response):
 
 
 def in_words(error: Exception) -> tuple[int, str]:
-    """The status and the sentence for what went wrong. What nobody foresaw goes to the server's standard error."""
+    """The status and the sentence for an error. Unexpected errors are printed on the server's standard error."""
     for kind, status in ((UnknownModel, 404), (Busy, 429), (Stopping, 503), (ValueError, 400), (OSError, 400),
                          (ClientDisconnect, 400)):
         if isinstance(error, kind):
@@ -100,7 +100,7 @@ def in_words(error: Exception) -> tuple[int, str]:
     if isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error)):  # torch's
         return 503, "the server's memory is full: ask for fewer tokens, or for a smaller model"
     traceback.print_exception(error, file=sys.stderr)
-    return 500, "something went wrong in the server; what it was stands in the terminal where serve.py runs"
+    return 500, "the server failed; the terminal where serve.py runs shows why"
 
 
 def error_body(status: int, message: str) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def answering(handle: Callable[[Request], Awaitable[Response]]) -> Callable[[Req
 
 
 async def first_of(results: AsyncIterator[T]) -> AsyncIterator[T]:
-    """The same results, of which the first is there: what fails before it can still be answered with a status."""
+    """The same results, the first one already computed: an error before it can still be answered with a status."""
     try:
         head = [await anext(results)]
     except StopAsyncIteration:

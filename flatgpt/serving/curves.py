@@ -139,5 +139,5 @@ def number(value: Any) -> float:
 
 
 def plain(value: Any) -> float | int | None:
-    """A number as JSON can hold it, else None."""
+    """A number that JSON can hold, else None."""
     return value if math.isfinite(number(value)) else None

@@ -36,7 +36,7 @@ POLL_S = 0.2  # seconds between looks whether a client that waits is still there
 
 
 class Busy(Exception):
-    """As many requests wait as may."""
+    """The queue of waiting requests is full."""
 
 
 class UnknownModel(Exception):
@@ -67,7 +67,7 @@ class Work:
         self.loop, self.results = asyncio.get_running_loop(), asyncio.Queue()
 
     def give(self, result: Any) -> None:
-        """From the engine's thread to the request's."""
+        """Hand a result from the engine's thread to the request's."""
         try:
             self.loop.call_soon_threadsafe(self.results.put_nowait, result)
         except RuntimeError:  # the loop has ended, and so has the server
@@ -177,7 +177,7 @@ class Engine:
                 self.active.popleft()
 
     def _step(self, work: Work) -> bool:
-        """Whether there is more to do."""
+        """Run one step of a request; return whether it has more to do."""
         if work.is_given_up:
             work.steps = None  # closes what it iterates over
             return False
@@ -194,6 +194,6 @@ class Engine:
 
 
 def shown(folder: Path) -> str:
-    """A folder as seen from the one that the server was started in."""
+    """A folder's path relative to the folder in which the server was started."""
     folder, here = folder.absolute(), Path.cwd()
     return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)

@@ -1,10 +1,10 @@
-"""The Look-inside view's side of the server: what a model makes of a prompt.
+"""The server's part of the "Look inside" view: what a model computes for a prompt.
 
     POST /api/tokens      the prompt as the tokenizer cuts it, with ids, and how surprised the model was by each
     POST /api/attention   where each position of the prompt looks, in one head of one layer
     POST /api/neighbors   the tokens whose embeddings point most nearly the same way
 
-The numbers are loaded.py's; here they get their names.
+loaded.py computes the numbers; this module puts them into JSON.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A model in memory, and all that the server asks of it: text, scores, attention, neighbors.
+"""A model in memory, and everything that the server computes with it: text, scores, attention, neighbors.
 
-Owns how a model gets there, how large a request may be, and the numbers that are read from it. Everything that takes
+Owns how a model is loaded, how large a request may be, and which numbers are computed. Everything that takes
 long is an iterator, a step at a time, so that the engine's thread can do other work between. It is the only module of
 the server that imports torch.
 
@@ -41,7 +41,7 @@ MAX_SHOWN = 512  # tokens of a prompt that is looked into: attention is T^2 numb
 
 @cache
 def this_job(device: str) -> Job:
-    """The one job of the thread that runs the models. Raises ValueError for a device that is not here."""
+    """The Job of the thread that runs the models. Raises ValueError for a device that this machine does not have."""
     return distributed.init_job(DeviceConfig(device), alone=True).__enter__()
 
 
@@ -63,7 +63,7 @@ class Step(NamedTuple):
     stages: list[Stage]
 
     def candidates(self, num_rows: int) -> Candidates:
-        """Of the first row."""
+        """The candidates of the first row."""
         return candidates(self.stages, self.tokens, num_rows)
 
     def scores(self, top: int) -> Scores:
@@ -72,7 +72,7 @@ class Step(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What a model thought of tokens (B, T) that came, in nats."""
+    """How likely a model found the tokens (B, T) that came, in nats."""
 
     log_probs: torch.Tensor  # (B, T)
     top_ids: torch.Tensor  # (B, T, K): the likeliest tokens at each place, likeliest first
@@ -95,7 +95,7 @@ def score_logits(logits: torch.Tensor, tokens: torch.Tensor, top: int) -> Scores
 
 def refuse_nan(logits: torch.Tensor) -> None:
     if logits.isnan().any():
-        raise ValueError("what this model computes are no numbers (NaN): it has diverged in its training")
+        raise ValueError("this model computes NaN: its training diverged")
 
 
 def version(path: Path) -> tuple[Path, int, int]:
@@ -123,7 +123,7 @@ class Loaded:
         """The ids of a prompt, of which there is at least one. Raises ValueError."""
         if isinstance(prompt, str):
             if any("\ud800" <= character <= "\udfff" for character in prompt):
-                raise ValueError("the prompt is no valid text: it holds half of a surrogate pair")
+                raise ValueError("the prompt is not valid text: it holds half of a surrogate pair")
             return inference.encode(self.tokenizer, prompt)[0].tolist()
         vocab_size = self.model.config.vocab_size
         if any(not 0 <= (bad := i) < vocab_size for i in prompt):
@@ -139,8 +139,8 @@ class Loaded:
     def batch_size(self, num_tokens: int) -> int:
         """How many rows of so many tokens, prompt and new ones, make a batch. Raises ValueError for a row too long."""
         if num_tokens > MAX_TOKENS:
-            raise ValueError(f"the prompt and what is to be written take {num_tokens:,} tokens, and at most "
-                             f"{MAX_TOKENS:,} are read: shorten the prompt, or ask for fewer tokens")
+            raise ValueError(f"the prompt and the new tokens take {num_tokens:,} tokens, and at most "
+                             f"{MAX_TOKENS:,} are allowed: shorten the prompt, or ask for fewer tokens")
         c = self.model.config
         positions = min(num_tokens, c.max_positions or num_tokens)
         row_bytes = 2 * c.n_layer * c.num_kv_heads * (c.n_embd // c.n_head) * positions * self.model.head.itemsize

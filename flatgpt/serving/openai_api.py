@@ -179,7 +179,7 @@ def complete(body: CompletionBody) -> Callable[[Loaded], Iterator[list[dict[str,
         total = body.n * sum(len(ids) + body.max_tokens for _, ids in prompts)
         if total > MAX_ANSWER_TOKENS:
             raise ValueError(f"the request takes {total:,} tokens, prompts included, and at most "
-                             f"{MAX_ANSWER_TOKENS:,} are answered at a time: send it in parts")
+                             f"{MAX_ANSWER_TOKENS:,} are allowed in one request: send it in parts")
         writers = [Writer(i * body.n + k, *prompt, body, loaded.tokenizer)
                    for i, prompt in enumerate(prompts) for k in range(body.n)]
         for batch in batches(loaded, writers, body.max_tokens):

@@ -295,14 +295,14 @@ def read_options(path: Path) -> dict[str, Any]:
 
 
 def host_of(folder: Path) -> str:
-    """Where the run was last started; "" when it does not say."""
+    """The host on which the run was last started; "" when the run does not say."""
     with contextlib.suppress(LookupError, TypeError):
         return str(_read_small(folder / "launch.json")["ranks"][0]["host"])
     return ""
 
 
 def _read_small(path: Path) -> dict[str, Any]:
-    """{} for what is missing, no JSON object, or far too long for what it should be."""
+    """The JSON object in a small file; {} if the file is missing, much too long, or something else."""
     with contextlib.suppress(OSError, ValueError):
         if path.is_file() and path.stat().st_size <= MAX_OPTIONS_BYTES:
             return files.read_json(path)
@@ -310,7 +310,7 @@ def _read_small(path: Path) -> dict[str, Any]:
 
 
 def _version(path: Path) -> tuple[int, int] | None:
-    """Size and time of the last change; None for what is not there, or no file."""
+    """Size and time of the last change of a file; None if there is no such file, or something else in its place."""
     with contextlib.suppress(OSError):
         status = path.stat()
         return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None

@@ -1,4 +1,4 @@
-"""The Write view's side of the server: which models there are, and text as it is written, token by token.
+"""The server's part of the "Write" view: which models there are, and text as it is written, token by token.
 
     GET  /api/models     {"models": [Choice, ...]}
     POST /api/generate   a line of JSON for the prompt's ids, one for each token, one for the end
@@ -59,7 +59,7 @@ class GenerateBody:
 
 
 def generate(body: GenerateBody) -> Callable[[Loaded], Iterator[dict[str, Any]]]:
-    """The work, which gives the lines. It raises ValueError for what cannot be before the first."""
+    """The work of a request: yields the lines. Raises ValueError for a bad request before the first line."""
 
     def lines(loaded: Loaded) -> Iterator[dict[str, Any]]:
         sampler = loaded.sampler(body.temperature, body.top_k, body.top_p, body.min_p, body.repetition_penalty)

@@ -2,10 +2,10 @@
 
     device.py       which device, number type and attention kernel
     distributed.py  process groups, DDP and FSDP, compiling, reductions; hosts.py, how several hosts find each other
-    optim.py        AdamW, Muon, learning rates, bad steps
+    optim.py        AdamW, Muon, the learning rate of each step, bad steps
     setup.py        a run's data, and its model on the device
-    preflight.py    what a run will take, said before its first step
-    checkpoint.py   the run folder: lock, find, save, delete; resume.py, what a run goes on from
+    preflight.py    what a run will need, printed before its first step
+    checkpoint.py   the run folder: lock, find, save, delete; resume.py, how a run continues from one
     metrics.py      what is reported; terminal.py, its line on a terminal
-    trackers.py     wandb and TensorBoard; plots.py, curves of several runs
+    trackers.py     wandb and TensorBoard; plots.py, curves and pictures of runs, for the report page
 """

@@ -62,9 +62,9 @@ class RunConfig:
     resume: Literal["auto", "must", "never"] = "auto"  # auto: go on from the newest checkpoint in out_dir, if any
     overwrite: bool = False  # with resume=never: delete the run that is in out_dir
     save_interval: int = 0  # steps between checkpoints; 0 = at each evaluation
-    always_save_checkpoint: bool = True  # False: of the evaluations, only those with the best val loss save
+    always_save_checkpoint: bool = True  # False: after an evaluation save only if its val loss is the best so far
     keep_last: int = 3  # checkpoints kept besides the best; 0 = all
-    keep_every: int = 0  # keep those of every so many steps as well; 0 = no more than keep_last says
+    keep_every: int = 0  # also keep the checkpoints at multiples of this step; 0 = only keep_last
 
     def validate(self) -> list[str]:
         faults = failed_rules(
@@ -76,7 +76,7 @@ class RunConfig:
 
 
 class RunFolder:
-    """The folder `config.out_dir`; `log` gets what there is to tell a person. Rank 0 alone reads and writes in it."""
+    """The folder `config.out_dir`; `log` prints a line for the user. Only rank 0 reads and writes the folder."""
 
     def __init__(self, config: RunConfig, job: Job, log: Callable[[str], None] = print):
         self.config, self.path = config, Path(config.out_dir)
@@ -106,8 +106,9 @@ class RunFolder:
         if self.config.resume != "never" and max(newest) > newest[0]:
             there = f"that of step {newest[0]}" if newest[0] >= 0 else "none"
             holder = self._job.name(newest.index(max(newest)))
-            raise ValueError(f"{holder} finds step {max(newest)}'s checkpoint in {self.path}, {self._job.name(0)}, "
-                             f"who is to read it, {there}: copy the folder to rank 0's node, or share it")
+            raise ValueError(f"{holder} finds the checkpoint of step {max(newest)} in {self.path}, but "
+                             f"{self._job.name(0)}, which has to read it, finds {there}: copy the folder to rank 0's "
+                             "node, or share it")
 
         return distributed.on_rank0(lambda: self.state_in(self.find(lock)), self._job)
 
@@ -250,12 +251,12 @@ class RunFolder:
 
     @property
     def is_saving(self) -> bool:
-        """Whether a save has begun that nobody has been told the end of."""
+        """Whether a save has begun whose result `poll` has not reported yet."""
         return self._writing is not None
 
     @property
     def gave_up(self) -> bool:
-        """Whether so many saves in a row have failed that the run should stop."""
+        """Whether MAX_FAILED_SAVES saves in a row have failed, so that the run should stop."""
         return len(self._failures) >= MAX_FAILED_SAVES
 
     def finish(self) -> None:
@@ -300,7 +301,7 @@ class RunFolder:
         os.rename(folder, final)
 
     def _link(self, name: str, folder: Path) -> None:
-        """Point a link at a checkpoint, where the disk has links."""
+        """Point a link at a checkpoint, if the disk supports links."""
         fresh = self.checkpoints / f".{name}"
         try:
             fresh.unlink(missing_ok=True)
@@ -309,7 +310,7 @@ class RunFolder:
         except (OSError, NotImplementedError) as error:
             self._warnings.setdefault("links", (
                 f"the links best and latest could not be made in {self.checkpoints} ({_reason(error)}); going on "
-                "without: every script here finds the best and the newest checkpoint by itself"))
+                "without them: flatGPT's scripts find the best and the newest checkpoint by themselves"))
 
     def retire_after(self, folder: Path) -> None:
         """Delete the checkpoints newer than this one, which the run has gone back to: a start takes the newest."""
@@ -341,7 +342,7 @@ def _name(step: int) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Without the names of files, which go with OSErrors."""
+    """An error as text, without the file names that an OSError adds."""
     return getattr(error, "strerror", None) or str(error)
 
 

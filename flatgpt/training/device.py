@@ -1,5 +1,5 @@
-"""Which device, which number type for its matrix products, and which attention kernel: what `auto` means, and what a
-device has.
+"""Which device a run uses, which number type for matrix products, and which attention kernel: what `auto` means, and
+what a device supports.
 
 Owns the options that name a device. On a CPU a short trial of the model decides what `auto` means, since a processor
 that has instructions for bfloat16 may be slower with them all the same. A run records the choice in its options, so
@@ -35,11 +35,11 @@ CLEARLY_FASTER = 0.9  # of the other's time: a smaller difference may be noise
 
 @dataclass
 class DeviceConfig:
-    """Where and in what numbers"""
+    """Device and number type"""
 
     device: str = "auto"  # cuda, cuda:1, mps, cpu; auto = the best there is
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto = 16 bits where faster
-    deterministic: bool = False  # the same bits on every run on CUDA too, for some speed (a CPU always gives them)
+    deterministic: bool = False  # on CUDA too, every run gives the same bits, at some cost in speed (a CPU always does)
 
     def validate(self) -> list[str]:
         is_device = re.fullmatch(r"auto|cpu|mps|cuda(:\d\d?)?", self.device)
@@ -58,8 +58,8 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         device = torch.device("cuda", local_rank)
     if device.type == "cuda" and device.index >= torch.cuda.device_count():
         raise ValueError(f"there is no {device} here, only {torch.cuda.device_count()} GPUs: start no more "
-                         "processes a node than it has GPUs (--nproc_per_node), or, where each process is shown one "
-                         "of its own, add --device=cuda:0")
+                         "processes a node than it has GPUs (--nproc_per_node), or, if each process sees only its "
+                         "own GPU, add --device=cuda:0")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"device={name!r}, but this machine has no MPS: use --device=cpu")
     return device
@@ -95,7 +95,7 @@ def pick_attention(name: str, device: torch.device, dtype: torch.dtype, block_si
 
 
 class Numerics(NamedTuple):
-    """What a model computes in."""
+    """The number type and the attention kernel that a model computes with."""
 
     dtype: torch.dtype
     attention: str
@@ -193,7 +193,7 @@ def _flash3_fault(device: torch.device, dtype: torch.dtype) -> str:
     if dtype == torch.float32:
         return "FlashAttention-3 is for dtype=bfloat16 and float16"
     if torch.are_deterministic_algorithms_enabled():
-        return "FlashAttention-3's backward pass does not give the same bits each time, as deterministic=True wants"
+        return "FlashAttention-3's backward pass does not give the same bits each time, as deterministic=True needs"
     try:
         from flash_attn_interface import flash_attn_func
     except ImportError as error:
@@ -214,6 +214,6 @@ def _flash3_fault(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """What a compiler or a driver throws, as far as a person reads it."""
+    """The type and the first line of an error, for a message."""
     return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
 

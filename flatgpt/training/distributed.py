@@ -37,7 +37,7 @@ FILE_TIMEOUT_S = 3600  # that the others wait while rank 0 reads, verifies or wr
 class ParallelConfig:
     """Several processes"""
 
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # ddp: each holds the whole model; fsdp: each a part of it (FSDP2)
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # ddp: each process holds the whole model; fsdp: a part (FSDP2)
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # of torch.distributed; auto = nccl on CUDA, else gloo
     timeout_s: int = 600  # seconds that a rank waits for the others before it gives up, and torchrun restarts all
 
@@ -64,7 +64,7 @@ class Job:
     def set_dtype(self, dtype: torch.dtype) -> None:
         """Raises ValueError where the layout does not go with it."""
         if self.parallel == "fsdp" and dtype == torch.float16:
-            raise ValueError("dtype=float16 does not go with parallel=fsdp, over whose parts no loss scaler looks: "
+            raise ValueError("dtype=float16 does not work with parallel=fsdp, which has no loss scaler here: "
                              "use --dtype=bfloat16 or float32")
         self.dtype = dtype
 
@@ -195,7 +195,7 @@ def wrap(model: nn.Module, job: Job, batch_size: int) -> nn.Module:
 
 
 def _try_pass(wrapped: nn.Module, model: nn.Module, job: Job, batch_size: int) -> None:
-    """A forward and backward pass over zeros, whose gradients are forgotten."""
+    """A forward and backward pass over zeros; its gradients are dropped."""
     nothing = torch.zeros(batch_size, model.config.block_size, dtype=torch.long, device=job.device)
     try:
         with job.autocast():
@@ -294,7 +294,7 @@ def compile_in_place(model: nn.Module, **how: Any) -> None:
 
 
 def eager(model: nn.Module) -> contextlib.AbstractContextManager:
-    """In here the model runs without what was compiled of it: the compiler would make it anew for each new length."""
+    """Within this context the model runs uncompiled; torch.compile would compile again for each new length."""
     return torch.compiler.set_stance("force_eager") if model.is_compiled else contextlib.nullcontext()
 
 
@@ -362,7 +362,7 @@ def on_rank0(do: Callable[[], T], job: Job) -> T:
     finally:
         dist.broadcast_object_list(box, group=job.cpu_group)
     if box[1] and job.hosts[job.rank] != job.hosts[0]:
-        raise OSError(f"{job.name(0)} has failed: its screen says why")
+        raise OSError(f"{job.name(0)} has failed: its own output says why")
     if box[1]:
         sys.exit(2)
     return box[0]

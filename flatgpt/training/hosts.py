@@ -1,7 +1,7 @@
-"""The hosts of a job: how its processes find each other before torch connects them, and what is said, with the hosts'
-names, when they do not, or when a connection is lost.
+"""The hosts of a job: how its processes find each other before torch connects them, and the messages, with the hosts'
+names, for when they do not find each other, or a connection is lost.
 
-Owns every word about hosts, addresses and interfaces. docs/hosts.md has what was made to happen between two of them.
+Owns every message about hosts, addresses and interfaces. docs/hosts.md lists the failures that were tested.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def meet(job: Job, where: str, timeout: datetime.timedelta) -> dist.Store:
     Raises OSError where they would wait in vain: the store is out of reach, a rank does not come, or gloo would listen
     on a host's loopback, whose ranks torch would keep waiting for five times the timeout."""
     me, (address, _, port) = socket.gethostname(), where.rpartition(":")
-    hint = (f"every host has to reach rank 0 there; where {address} does not lead to its host, start torchrun on that "
-            "with --local-addr=ADDRESS") if launcher.UNDER_TORCHRUN else (
+    hint = (f"every host has to reach rank 0 there; if {address} does not lead to its host, start torchrun on that "
+            "host with --local-addr=ADDRESS") if launcher.UNDER_TORCHRUN else (
             f"the environment has {launcher.rank_variables()}: {launcher.HOW_TO_START}")
     deadline_s = time.monotonic() + timeout.total_seconds()
     while job.rank > 0:
@@ -58,12 +58,12 @@ def meet(job: Job, where: str, timeout: datetime.timedelta) -> dist.Store:
         if job.rank == 0:
             store.wait(heard, timeout)  # it may end with this process
     except dist.DistError as error:
-        raise OSError(f"rank {job.rank} on {me} did not meet the others at {where} ({one_line(error)}), whose screens "
+        raise OSError(f"rank {job.rank} on {me} did not meet the others at {where} ({one_line(error)}), whose output "
                       f"may say why: {hint}") from None
     if len(set(job.hosts)) > 1 and (deaf := sorted(set(filter(_is_loopback, job.hosts)))):
-        raise OSError(f"the processes cannot reach each other: {', '.join(deaf)} listens on loopback alone, since its "
-                      f"own name leads there (/etc/hosts), or to no address it has: {NAME_INTERFACE}, or correct the "
-                      "name")
+        raise OSError(f"the processes cannot reach each other: {', '.join(deaf)} listens only on loopback, because its "
+                      f"own name leads there (/etc/hosts), or to an address that it does not have: {NAME_INTERFACE}, "
+                      "or correct the name")
     return store
 
 
@@ -88,7 +88,7 @@ def _is_loopback(host: str) -> bool:
 
 @contextlib.contextmanager
 def deadline(seconds: float, job: Job) -> Iterator[None]:
-    """What lasts longer in here ends the process: a rank that waits for connections in gloo hears of no failure."""
+    """End the process if the block takes longer: a rank that waits for connections in gloo learns of no failure."""
 
     def end() -> None:
         sys.stderr.write(f"error: {_cannot_connect(job, f'nothing heard for {seconds:.0f} s')}\n")
@@ -106,7 +106,7 @@ def deadline(seconds: float, job: Job) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lost_connections(job: Job) -> Iterator[None]:
-    """What torch says of a connection that broke, in one line that names hosts. Raises OSError."""
+    """Turn torch's error about a broken connection into an OSError of one line, which names the hosts."""
     try:
         yield
     except RuntimeError as error:
@@ -118,8 +118,8 @@ def lost_connections(job: Job) -> Iterator[None]:
             raise
         others = sorted(set(job.hosts) - {job.hosts[job.rank]}) or ["the other processes"]
         raise OSError(f"{job.name(job.rank)} lost the connection to {', '.join(others)}: {reason}. What was saved is "
-                      "intact: torchrun --max-restarts=3 starts all again by itself, else give the same command again "
-                      "on every host") from None
+                      "intact: torchrun --max-restarts=3 starts all processes again by itself; without it, give the "
+                      "same command again on every host") from None
 
 
 def _cannot_connect(job: Job, reason: str) -> str:

@@ -56,11 +56,11 @@ class LogConfig:
 
     log_interval: int = 1  # steps between reports of the training loss
     wandb_log: bool = False  # report to Weights & Biases as well
-    wandb_project: str = "owt"  # project there
-    wandb_run_name: str = "gpt2"  # name of the run there
+    wandb_project: str = "owt"  # Weights & Biases project
+    wandb_run_name: str = "gpt2"  # name of the run in Weights & Biases
     tensorboard: bool = False  # write event files for TensorBoard to out_dir/tensorboard as well
-    sample_interval: int = 0  # steps between samples of what the model writes by itself; 0 = never
-    sample_tokens: int = 100  # tokens in each
+    sample_interval: int = 0  # steps between text samples from the model; 0 = never
+    sample_tokens: int = 100  # tokens in each sample
 
     def validate(self) -> list[str]:
         return failed_rules(self, ("log_interval", self.log_interval > 0, "positive"),
@@ -78,7 +78,7 @@ def flops_per_token(model: LanguageModel) -> int:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Of one device; None when it is not in the table."""
+    """The peak floating-point operations per second of one device; None when it is not in the table."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}(?!\w)(?!.*\bMIG\b)", name)), None)
 
@@ -201,7 +201,7 @@ class Reporter:
 
     @contextlib.contextmanager
     def excluded(self) -> Iterator[None]:
-        """Time in here does not count as training."""
+        """Time within this context does not count as training."""
         if self._job.device.type == "cuda":
             torch.cuda.synchronize(self._job.device)  # the steps that are still under way do count
         began = time.perf_counter()
@@ -215,7 +215,7 @@ class Reporter:
         self._since, self._excluded_s, self._tokens_since = time.perf_counter(), 0.0, 0
 
     def count(self, tokens: int) -> None:
-        """A step over `tokens` was made (not waited for)."""
+        """Count a step over `tokens`, which the device may still be computing."""
         self._tokens_since += tokens
         if self._line is not None:
             self._line.advance()

@@ -32,12 +32,12 @@ class OptimConfig:
     muon_momentum: float = 0.95  # decay of Muon's mean of gradients, a step (Nesterov)
     grad_clip: float = 1.0  # largest global gradient norm; 0 = no clipping
     decay_lr: bool = True  # warm up, then follow the schedule; False = learning_rate throughout
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # after the warm-up; wsd: stay, then linear
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # decay after warm-up; wsd: stay, then linear
     warmup_iters: int = 2000  # steps of linear warm-up
     lr_decay_iters: int = 600000  # step at which min_lr is reached; usually max_iters
     decay_fraction: float = 0.2  # the last part of lr_decay_iters, in which wsd decays
     min_lr: float = 6e-5  # learning rate at the end of the decay; usually learning_rate / 10
-    spike_sigma: float = 0.0  # skip an update whose gradient norm is so many deviations above the usual; 0 = never
+    spike_sigma: float = 0.0  # skip an update if its gradient norm is this many deviations above normal; 0 = never
     max_bad_steps: int = 10  # skipped updates in a row after which the run goes back to its last good checkpoint
 
     def validate(self) -> list[str]:
@@ -76,18 +76,18 @@ def learning_rate(step: int, config: OptimConfig) -> float:
 
 
 def schedule_warnings(config: OptimConfig, max_iters: int) -> Iterator[str]:
-    """What nobody can want of the learning rate in a run of so many steps."""
+    """Warnings about learning-rate options that make no sense in a run of max_iters steps."""
     c = config
     if not c.decay_lr or not max_iters:
         return
     if max_iters <= c.warmup_iters:
-        yield (f"the learning rate rises for {c.warmup_iters:,} steps, and the run has {max_iters:,}: it will learn "
-               "next to nothing; lower --warmup_iters")
+        yield (f"the learning rate rises for {c.warmup_iters:,} steps, but the run has only {max_iters:,}: it will "
+               "learn almost nothing; lower --warmup_iters")
     if c.schedule == "constant":
         return
     if c.min_lr > c.learning_rate:
-        yield (f"the decay is a rise: min_lr={c.min_lr:g} is above learning_rate={c.learning_rate:g}; lower it, say "
-               f"--min_lr={c.learning_rate / 10:g}")
+        yield (f"the learning rate will rise instead of decay: min_lr={c.min_lr:g} is above "
+               f"learning_rate={c.learning_rate:g}; lower it, say --min_lr={c.learning_rate / 10:g}")
     if c.lr_decay_iters <= c.warmup_iters < max_iters:
         yield (f"the learning rate falls to min_lr={c.min_lr:g} at once after the warm-up: lr_decay_iters="
                f"{c.lr_decay_iters:,} is not above warmup_iters={c.warmup_iters:,}; raise it, say "
@@ -98,7 +98,7 @@ def schedule_warnings(config: OptimConfig, max_iters: int) -> Iterator[str]:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """AdamW's; Muon's keeps its proportion to that."""
+    """Set AdamW's learning rate, and Muon's in proportion to it."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_ratio"]
 

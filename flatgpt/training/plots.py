@@ -1,4 +1,4 @@
-"""What a run folder has to show: its numbers as curves, and pictures of several runs in one.
+"""The curves of a run folder, and pictures of several runs in one.
 
 Owns what the lines of metrics.jsonl mean as curves: null is a gap. A run of more than MAX_POINTS reports is
 drawn through the means of neighbouring ones, in a band from their lowest to their highest. The validation loss is that
@@ -97,7 +97,7 @@ class Run:
         self.curves["whole/val/loss"] = self._curve([r for r in self.evaluated if "val/sampled_loss" in r], "val/loss")
 
     def events(self) -> list[tuple[str, Record]]:
-        """What happened to the run, one of run_folder.EVENTS' values each, with the record that tells."""
+        """The events of the run: for each its kind, a value of run_folder.EVENTS, and its record."""
         return [(kind, record) for record in self.records for key, kind in run_folder.EVENTS.items() if key in record]
 
     def place(self, record: Record, x: str) -> float:
@@ -211,7 +211,7 @@ def picture_of(picture: Picture, runs: list[Run]) -> Figure | None:
 
 
 def dashes(index: int) -> tuple[float, ...]:
-    """Of the run of that number: on, off; nothing for a line without gaps."""
+    """The dash pattern (on, off) of the run with this number; empty for a solid line."""
     return DASHES[index // len(COLOURS) % len(DASHES)]
 
 
@@ -261,7 +261,7 @@ def _draw_run(axes: Axes, picture: Picture, run: Run, x_scale: float, style: dic
 
 
 def _explain_signs(axes: Axes, runs: list[Run]) -> None:
-    """In grey, for any run."""
+    """Add a legend, in grey, for the signs that all runs share."""
     signs = {"training": {"alpha": 0.45}, "validation": OF_VALIDATION, "validation, whole split": OF_WHOLE_SPLIT,
              **OF_EVENTS}
     seen = {kind for run in runs for kind, _ in run.events()} | {
@@ -272,7 +272,7 @@ def _explain_signs(axes: Axes, runs: list[Run]) -> None:
 
 
 def _name_runs(figure: Figure, labels: list[str], strokes: list[Line2D]) -> None:
-    """Below the axes, in as many columns as there is room for, and the picture as much higher."""
+    """Add the runs' names below the axes, in as many columns as fit, and make the picture higher by that."""
     names = [shorten(label).replace("$", r"\$") for label in labels]  # matplotlib would read formulas between two $
     columns = max(1, min(len(names), 72 // (max(map(len, names)) + 6)))
     figure.set_figheight(figure.get_figheight() + 0.21 * math.ceil(len(names) / columns))

@@ -1,4 +1,4 @@
-"""What a run will take, said before its first step: tokens, memory, disk, the links between ranks; and what will fail.
+"""What a run will need, printed before its first step: tokens, memory, disk, links between ranks; and what will fail.
 
 The estimates count what grows with the model and the batch, and are meant to be right within a few tens of percent:
 enough to see on the first screen that a run cannot end well.
@@ -55,10 +55,10 @@ def report(model: LanguageModel, plan: BatchPlan, epochs: str, run: RunFolder, e
            f"kept on the disk, {size(free)} free for {run.path}")
     yield from (f"warning: {line}" for line in schedule_warnings(optim, max_iters))
     if run.config.keep_every % save_interval:
-        yield (f"warning: keep_every={run.config.keep_every} finds a checkpoint only where it meets the saves, one in "
+        yield (f"warning: keep_every={run.config.keep_every} keeps only steps that are saved, and the run saves every "
                f"{save_interval} steps: set a multiple of that")
     if copy > free_memory_bytes():
-        yield "warning: the host's memory will not hold the copy that is saved: use a machine with more"
+        yield "warning: the host's memory will not hold the copy that is saved: use a machine with more memory"
     if checkpoint * (kept - len(run.steps())) > free:
         yield "warning: the disk will be full before the end: lower --keep_last, or choose another --out_dir"
     if job.world_size > 1:
@@ -134,7 +134,7 @@ def _fits_gpu(trial: LanguageModel, job: Job, micro_batch: int, num_bytes: int) 
 
 
 def memory_room(job: Job) -> float:
-    """What a rank may come to hold of a GPU; elsewhere its share of what is free on the host, with what it has."""
+    """Bytes that a rank may use: of its GPU, else what it holds and its share of what is free on the host."""
     if job.device.type == "cuda":
         return torch.cuda.get_device_properties(job.device).total_memory
     processes = launcher.ranks().local_world_size
@@ -177,7 +177,7 @@ def state_bytes(model: LanguageModel, plan: BatchPlan, job: Job) -> int:
 
 
 def activation_bytes(model: LanguageModel, micro_batch: int, job: Job) -> int:
-    """Of what a micro-batch keeps for its backward pass, and of the largest chunk of logits."""
+    """Bytes that a micro-batch keeps for its backward pass, and of the largest chunk of logits."""
     c = model.config
     rows = micro_batch * c.block_size
     if not model.h:
@@ -206,7 +206,7 @@ def _activation_bytes_without_blocks(model: LanguageModel, rows: int, job: Job) 
 
 
 def _head_bytes(model: LanguageModel, rows: int, job: Job) -> int:
-    """Of the head's gradient, and of the logits that exist at a time."""
+    """Bytes of the head's gradient, and of the logits that exist at a time."""
     chunk = fused.LOGITS_CHUNK_BYTES_CUDA if job.device.type == "cuda" else fused.LOGITS_CHUNK_BYTES
     softmax = 4 * fused.SOFTMAX_ELEMENTS if job.device.type == "cpu" else 3 * chunk
     return 4 * model.head.numel() + min(chunk + softmax, 8 * rows * model.config.padded_vocab_size)
@@ -220,7 +220,7 @@ def checkpoints_kept(run: RunFolder, save_interval: int, max_iters: int) -> int:
 
 
 def free_bytes(folder: Path) -> int:
-    """On the disk that a folder lies on, or will."""
+    """Free bytes on the disk of a folder that exists or will be made."""
     folder = folder.absolute()
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 

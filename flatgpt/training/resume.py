@@ -1,5 +1,5 @@
-"""What a run goes on from: its numbers, weights and optimiser as a checkpoint has them, and whether the command still
-asks for the same run.
+"""How a run continues from a checkpoint: it loads the numbers, weights and optimiser state, and checks that the command
+still describes the same run.
 
 Rank 0 reads; the other ranks get their part of each tensor from it. checkpoint.py finds the folder and writes the next.
 """
@@ -74,7 +74,7 @@ def check_same_run(trainer: Mapping[str, Any], now: Mapping[str, Any], defaults:
 
 def load_training_state(trainer: Mapping[str, Any], model: LanguageModel, optimizer: torch.optim.Optimizer,
                         scaler: torch.amp.GradScaler, spike_detector: SpikeDetector, job: Job) -> None:
-    """Bring all but the weights to where a checkpoint has it: rank 0 reads, the others get it from there."""
+    """Load everything but the weights from a checkpoint: rank 0 reads it, the other ranks get it from rank 0."""
     state = read_optimizer(trainer["folder"]) if job.rank == 0 else None
     if distributed.on_rank0(lambda: bool(state), job):
         optim.load_optimizer_state(optimizer, model, state, partial(distributed.from_rank0, job=job))
@@ -96,7 +96,7 @@ def read_optimizer(folder: str | Path) -> dict[str, torch.Tensor]:
 
 def roll_back(run: RunFolder, now: Progress, fault: str, model: LanguageModel, optimizer: torch.optim.Optimizer,
               scaler: torch.amp.GradScaler, spike_detector: SpikeDetector, job: Job) -> Progress:
-    """Back to the last good checkpoint, and on with the data behind what was bad. Raises as `_last_good`."""
+    """Go back to the last good checkpoint, and continue with the data after the bad steps. Raises as `_last_good`."""
     trainer = distributed.on_rank0(partial(_last_good, run, now, fault), job)
     state = LanguageModel.from_pretrained(trainer["folder"]).state_dict() if job.rank == 0 else None
     distributed.on_rank0(lambda: None, job)  # reading may take longer than a rank waits for tensors

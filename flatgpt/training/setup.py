@@ -1,5 +1,5 @@
-"""What a run is built of before its first step: its data, and its model on the device, in the numbers that it computes
-in.
+"""What a run builds before its first step: its data, and its model on the device, in the number type that it computes
+with.
 
 Rank 0 reads the weights or makes them, and decides what `auto` means; the other ranks get their part from it.
 """
@@ -21,17 +21,17 @@ from model import GPTConfig, LanguageModel
 
 
 def open_data(config: DataConfig, vocab_size: int, sample_interval: int, log: Callable[[str], None]) -> Mixture:
-    """The data sets of a run. Raises ValueError for those that no run can train on, or write its samples with."""
+    """The data sets of a run. Raises ValueError if a run cannot train on them, or cannot show samples as text."""
     data = open_mixture(config.dataset, vocab_size, config.tokenizer)
     if data.vocab_size == UNKNOWN_VOCAB_SIZE:
-        raise ValueError(f"{config.dataset} holds 32-bit tokens and does not say of which vocabulary: add "
+        raise ValueError(f"{config.dataset} holds 32-bit tokens and does not say how large the vocabulary is: add "
                          "--vocab_size=N")
     if sample_interval and data.tokenizer is None:
         raise ValueError(f"sample_interval={sample_interval} needs a tokenizer, and {config.dataset} has none: "
                          "--tokenizer=gpt2 says that it is GPT-2's")
     if data.tokenizer is None:
-        log(f"no tokenizer is known for {config.dataset}: the run learns its ids alone, and sample.py will have no "
-            "text to show")
+        log(f"no tokenizer is known for {config.dataset}: the run trains on token ids, and sample.py cannot show "
+            "them as text")
     return data
 
 

@@ -29,7 +29,7 @@ class ProgressLine:
         self._arrange()
 
     def advance(self) -> None:
-        """A step was made."""
+        """Count one step."""
         self._bar.update(1)
 
     def trained(self, loss: float, tokens_per_sec: float) -> None:
@@ -55,7 +55,7 @@ class ProgressLine:
 
 
 class Mean:
-    """A running mean, in which what was before has a weight between 0 and 1."""
+    """A running mean, in which the earlier values have a weight between 0 and 1."""
 
     def __init__(self, weight: float):
         self._weight, self._sum, self._total = weight, 0.0, 0.0
@@ -68,7 +68,7 @@ class Mean:
 
 
 def arrow(trend: float) -> str:
-    """Of a trend; a sign where the terminal's encoding has no arrows."""
+    """An arrow for a trend; - = + where the terminal's encoding has no arrows."""
     return ("↓→↑" if can_encode("↓→↑") else "-=+")[1 + (trend > 0) - (trend < 0)]
 
 

@@ -22,7 +22,7 @@ from flatgpt.training.device import one_line
 
 
 class Trackers:
-    """All that a run was asked to report to. `log` gets what there is to tell a person."""
+    """All services that a run reports to. `log` prints a line for the user."""
 
     def __init__(self, log: Callable[[str], None]):
         self._log = log
@@ -67,7 +67,7 @@ class Wandb:
         mode = wandb.setup().settings.mode  # of the environment, or of wandb's own files
         if mode == "online" and not wandb.login(prompt=False, verify=False):
             mode = "offline"
-            log(f"wandb knows no key: the run is kept in {folder}/wandb, for `wandb sync` to upload")
+            log(f"wandb has no API key: the run is kept in {folder}/wandb, for `wandb sync` to upload")
         try:
             self._run = wandb.init(mode=mode, **how)
         except wandb.errors.Error as error:

@@ -474,9 +474,9 @@ def test_saving_what_was_saved_changes_nothing(ours, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "content", "words"), [
-    ("tokenizer.model", "", r"neither .* tokenizer\.model is one of another make.*save_pretrained"),
-    ("vocab.txt", "", r"neither .* vocab\.txt is one of another make.*save_pretrained"),
-    ("vocab.json", "{}", r"merges\.txt are no tokenizer"),
+    ("tokenizer.model", "", r"neither .* tokenizer\.model has another format.*save_pretrained"),
+    ("vocab.txt", "", r"neither .* vocab\.txt has another format.*save_pretrained"),
+    ("vocab.json", "{}", r"merges\.txt are not a tokenizer"),
     ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "without any token"),
     ("tokenizer.json", '{"model": {"type": "Unigram", "vocab": []}}', "without any token"),
     ("tokenizer.json", '{"model": {"type": "WordLevel", "vocab": {}, "unk_token": "x"}}', "without any token"),
@@ -516,7 +516,7 @@ def test_text_without_tokens_is_refused_by_file_and_line_or_dropped_and_counted(
     assert "21 documents" in first
     assert "2 broken records" in first
     assert files[0].startswith("dropped, because broken: a.jsonl 1, b.txt 1 (the first: texts/a.jsonl:21")
-    assert note == "note: nothing stands between the documents, for the tokenizer has no end-of-text token"
+    assert note == "note: nothing separates the documents, because the tokenizer has no end-of-text token"
     assert cli("prepare_data", "--verify=data/all").code == 0
 
 
@@ -526,7 +526,7 @@ def test_unknown_tokens_are_counted(cli):
     made = cli("prepare_data", "--input=texts.jsonl", "--tokenizer=words", "--name=made")
     assert made.code == 0, made.err
     assert "tokens for text that the tokenizer does not know: texts.jsonl 20" in made.out
-    assert "nothing stands between" not in made.out
+    assert "nothing separates" not in made.out
     assert json.loads(Path("data/made/dataset.json").read_text())["unknown_tokens"] == 20
 
 

@@ -76,14 +76,14 @@ def test_other_formats_of_the_hub_are_read_too(hub):
 
 
 @pytest.mark.parametrize(("contents", "options", "words"), [
-    (PLAIN, {"split": "nosuch"}, "no split 'nosuch', but train, validation"),
+    (PLAIN, {"split": "nosuch"}, "no split 'nosuch', only train, validation"),
     (PLAIN, {"split": "all"}, "'all'"), (PLAIN, {"split": "train+validation"}, "'train+validation'"),
     (PLAIN, {"subset": "xx"}, "BuilderConfig 'xx' not found"),
-    (PLAIN, {"text_column": "body"}, "hub/corpus has no column 'body', but id, text; --text_column names the one"),
+    (PLAIN, {"text_column": "body"}, "hub/corpus has no column 'body', only id, text; --text_column=NAME says"),
     (PLAIN, {"text_column": "id"}, "column 'id' holds int64, not text"),
     (LANGUAGES, {"text_column": "body"}, "Please pick one among the available configs: ['en', 'de']"),
     (LANGUAGES, {"subset": "fr"}, "BuilderConfig 'fr' not found. Available: ['en', 'de']"),
-    (LANGUAGES, {"subset": "en"}, "has no column 'text', but id, body"),
+    (LANGUAGES, {"subset": "en"}, "has no column 'text', only id, body"),
     ({"corpus.py": "open('ran', 'w')"}, {}, "could not open the data set 'hub/corpus'")])
 def test_what_a_data_set_lacks_is_one_line(cli, refused, hub, contents, options, words):
     arguments = [f"--{key}={value}" for key, value in options.items()]
@@ -135,7 +135,7 @@ def test_a_pointer_or_a_pattern_in_a_hub_folder_is_said(hub):
     found, [fault] = read(find_parts(SourceConfig(hf=half)))
     assert found == ["one"]
     assert "train-1.parquet is a Git LFS pointer" in fault
-    with pytest.raises(OSError, match=r"datasets takes \[ \] \* \? in a folder's name for a pattern: rename it"):
+    with pytest.raises(OSError, match=r"datasets reads \[ \] \* \? in a folder's name as a pattern: rename it"):
         find_parts(SourceConfig(hf=hub({"train.parquet": parquet(["one"])}, "corpus [1]")))
 
 

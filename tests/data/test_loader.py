@@ -273,7 +273,7 @@ def test_beyond_the_last_window_is_padding():
 
 
 def test_a_split_without_a_target_is_refused():
-    with pytest.raises(ValueError, match="of the two tokens"):
+    with pytest.raises(ValueError, match="an evaluation takes two tokens, and it has 1;"):
         EvalOrder(split_of([1, 0, 1]), 4)
 
 

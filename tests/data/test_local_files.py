@@ -371,7 +371,7 @@ def test_a_page_in_the_place_of_a_download_is_called_one(ending):
     for page in (b"<!DOCTYPE html>\n<html>404</html>", b"\n <HTML><head>", b"\xef\xbb\xbf<!doctype HTML>"):
         write(f"a{ending}", page)
         assert read(local_parts(f"a{ending}", "text")) == ([], [
-            f"a{ending} is an HTML page, as a failed download leaves one: download it again"])
+            f"a{ending} is an HTML page, probably from a failed download: download it again"])
     assert texts_in(write("a.md", "<!DOCTYPE html>\n")) == ["<!DOCTYPE html>\n"]  # there it is a text
 
 
@@ -467,7 +467,7 @@ def test_a_line_that_holds_no_text_is_named(line, words):
 
 def test_a_column_that_is_not_there_or_holds_no_text_is_refused():
     write("a.parquet", parquet(TEXTS, "body"))
-    with pytest.raises(ValueError, match=r"a\.parquet has no column 'text', but id, body; --text_column names"):
+    with pytest.raises(ValueError, match=r"a\.parquet has no column 'text', only id, body; --text_column=NAME says"):
         texts_in("a.parquet")
     with pytest.raises(ValueError, match=r"a\.parquet: column 'id' holds int64, not text"):
         texts_in("a.parquet", "id")

@@ -63,8 +63,8 @@ def header(*words: int) -> bytes:
     ("train_000000.bin", header(20240520, 1, 3) + b"12345678", "torn.* 1,030 bytes.* 1,032"),
     ("train_000000.bin", header(20240520, 1, 3)[:500], "torn"),
     ("train_000000.bin", header(20240801, 7, 3) + b"123456", "torn.* 1,036 bytes"),
-    ("train_000000.bin", header(20240520, 2, 1) + b"12", "version 2 .* 1 "),
-    ("train_000000.bin", header(20240801, 1, 1) + b"1234", "version 1 .* 7 "),
+    ("train_000000.bin", header(20240520, 2, 1) + b"12", "version 2 .* only version 1"),
+    ("train_000000.bin", header(20240801, 1, 1) + b"1234", "version 1 .* only version 7"),
     ("train_000000.bin", header(12345, 1, 1) + b"12", "magic number is 12345.* 20240520, 20240801"),
     ("train_000000.bin", b"", "magic number is missing"),
     ("train_000000.bin", POINTER, "is a Git LFS pointer, not the file itself: `git lfs pull`"),
@@ -304,7 +304,7 @@ def test_a_missing_data_set_names_the_command_that_makes_it(tmp_path, monkeypatc
 @pytest.mark.parametrize("manifest", ['{}', '{"shards": []}', '{"shards": [{"split": "train"}], "tokenizer": {}}'])
 def test_a_manifest_that_is_not_ours_is_named(tiny_data, manifest):
     (tiny_data / "dataset.json").write_text(manifest)
-    with pytest.raises(ValueError, match=r"dataset\.json is not ours"):
+    with pytest.raises(ValueError, match=r"dataset\.json was not written by prepare_data\.py"):
         open_dataset("tiny")
 
 
@@ -341,7 +341,7 @@ def test_what_was_written_is_sound(cli, sound):
     for name in ("sound", "data/sound", sound):
         result = cli("prepare_data", f"--verify={name}")
         assert result.code == 0
-        assert result.out.strip().endswith(f"is sound: {count} shards")
+        assert result.out.strip().endswith(f"is intact: {count} shards")
 
 
 def patch(path: Path, at: int, new: bytes) -> None:
@@ -365,9 +365,9 @@ def change(path: Path, *keys: str | int, to: object) -> None:
 
 DAMAGE = {  # what is done to the folder -> the lines that --verify prints
     "a flipped byte": (lambda folder: patch(folder / "train_000002.bin", -2, b"\x01"),
-                       [r"train_000002\.bin is not what was written: its SHA-256 differs"]),
+                       [r"train_000002\.bin has changed since it was written: its SHA-256 differs"]),
     "a changed header": (lambda folder: patch(folder / "train_000002.bin", 1000, b"\x01"),
-                         [r"train_000002\.bin is not what was written: its SHA-256 differs"]),
+                         [r"train_000002\.bin has changed since it was written: its SHA-256 differs"]),
     "a wrong count": (lambda folder: patch(folder / "val_000000.bin", 8, struct.pack("<i", 77)),
                       [r"val_000000\.bin is torn: its header counts 77 tokens", "the val split has 0 end-of-text"]),
     "a torn tail": (lambda folder: os.truncate(folder / "train_000001.bin", 2001),
@@ -376,7 +376,7 @@ DAMAGE = {  # what is done to the folder -> the lines that --verify prints
                         [r"train_000001\.bin is not a token shard", "the train split has"]),
     "an id out of range": (lambda folder: patch(folder / "train_000001.bin", 1024 + 2 * 345, b"\x01\x01"),
                            [r"train_000001\.bin: token id 257 at position 345 is outside the vocabulary of 257",
-                            r"train_000001\.bin is not what was written"]),
+                            r"train_000001\.bin has changed since it was written"]),
     "a missing shard": (lambda folder: (folder / "train_000001.bin").unlink(),
                         [r"No such file or directory: .*train_000001\.bin", "the train split has"]),
     "a stray shard": (lambda folder: shutil.copy(folder / "train_000000.bin", folder / "train_000099.bin"),
@@ -406,7 +406,7 @@ def test_each_kind_of_damage_is_found_and_named(cli, sound, kind):
     result = cli("prepare_data", "--verify=sound")
     lines = result.out.strip().splitlines()
     assert result.code == 2
-    assert result.err.strip() == f"error: data/sound is not sound: {plural(len(expected), 'fault')}, listed above"
+    assert result.err.strip() == f"error: data/sound is damaged: {plural(len(expected), 'fault')}, listed above"
     assert len(lines) == len(expected), lines
     for line, words in zip(lines, expected):
         assert re.search(words, line), line
@@ -417,23 +417,23 @@ def test_all_faults_of_a_folder_are_listed(cli, sound):
     for kind in ("a flipped byte", "an id out of range", "a stray shard", "a wrong number of documents"):
         DAMAGE[kind][0](sound)
     result = cli("prepare_data", "--verify=sound")
-    assert "not sound: 5 faults" in result.err
+    assert "damaged: 5 faults" in result.err
     for name in ("train_000001.bin", "train_000002.bin", "train_000099.bin", "the val split"):
         assert name in result.out
 
 
 def test_folders_of_others_are_checked_for_what_they_say(cli, refused, tmp_path):
     llmc, nano = llmc_folder(tmp_path / "llmc"), nanogpt_folder(tmp_path / "nano", CHARS)
-    assert "llmc is sound: 3 shards" in cli("prepare_data", f"--verify={llmc}").out
-    assert "nano is sound: 2 shards" in cli("prepare_data", f"--verify={nano}").out
+    assert "llmc is intact: 3 shards" in cli("prepare_data", f"--verify={llmc}").out
+    assert "nano is intact: 2 shards" in cli("prepare_data", f"--verify={nano}").out
     np.array([0, 1, 3], dtype=np.uint16).tofile(nano / "train.bin")
-    assert "not sound: 1 fault" in refused("prepare_data", f"--verify={nano}")
+    assert "damaged: 1 fault" in refused("prepare_data", f"--verify={nano}")
     result = cli("prepare_data", f"--verify={nano}")
     assert "train.bin: token id 3 at position 2 is outside the vocabulary of 3" in result.out
     write_shard(llmc / "fineweb_train_000002.bin", np.array([50256, 50257]))
     os.truncate(llmc / "fineweb_val_000000.bin", 1027)
     result = cli("prepare_data", f"--verify={llmc}")
-    assert "not sound: 2 faults" in result.err
+    assert "damaged: 2 faults" in result.err
     assert "fineweb_train_000002.bin: token id 50257 at position 1" in result.out
     assert "fineweb_val_000000.bin is torn" in result.out
 

@@ -314,7 +314,7 @@ def test_vocab_and_merges_of_an_older_gpt2_give_the_ids_that_transformers_gives(
         assert ours.encode(text).tolist() == theirs(text).input_ids
         assert ours.decode(ours.encode(text)) == text
     (tmp_path / "merges.txt").unlink()
-    with pytest.raises(ValueError, match=r"merges\.txt are no tokenizer"):
+    with pytest.raises(ValueError, match=r"merges\.txt are not a tokenizer"):
         load_tokenizer(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""What a model makes of a prompt, against transformers and plain formulas."""
+"""What a model computes for a prompt, against transformers and plain formulas."""
 
 import math
 from pathlib import Path

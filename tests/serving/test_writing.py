@@ -99,7 +99,7 @@ def test_the_models_are_the_runs_checkpoints_and_those_named(client):
     ({"model": LAST, "promt": "a"}, 400, "unknown key 'promt'; did you mean 'prompt'?"),
     ({"model": LAST, "written": [1, 257]}, 400, "token id 257 is outside the vocabulary: 0 to 256"),
     ({"model": LAST, "written": [[1]]}, 400, "written=[[1]] must be a list, each item a whole number"),
-    ({"model": LAST, "prompt": "\ud800"}, 400, "the prompt is no valid text"),
+    ({"model": LAST, "prompt": "\ud800"}, 400, "the prompt is not valid text"),
     ({"model": LAST, "max_new_tokens": 10**9}, 400, "take 1,000,000,001 tokens"),
     ({"model": LAST, "prompt": "x" * 10**7}, 413, "A request may have 4 MB"),
 ])

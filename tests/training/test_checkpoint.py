@@ -198,7 +198,7 @@ def test_what_is_in_the_way_of_a_link_or_a_deletion_costs_a_warning_and_no_save(
         save(run, parts, step)
     assert [line for line in said if line.startswith("warning")] == [
         f"warning: the links best and latest could not be made in {run.checkpoints} (Is a directory); going on "
-        "without: every script here finds the best and the newest checkpoint by itself",
+        "without them: flatGPT's scripts find the best and the newest checkpoint by themselves",
         f"warning: {run.checkpoints / 'step_00000002'} could not be deleted: Permission denied; going on"]
 
 

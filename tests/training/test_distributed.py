@@ -246,7 +246,7 @@ def meet_on_two_hosts(address_of_east: str):
 @pytest.mark.parametrize("address", ["127.0.1.1", "::1"])
 def test_a_host_that_is_known_by_loopback_is_named_on_all(address):
     for message in on_ranks(2, meet_on_two_hosts, address):
-        assert f"east ({address}) listens on loopback alone" in message
+        assert f"east ({address}) listens only on loopback" in message
         assert "GLOO_SOCKET_IFNAME=NAME NCCL_SOCKET_IFNAME=NAME" in message
         assert "west" not in message
 
@@ -254,7 +254,7 @@ def test_a_host_that_is_known_by_loopback_is_named_on_all(address):
 def test_another_host_hears_where_to_read_why_rank_0_failed():
     east, west = on_ranks(2, meet_on_two_hosts, "eth0")
     assert east == "division by zero"
-    assert west == "rank 0 on east (eth0) has failed: its screen says why"
+    assert west == "rank 0 on east (eth0) has failed: its own output says why"
 
 
 def test_a_connection_that_breaks_is_one_line_with_the_hosts_and_no_defect_is_taken_for_one():
@@ -327,7 +327,7 @@ def test_validation_loss_does_not_depend_on_the_layout(tmp_path, layout):
 
 def test_float16_is_refused_with_fsdp(monkeypatch):
     monkeypatch.setattr(distributed, "pick_dtype", lambda name, device: torch.float16)
-    with pytest.raises(ValueError, match="dtype=float16 does not go with parallel=fsdp"), join("fsdp"):
+    with pytest.raises(ValueError, match="dtype=float16 does not work with parallel=fsdp"), join("fsdp"):
         pass
 
 

@@ -300,7 +300,7 @@ def test_what_only_rank_0_finds_is_pointed_to_on_the_other_host(launch, data):
     runs = launch()
     assert 0 not in wait_for_all(runs, 100).values()
     lines = sorted(errors(run)[0] for run in runs.values())
-    assert "has failed: its screen says why" in lines[0]
+    assert "has failed: its own output says why" in lines[0]
     assert "out" in lines[1]
 
 

@@ -250,12 +250,12 @@ def test_the_first_steps_only_teach_and_ripples_of_an_even_run_are_no_spikes():
 
 
 @pytest.mark.parametrize(("options", "max_iters", "words"), [
-    ({"learning_rate": 1e-5}, 20, "the decay is a rise: min_lr=6e-05 is above learning_rate=1e-05; lower it, say "
-                                  "--min_lr=1e-06"),
-    ({"learning_rate": 1e-5, "schedule": "linear"}, 20, "the decay is a rise"),
-    ({"learning_rate": 1e-5, "schedule": "wsd"}, 20, "the decay is a rise"),
+    ({"learning_rate": 1e-5}, 20, "the learning rate will rise instead of decay: min_lr=6e-05 is above "
+                                  "learning_rate=1e-05; lower it, say --min_lr=1e-06"),
+    ({"learning_rate": 1e-5, "schedule": "linear"}, 20, "the learning rate will rise instead of decay"),
+    ({"learning_rate": 1e-5, "schedule": "wsd"}, 20, "the learning rate will rise instead of decay"),
     ({"learning_rate": 1e-5, "schedule": "constant"}, 20, None), ({"learning_rate": 1e-5, "decay_lr": False}, 20, None),
-    ({"warmup_iters": 20}, 20, "rises for 20 steps, and the run has 20"),
+    ({"warmup_iters": 20}, 20, "rises for 20 steps, but the run has only 20"),
     ({"warmup_iters": 20, "decay_lr": False}, 20, None),
     ({"warmup_iters": 10, "lr_decay_iters": 10}, 20, "at once after the warm-up: lr_decay_iters=10 is not above"),
     ({"warmup_iters": 10, "lr_decay_iters": 10, "schedule": "constant"}, 20, None),

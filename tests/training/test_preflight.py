@@ -209,7 +209,7 @@ def test_the_program_itself_is_part_of_the_forecast(tmp_path, monkeypatch):
 def test_a_checkpoint_kept_for_good_has_to_be_one_that_is_saved(tmp_path):
     assert warnings(report(tmp_path, keep_every=50)) == []
     line, = warnings(report(tmp_path, keep_every=25))
-    assert line.startswith("warning: keep_every=25 finds a checkpoint only where it meets the saves, one in 10 steps")
+    assert line.startswith("warning: keep_every=25 keeps only steps that are saved, and the run saves every 10 steps")
 
 
 def test_batch_size_0_is_reported_and_kept_by_a_resume(cli, tiny_data, monkeypatch):

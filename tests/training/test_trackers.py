@@ -287,5 +287,5 @@ def test_without_a_server_the_run_is_kept_on_the_disk(tiny_data, tmp_path):
 def test_without_a_key_nobody_is_asked_for_one_even_at_a_terminal(tiny_data, tmp_path):
     command = shlex.join(["env", "-u", "WANDB_MODE", sys.executable, str(ROOT / "train.py"), *RUN, "--wandb_log=True"])
     subprocess.run(["script", "-qec", command, "log"], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL, timeout=120)
-    assert "wandb knows no key: the run is kept in out/tiny/wandb" in (tmp_path / "log").read_text()
+    assert "wandb has no API key: the run is kept in out/tiny/wandb" in (tmp_path / "log").read_text()
     assert curves(wandb_history(wandb_files()[0])) == curves(records_of(TINY))
