@@ -220,7 +220,8 @@ def test_of_half_a_copy_what_is_whole_is_used_and_what_is_not_is_named(cli, orig
         (checkpoints / "step_00000006" / name).unlink()
     (checkpoints / "step_00000007").mkdir()
     assert "(step_00000002)" in cli("sample", "--out_dir=out/copy", "--num_samples=1", "--device=cpu").out
-    assert cli("export", "--run=out/copy", "--to=ex", "--checkpoint=latest").out.startswith("made the model folder ex from step 5 of")
+    out = cli("export", "--run=out/copy", "--to=ex", "--checkpoint=latest").out
+    assert out.startswith("made the model folder ex from step 5 of")
     for name in lost:
         (checkpoints / "step_00000002" / name).unlink(missing_ok=True)
     if lost != ["training/trainer.json"]:
