@@ -497,15 +497,18 @@ def test_so_many_values_are_made_ahead_and_no_more():
 
 
 def test_closing_waits_for_the_value_under_way_and_drops_the_others():
-    made, go_on = [], threading.Event()
+    made, is_under_way, go_on = [], threading.Event(), threading.Event()
 
     def make(a: int) -> int:
         made.append(a)
-        assert a == 0 or go_on.wait(10)
+        if a == 1:
+            is_under_way.set()
+            assert go_on.wait(10)
         return a
 
     values = prefetch(make, itertools.count(), depth=3)
     assert next(values) == 0
+    assert is_under_way.wait(10)
     threading.Timer(0.1, go_on.set).start()
     values.close()
     assert made == [0, 1]
