@@ -112,7 +112,8 @@ def test_readmes_commands_run_and_shakespeare_reaches_its_loss(cli, clone, monke
     "--input=flatgpt --name=python_stdlib --tokenizer=bpe --vocab_size=2048",
     pytest.param("python_stdlib", marks=pytest.mark.soak)])
 def test_make_demo_ends_with_a_sample(clone, data):
-    out = shell(f"make --no-print-directory -o .venv/.run demo PY={shlex.quote(sys.executable)} DATA={shlex.quote(data)} "
+    python = shlex.quote(sys.executable)
+    out = shell(f"make --no-print-directory -o .venv/.run demo PY={python} DATA={shlex.quote(data)} "
                 "ARGS='--max_iters=20 --eval_iters=1'", clone)
     assert "data/python_stdlib" in out
     written = re.split(r"parameters on cpu, torch\.\w+\n", out)[1].split("def __init__(self,")[1:]
