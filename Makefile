@@ -24,7 +24,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
 
 test-fast: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal tests/data tests/models tests/test_model.py tests/test_files.py tests/test_machine.py tests/training/test_optim.py tests/training/test_device.py
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal tests/data tests/models --ignore=tests/models/test_baselines.py tests/test_model.py tests/test_files.py tests/test_machine.py tests/training/test_optim.py tests/training/test_device.py
 
 soak: .venv/.dev
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal -m soak
