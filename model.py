@@ -276,6 +276,8 @@ class GPT(LanguageModel):
             table[self.config.vocab_size:] = 0.0
 
     def hidden_states(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """Tokens (B, T), which follow those in the cache -> what the head reads (B, T, C). Raises ValueError for more
+        positions than were learned, or than the cache has room for."""
         start = cache.length if cache is not None else 0
         end, limit = start + idx.size(1), self.config.max_positions
         if limit and end > limit:

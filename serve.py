@@ -55,6 +55,7 @@ class ServeConfig:
 
 
 def main(argv: list[str]) -> None:
+    """Serve until it is interrupted. Raises ValueError for wrong options and missing packages, OSError for the port."""
     config, _ = parse_options(ServeConfig, argv, usage=__doc__, bare_word="runs")
     check_options(config)
     try:

@@ -82,6 +82,7 @@ class Curves:
         self._tokens_per_step = tokens_per_step
 
     def add(self, records: list[dict[str, Any]]) -> None:
+        """Take in the next records of metrics.jsonl."""
         rows = []
         for record in records:
             self._tokens_per_step = tokens_per_step(record) or self._tokens_per_step

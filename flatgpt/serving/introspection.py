@@ -70,6 +70,7 @@ def neighbors(body: NeighborsBody, loaded: Loaded) -> dict[str, Any]:
 
 
 def routes(engine: Engine) -> list[Route]:
+    """Those of this view, over the engine's models."""
     def route(path: str, kind: type, look: Callable[[Any, Loaded], dict[str, Any]]) -> Route:
         async def handle(request: Request) -> Response:
             body = await read_body(request, kind)

@@ -242,6 +242,7 @@ def joined(chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def routes(engine: Engine) -> list[Route]:
+    """Those of the endpoint, over the engine's models."""
     async def list_models(request: Request) -> Response:
         return JSONAnswer({"object": "list", "data": [
             {"id": choice.id, "object": "model", "created": choice.created, "owned_by": "flatgpt"}

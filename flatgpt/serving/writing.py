@@ -91,6 +91,7 @@ def describe_token(step: Step, text: str, tokenizer: Tokenizer, num_rows: int) -
 
 
 def routes(engine: Engine) -> list[Route]:
+    """Those of this view, over the engine's models."""
     async def list_models(request: Request) -> Response:
         return JSONAnswer({"models": [choice._asdict() for choice in await run_in_threadpool(engine.choices)]})
 

@@ -101,7 +101,7 @@ class Wandb:
     def _or_leave(self) -> Iterator[None]:
         try:
             yield
-        except Exception:
+        except Exception:  # raised again below: `Trackers` tells of it and leaves wandb out
             with contextlib.suppress(Exception, SystemExit):
                 self._wandb.teardown()  # else it would try, and complain, once more when the process ends
             raise
