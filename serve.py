@@ -26,6 +26,7 @@ import webbrowser
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from flatgpt.machine import device_faults
 from flatgpt.options import check_options, failed_rules, parse_options, run_script
 
 MIN_TOKEN = 16  # characters
@@ -45,6 +46,7 @@ class ServeConfig:
     def validate(self) -> list[str]:
         """What is wrong with these options, a sentence each."""
         faults = failed_rules(self, ("port", 0 <= self.port < 65536, "between 0 and 65535"))
+        faults += device_faults(self.device)
         if not is_loopback(self.host) and not self.token:
             faults.append(f"host={self.host} can be reached from other machines, and whoever reaches it can read all "
                           "runs: add --token=SECRET")

@@ -2,13 +2,15 @@
 container, a Slurm job or a systemd service has them. Both versions of Linux's control groups are read.
 
 Owns what is read below /proc and /sys/fs/cgroup; ROOT is where those lie. A group's limit binds all groups within it,
-so that of several on the way up to the root the lowest counts. What cannot be read is no limit.
+so that of several on the way up to the root the lowest counts. What cannot be read is no limit. It also knows what a
+device may be called, for scripts that check their options before they import torch.
 """
 
 from __future__ import annotations
 
 import os
 import posixpath
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,6 +101,12 @@ def num_cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = core_quota()
     return cores if quota is None else max(1, min(cores, int(quota)))
+
+
+def device_faults(name: str) -> list[str]:
+    """What is wrong with the value of an option `device`, as far as it can be told without torch."""
+    is_device = re.fullmatch(r"auto|cpu|mps|cuda(:\d\d?)?", name)
+    return [] if is_device else [f"device={name!r} is not a device: use cuda, cuda:N, mps, cpu or auto"]
 
 
 def warn_of_little_memory() -> None:

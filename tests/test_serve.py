@@ -21,6 +21,7 @@ from flatgpt.options import check_options
     (["--host=example.org"], "add --token=SECRET"),
     (["--token=short"], "token must be 16 or more letters and digits"),
     (["--token=white space in a token"], "token must be 16 or more letters and digits"),
+    (["--device=tpu"], "device='tpu' is not a device: use cuda, cuda:N, mps, cpu or auto"),
     (["--port=70000"], "port=70000 must be between 0 and 65535"),
     (["--prot=80"], "did you mean 'port'?")])
 def test_what_cannot_be_is_one_line(refused, options, words):

@@ -9,7 +9,6 @@ processes, except that each has a GPU of its own.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from flatgpt.machine import device_faults
 from flatgpt.options import check_options
 
 if TYPE_CHECKING:
@@ -42,8 +42,7 @@ class DeviceConfig:
     deterministic: bool = False  # on CUDA too, every run gives the same bits, at some cost in speed (a CPU always does)
 
     def validate(self) -> list[str]:
-        is_device = re.fullmatch(r"auto|cpu|mps|cuda(:\d\d?)?", self.device)
-        return [] if is_device else [f"device={self.device!r} is not a device: use cuda, cuda:N, mps, cpu or auto"]
+        return device_faults(self.device)
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
