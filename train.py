@@ -44,7 +44,7 @@ from flatgpt import files
 from flatgpt.data import loader
 from flatgpt.data.loader import DataConfig
 from flatgpt.models import inference, weights
-from flatgpt.training import distributed, optim, preflight, resume, setup
+from flatgpt.training import compiling, distributed, optim, parallel, preflight, resume, setup
 from flatgpt.training.checkpoint import RunConfig, RunFolder
 from flatgpt.training.device import DeviceConfig, Numerics
 from flatgpt.training.distributed import Job, ParallelConfig
@@ -178,9 +178,9 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     for line in preflight.report(model, plan, loader.describe_epochs(data, train_order), run, config.eval_interval,
                                  config.max_iters, config.optim, job):
         report.log(line)
-    if failure := distributed.compile_parts(model, config.compile, job, plan.micro_batch):
+    if failure := compiling.compile_parts(model, config.compile, job, plan.micro_batch):
         report.log(f"torch.compile failed, going on without it: {failure}")
-    wrapped = distributed.wrap(model, job, plan.micro_batch)
+    wrapped = parallel.wrap(model, job, plan.micro_batch)
     optimizer, spike_detector = optim.build_optimizer(model, config.optim, job.dtype), SpikeDetector()
     scaler = torch.amp.GradScaler(job.device.type, enabled=job.dtype == torch.float16)
     if trainer["folder"]:
@@ -244,7 +244,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
 
             # The one place where a step waits for the device: all that the ranks have to decide alike, in one piece.
             reason = why_stop(asked, config, run, job)
-            packed = torch.stack([step_loss, distributed.full_tensor(norm) / job.world_size,
+            packed = torch.stack([step_loss, parallel.full_tensor(norm) / job.world_size,
                                   torch.full_like(step_loss, bool(reason))])
             mean_loss, norm, num_stops = distributed.sum_over_ranks(packed, job).tolist()
             batch_hash = int(batch_hash)  # is there as well; read later, it would wait for the update
@@ -262,7 +262,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
                 scaler.step(optimizer)
                 scaler.update()
                 now.bad_steps = now.bad_steps if overflow else 0
-            distributed.zero_grad(model, job)
+            parallel.zero_grad(model, job)
             now.step, now.next_seq = now.step + 1, now.next_seq + plan.seqs_per_step
             report.count(tokens_per_step)
             run.poll(wait=False)
@@ -305,7 +305,7 @@ def accumulate(config: TrainConfig, wrapped: nn.Module, batch: list[torch.Tensor
         if config.model.dropout:
             torch.manual_seed(loader.derive_seed(config.seed, "dropout", first_seq + start))
         # Gradients meet over the ranks once, in the last backward pass.
-        distributed.set_gradient_sync(wrapped, rows.stop >= len(inputs))
+        parallel.set_gradient_sync(wrapped, rows.stop >= len(inputs))
         with job.autocast():
             _, loss = wrapped(inputs[rows], targets[rows], num_targets)
         # The loss is this micro-batch's share of the global mean; times W, because the ranks' gradients are averaged

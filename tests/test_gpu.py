@@ -29,7 +29,7 @@ from flatgpt.models.generate import Decoder
 from flatgpt.models.language_model import LanguageModel
 from flatgpt.models.sampling import Sampler
 from flatgpt.run_folder import read_trainer
-from flatgpt.training import distributed, preflight
+from flatgpt.training import compiling, preflight
 from flatgpt.training.checkpoint import RunConfig, RunFolder
 from flatgpt.training.device import pick_attention, pick_dtype
 from flatgpt.training.distributed import Job
@@ -76,7 +76,7 @@ def assert_same_weights(one: str, other: str, why: str) -> None:
 def _as_it_was(monkeypatch):
     """What a script sets is for its process; these tests run many in one, and the compiler takes so many shapes of a
     block before it gives up on it."""
-    import torch._functorch.config as functorch_config  # distributed.try_compiler sets one
+    import torch._functorch.config as functorch_config  # compiling.try_compiler sets one
 
     environment = dict(os.environ)
     # torch looks for this once a process, at the first product: a script that sets it would come too late here.
@@ -224,7 +224,7 @@ def test_the_trial_finds_a_size_that_trains_in_the_memory_there_is(compiled):
     found = preflight.fit_batch_size(model, 512, job, str(compiled))
     assert 8 <= found <= 128, f"about 32 sequences should fit 2 GB, and the trial found {found}"
     torch.cuda.set_per_process_memory_fraction(2.5e9 / total)
-    failure = distributed.compile_parts(model, str(compiled), job, found)
+    failure = compiling.compile_parts(model, str(compiled), job, found)
     assert failure is None, failure
     optimizer, tokens = build_optimizer(model, OptimConfig()), torch.zeros(found, 1024, dtype=torch.long, device=CUDA)
     for _ in range(2):

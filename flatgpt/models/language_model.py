@@ -38,7 +38,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.activation_checkpointing = False  # keep only the blocks' inputs, and run the blocks again in backward
         self.compile_decoding = False  # compile the step that generates a token
-        self.is_compiled = False  # its parts, in place: see distributed.compile_in_place
+        self.is_compiled = False  # its parts, in place: see compiling.compile_in_place
         self.chunk_loss = ChunkLoss()
         self.h = nn.ModuleList()  # blocks: they are sharded, compiled and recomputed one by one
         self.lm_head: nn.Linear | None = None  # None: the token table is the head
@@ -117,7 +117,7 @@ class LanguageModel(nn.Module):
         return torch.cat([idx, *(token.unsqueeze(1) for token in tokens)], dim=1)
 
     # Functions of generate.py whose first argument is a model: as methods they get this one. FSDP gathers the weights
-    # for next_token_logits as it does for `forward` (see distributed._shard).
+    # for next_token_logits as it does for `forward` (see parallel._shard).
     stream = generation.stream
     next_token_logits = generation.next_token_logits
 

@@ -43,7 +43,7 @@ from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.models import weights
 from flatgpt.options import failed_rules
 from flatgpt.run_folder import LINKS, best_checkpoint, read_trainer, step_folders, step_of, verify
-from flatgpt.training import distributed, optim
+from flatgpt.training import distributed, optim, parallel
 from flatgpt.training.distributed import Job
 from flatgpt.training.resume import fresh_state
 from model import GPTConfig, LanguageModel
@@ -353,7 +353,7 @@ def _copy_to_host(live: Mapping[str, torch.Tensor], host: State, job: Job) -> No
         host.clear()  # frees the old memory before there is new
         host.update(_host_buffers(live))
     for name, tensor in live.items():
-        tensor = distributed.full_tensor(tensor.detach())
+        tensor = parallel.full_tensor(tensor.detach())
         if job.rank == 0:
             host[name].copy_(tensor, non_blocking=tensor.is_cuda)
     if job.device.type == "cuda":

@@ -1,10 +1,10 @@
-"""Several processes: their process group, DDP and FSDP, compiling on all of them, reductions, clean-up.
+"""Several processes: their process group, what they tell each other, clean-up.
 
-Owns every call of torch.distributed. One process without torchrun is the job of world size 1, and all functions here
-work there without a process group, so that train.py has no second path.
+How a model lies over them is parallel.py's. One process without torchrun is the job of world size 1, and all functions
+here and there work without a process group, so that train.py has no second path.
 
 Invariants: rank 0 decides what depends on files (where to resume) and broadcasts it; what the ranks must agree on is
-compared at the start; tensors that leave this module for a checkpoint are whole, whatever layout they were trained in.
+compared at the start.
 """
 
 from __future__ import annotations
@@ -14,20 +14,17 @@ import datetime
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
-from torch.nn.parallel import DistributedDataParallel
 
 from flatgpt import launcher, machine
-from flatgpt.models.baselines import build_empty
 from flatgpt.options import failed_rules
 from flatgpt.training import hosts
-from flatgpt.training.device import DeviceConfig, one_line, pick_device, pick_dtype
+from flatgpt.training.device import DeviceConfig, pick_device, pick_dtype
 
 T = TypeVar("T")
 FILE_TIMEOUT_S = 3600  # that the others wait while rank 0 reads, verifies or writes files
@@ -117,185 +114,6 @@ def init_job(config: DeviceConfig, parallel: ParallelConfig | None = None, alone
     # which the closing of a group keeps while it waits for them.
     time.sleep(0.1)
     dist.destroy_process_group()
-
-
-# Layouts
-
-
-def materialize(model: nn.Module, state: Mapping[str, torch.Tensor] | None, job: Job) -> nn.Module:
-    """Give a model made on the meta device its memory and rank 0's weights (`state`; None elsewhere): whole on every
-    rank, or, with FSDP, each rank's part of it, so that no GPU ever holds it whole."""
-    if job.world_size > 1 and job.parallel == "fsdp":
-        _shard(model, job.world_size, job)
-    model.to_empty(device=job.device)
-    fill(model, state, job)
-    return model
-
-
-def fill(model: nn.Module, state: Mapping[str, torch.Tensor] | None, job: Job) -> None:
-    """Overwrite a model, however it lies over the ranks, with rank 0's weights (`state`; None elsewhere)."""
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            value = torch.empty(p.shape) if state is None else state[name]
-            p.copy_(from_rank0(value.to(job.device), p, job))
-
-
-def stand_in(model: nn.Module, job: Job) -> nn.Module:
-    """A model of one block for a trial: in `model`'s shape and number type, with weights of zero, on this rank alone.
-
-    A pass that fails leaves FSDP with parameters that are no longer sharded, and the ranks in different collectives.
-    So what is to be trained takes part in no trial, and what takes part is thrown away."""
-    trial = build_empty(replace(model.config, n_layer=1) if model.h else model.config)
-    trial.activation_checkpointing = model.activation_checkpointing
-    if job.world_size > 1 and job.parallel == "fsdp":
-        _shard(trial, 1, job)
-    trial.to_empty(device=job.device)
-    with torch.no_grad():
-        for p in trial.parameters():
-            p.zero_()
-    trial.set_attention(model.h[0].attn.backend if model.h else "sdpa")
-    return trial
-
-
-def _shard(model: nn.Module, num_parts: int, job: Job) -> None:
-    """FSDP2: each of `num_parts` neighbouring ranks holds its part of every parameter; a block's are gathered when it
-    runs, and its gradients summed in float32. With 16-bit products the blocks' weights travel in 16 bits; the residual
-    path stays float32, as in DDP."""
-    # These take a second, which every start would pay.
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-
-    shape = (job.world_size // num_parts, num_parts)
-    mesh = init_device_mesh(job.device.type, shape, mesh_dim_names=("groups", "ranks"))["ranks"]
-    policy = MixedPrecisionPolicy()
-    if job.dtype != torch.float32:
-        policy = MixedPrecisionPolicy(job.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in model.h:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh)
-    register_fsdp_forward_method(model, "next_token_logits")  # generation does not come through `forward`
-
-
-def wrap(model: nn.Module, job: Job, batch_size: int) -> nn.Module:
-    """The model whose backward pass averages gradients over the ranks: DDP around it, or itself if it is sharded."""
-    if job.world_size == 1:
-        return model
-    if job.parallel == "fsdp":
-        # After a pass that failed they would be whole, and each rank would train a model of its own.
-        assert all(hasattr(p, "full_tensor") for p in model.parameters()), "FSDP's parameters are not sharded"
-        return model
-    device_ids = [job.device.index] if job.device.type == "cuda" else None
-    wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
-    # After its first backward pass DDP sorts its buckets anew, by the order in which gradients came; with them the
-    # order of summation over four and more ranks changes. Two passes over nothing get that over before the first
-    # step, so that a resumed run sums in the same order as one that was never interrupted.
-    for _ in range(2):
-        _try_pass(wrapped, model, job, batch_size)
-    return wrapped
-
-
-def _try_pass(wrapped: nn.Module, model: nn.Module, job: Job, batch_size: int) -> None:
-    """A forward and backward pass over zeros; its gradients are dropped."""
-    nothing = torch.zeros(batch_size, model.config.block_size, dtype=torch.long, device=job.device)
-    try:
-        with job.autocast():
-            _, loss = wrapped(nothing, nothing)
-        loss.backward()
-    finally:
-        zero_grad(model, job)
-
-
-def zero_grad(model: nn.Module, job: Job) -> None:
-    """Forget the gradients. DDP's stay where they are, in its buckets: micro-batches then add up there, and the memory
-    of a second set is saved."""
-    model.zero_grad(set_to_none=job.world_size == 1 or job.parallel == "fsdp")
-
-
-def set_gradient_sync(wrapped: nn.Module, wanted: bool) -> None:
-    """Whether the next backward pass averages gradients over the ranks, or only adds them up on each."""
-    if hasattr(wrapped, "set_requires_gradient_sync"):  # FSDP2's
-        wrapped.set_requires_gradient_sync(wanted)
-    elif isinstance(wrapped, DistributedDataParallel):
-        wrapped.require_backward_grad_sync = wanted
-
-
-def reshard(model: nn.Module) -> None:
-    """Drop the gathered weights that a forward pass without a backward pass leaves behind in FSDP."""
-    if hasattr(model, "reshard"):
-        model.reshard()
-
-
-def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that may be spread over the ranks, as one; every rank has to ask for it."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a tensor that may be spread over the ranks."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def from_rank0(tensor: torch.Tensor, p: torch.Tensor, job: Job) -> torch.Tensor:
-    """Rank 0's whole tensor, on the device, laid out over the ranks as parameter p is if it has p's shape: the inverse
-    of `full_tensor`. The other ranks hand in one of the same shape, which is overwritten."""
-    box = tensor.to(p.device)  # NCCL moves GPU memory only; an optimiser's step count may be on the host
-    if job.world_size > 1:
-        dist.broadcast(box, src=0)
-    tensor = box.to(tensor.device)
-    if not hasattr(p, "full_tensor") or tensor.shape != p.shape:
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)
-
-
-def compile_parts(model: nn.Module, wanted: str, job: Job, batch_size: int) -> str | None:
-    """Compile the model's parts in place if `wanted` (auto, True, False), after a trial on every rank.
-
-    Returns why it runs without after all, or None."""
-    if not wants_compiler(wanted, job):
-        return None
-    failure = try_compiler(model, job, batch_size)
-    if failure is None:
-        compile_in_place(model)  # finds the trial's compilation ready
-    return failure
-
-
-def wants_compiler(wanted: str, job: Job) -> bool:
-    return wanted == "True" or (wanted == "auto" and job.device.type == "cuda")
-
-
-def try_compiler(model: nn.Module, job: Job, batch_size: int) -> str | None:
-    """Compile a stand-in for the model and run it. Returns what failed, on whichever rank, or None."""
-    import torch._functorch.config  # a second to import
-
-    # Else the compiler keeps an activation beside what it is made from, where a matrix product reads it. The switch is
-    # private: what torch.compile takes as `options` reaches inductor's configuration, and this one is not inductor's.
-    torch._functorch.config.ban_recompute_materialized_backward = False
-    trial, failure = stand_in(model, job), None
-    try:
-        compile_in_place(trial)
-        _try_pass(trial, trial, job, batch_size)
-    except torch.OutOfMemoryError:  # no fault of the compiler's
-        raise
-    except Exception as error:  # whatever the compiler trips over: training without it is better than none
-        failure = one_line(getattr(error, "inner_exception", error))  # of dynamo's own, what its backend raised
-    return next((f for f in gather(failure, job) if f), None)
-
-
-def compile_in_place(model: nn.Module, **how: Any) -> None:
-    if torch.are_deterministic_algorithms_enabled():
-        # Kernels that are chosen by their speed differ between runs. (An environment variable would come too late
-        # where torch's compiler is imported already.)
-        how["options"] = {"deterministic": True}
-    for part in model.compiled_parts():
-        part.compile(**how)
-    model.is_compiled = True
-
-
-def eager(model: nn.Module) -> contextlib.AbstractContextManager:
-    """Within this context the model runs uncompiled; torch.compile would compile again for each new length."""
-    return torch.compiler.set_stance("force_eager") if model.is_compiled else contextlib.nullcontext()
 
 
 # Between the ranks

@@ -37,7 +37,9 @@ from flatgpt.models.sampling import Sampler
 from flatgpt.options import failed_rules
 from flatgpt.run_folder import EVENTS, read_records, write_records
 from flatgpt.training import trackers
-from flatgpt.training.distributed import Job, eager, reshard, sum_over_ranks
+from flatgpt.training.compiling import eager
+from flatgpt.training.distributed import Job, sum_over_ranks
+from flatgpt.training.parallel import reshard
 from flatgpt.training.terminal import ProgressLine
 from model import LanguageModel
 

@@ -1,7 +1,7 @@
 """The optimiser: parameter groups, AdamW, Muon, the learning rate as a pure function of the step, and which steps are
 bad.
 
-Owns everything between gradients and new weights except the gradients' reduction (distributed.py) and the order of a
+Owns everything between gradients and new weights except the gradients' reduction (parallel.py) and the order of a
 step (train.py). State lives in torch's optimizer alone and is keyed by parameter name on disk, so that it does not
 depend on the order of groups.
 """
@@ -229,7 +229,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, sta
                          place: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
     """The inverse of `optimizer_state`, from whole tensors; None on a rank to which another one sends them.
 
-    `place(value, p)` lays a whole tensor out as parameter p is (distributed.from_rank0). Raises ValueError when a
+    `place(value, p)` lays a whole tensor out as parameter p is (parallel.from_rank0). Raises ValueError when a
     parameter's state is missing or misshapen.
     """
     group_of = {p: group for group in optimizer.param_groups for p in group["params"]}

@@ -20,7 +20,7 @@ from flatgpt import launcher
 from flatgpt.data.loader import BatchPlan
 from flatgpt.machine import free_memory_bytes, memory_bytes, resident_bytes
 from flatgpt.models import fused
-from flatgpt.training import distributed
+from flatgpt.training import compiling, distributed, parallel
 from flatgpt.training.checkpoint import RunFolder
 from flatgpt.training.distributed import Job
 from flatgpt.training.optim import OptimConfig, schedule_warnings
@@ -72,7 +72,7 @@ def report(model: LanguageModel, plan: BatchPlan, epochs: str, run: RunFolder, e
 def fit_batch_size(model: LanguageModel, seqs_per_rank: int, job: Job, compile: str = "False") -> int:
     """The largest micro-batch that every rank's device takes: a divisor of `seqs_per_rank`. Raises ValueError.
 
-    On a GPU it is tried, by a stand-in for the model, compiled if `compile` says so (see distributed.compile_parts);
+    On a GPU it is tried, by a stand-in for the model, compiled if `compile` says so (see compiling.compile_parts);
     elsewhere, where a trial that fails is the end of the process, it is reckoned."""
     on_gpu, largest = job.device.type == "cuda", 0
     fits = _gpu_trial(model, job, compile) if on_gpu else partial(_fits_host, model, job)
@@ -99,13 +99,13 @@ def _fits_host(model: LanguageModel, job: Job, plan: BatchPlan) -> bool:
 def _gpu_trial(model: LanguageModel, job: Job, compile: str) -> Callable[[BatchPlan], bool]:
     """A function that tells whether this rank's GPU takes a plan's micro-batch: a stand-in makes two passes over one,
     beside a tensor as large as all else that training holds. No rank waits for another in there."""
-    is_compiled = distributed.wants_compiler(compile, job) and distributed.try_compiler(model, job, 1) is None
-    trial = distributed.stand_in(model, replace(job, parallel="ddp"))  # whole on each rank
+    is_compiled = compiling.wants_compiler(compile, job) and compiling.try_compiler(model, job, 1) is None
+    trial = parallel.stand_in(model, replace(job, parallel="ddp"))  # whole on each rank
     block, num_blocks = sum(p.numel() for p in trial.h.parameters()), len(model.h)
     trial.h = nn.ModuleList([*trial.h] * num_blocks)  # what counts is what each of them keeps of a batch
     if is_compiled:
-        distributed.compile_in_place(trial, dynamic=True)  # once for all sizes
-    held = sum(distributed.local(p).nbytes for p in model.parameters()) + 8 * sum(p.numel() for p in trial.parameters())
+        compiling.compile_in_place(trial, dynamic=True)  # once for all sizes
+    held = sum(parallel.local(p).nbytes for p in model.parameters()) + 8 * sum(p.numel() for p in trial.parameters())
     # Autocast's 16-bit weights of the blocks that are not there; FSDP frees them block by block.
     casts = 0 if job.parallel == "fsdp" or job.dtype == torch.float32 else 2 * block * max(0, num_blocks - 1)
     return lambda plan: _fits_gpu(trial, job, plan.micro_batch, state_bytes(model, plan, job) + casts - held)
@@ -149,7 +149,7 @@ def memory_parts(model: LanguageModel, plan: BatchPlan, job: Job) -> dict[str, f
         parts["a micro-batch"] *= HEAP
         copy = copy_bytes(model.num_params(non_embedding=False), job.device)  # rank 0's
         parts["a checkpoint's copy"] = copy / launcher.ranks().local_world_size
-        weights = sum(distributed.local(p).nbytes for p in model.parameters()) if job.device.type == "cpu" else 0
+        weights = sum(parallel.local(p).nbytes for p in model.parameters()) if job.device.type == "cpu" else 0
         parts["the program itself"] = max(0, resident_bytes() - weights) + FIRST_STEP_BYTES
     return parts
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from flatgpt.models.inference import SHAPE
-from flatgpt.training import distributed, optim
+from flatgpt.training import distributed, optim, parallel
 from flatgpt.training.distributed import Job
 from flatgpt.training.optim import SpikeDetector
 from model import LanguageModel
@@ -77,7 +77,7 @@ def load_training_state(trainer: Mapping[str, Any], model: LanguageModel, optimi
     """Load everything but the weights from a checkpoint: rank 0 reads it, the other ranks get it from rank 0."""
     state = read_optimizer(trainer["folder"]) if job.rank == 0 else None
     if distributed.on_rank0(lambda: bool(state), job):
-        optim.load_optimizer_state(optimizer, model, state, partial(distributed.from_rank0, job=job))
+        optim.load_optimizer_state(optimizer, model, state, partial(parallel.from_rank0, job=job))
     else:  # no update was made before that checkpoint
         optimizer.state.clear()
     if trainer["scaler"]:
@@ -100,7 +100,7 @@ def roll_back(run: RunFolder, now: Progress, fault: str, model: LanguageModel, o
     trainer = distributed.on_rank0(partial(_last_good, run, now, fault), job)
     state = LanguageModel.from_pretrained(trainer["folder"]).state_dict() if job.rank == 0 else None
     distributed.on_rank0(lambda: None, job)  # reading may take longer than a rank waits for tensors
-    distributed.fill(model, state, job)
+    parallel.fill(model, state, job)
     load_training_state(trainer, model, optimizer, scaler, spike_detector, job)
     return replace(Progress.of(trainer), next_seq=now.next_seq, skipped=now.skipped, rollbacks=now.rollbacks + 1)
 

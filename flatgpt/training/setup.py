@@ -14,7 +14,7 @@ from flatgpt.data.loader import DataConfig, Mixture, open_mixture
 from flatgpt.data.shards import UNKNOWN_VOCAB_SIZE
 from flatgpt.models import inference
 from flatgpt.models.baselines import build, build_empty, counted_bigram
-from flatgpt.training import distributed
+from flatgpt.training import distributed, parallel
 from flatgpt.training.device import DeviceConfig, Numerics, pick_numerics
 from flatgpt.training.distributed import Job
 from model import GPTConfig, LanguageModel
@@ -68,6 +68,6 @@ def build_model(make: Callable[[], LanguageModel], where: DeviceConfig, attentio
     if job.world_size == 1:
         model = made[0].to(job.device)
     else:
-        model = distributed.materialize(build_empty(model_config), made[0].state_dict() if made else None, job)
+        model = parallel.materialize(build_empty(model_config), made[0].state_dict() if made else None, job)
     model.set_attention(numerics.attention)
     return model, numerics

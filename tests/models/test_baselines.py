@@ -14,7 +14,7 @@ from conftest import ROOT, TINY_RUN, on_ranks, records_of, run_process
 
 from flatgpt.models.baselines import build, build_empty, count_pairs, fit_bigram
 from flatgpt.models.fused import activation
-from flatgpt.training import distributed
+from flatgpt.training import distributed, parallel
 from flatgpt.training.device import DeviceConfig
 from flatgpt.training.distributed import ParallelConfig
 from model import GPTConfig, LanguageModel
@@ -325,18 +325,18 @@ def train_two_steps(layout: str) -> tuple[float, dict[str, np.ndarray]]:
                                  ParallelConfig(parallel=layout, timeout_s=60))
     with where as job:
         whole = make_model("lstm")
-        model = distributed.materialize(build_empty(whole.config), whole.state_dict() if job.rank == 0 else None, job)
-        wrapped = distributed.wrap(model, job, 2)
+        model = parallel.materialize(build_empty(whole.config), whole.state_dict() if job.rank == 0 else None, job)
+        wrapped = parallel.wrap(model, job, 2)
         rows = slice(2 * job.rank, 2 * job.rank + 2)
         for _ in range(2):
-            distributed.zero_grad(model, job)
+            parallel.zero_grad(model, job)
             loss = wrapped(tokens(4, 8)[rows], tokens(4, 8, seed=2)[rows], 32)[1]
             (loss * 2).backward()
             with torch.no_grad():
                 for p in model.parameters():
                     p -= 0.1 * p.grad
         total = distributed.sum_over_ranks(loss.detach(), job).item()
-        return total, {name: distributed.full_tensor(p.grad).numpy().copy() for name, p in model.named_parameters()}
+        return total, {name: parallel.full_tensor(p.grad).numpy().copy() for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])

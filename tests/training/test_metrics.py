@@ -22,7 +22,8 @@ from flatgpt.data.loader import EvalOrder
 from flatgpt.data.shards import Split
 from flatgpt.data.tokenizer import CharTokenizer, load_tokenizer
 from flatgpt.models.baselines import build
-from flatgpt.training.distributed import Job, compile_in_place
+from flatgpt.training.compiling import compile_in_place
+from flatgpt.training.distributed import Job
 from flatgpt.training.metrics import (
     LogConfig,
     Reporter,

@@ -14,7 +14,7 @@ from conftest import ROOT, TINY_RUN, on_ranks, torchrun
 from flatgpt.data.loader import EvalOrder
 from flatgpt.data.shards import Split
 from flatgpt.models.baselines import build_empty
-from flatgpt.training import distributed, preflight
+from flatgpt.training import compiling, distributed, parallel, preflight
 from flatgpt.training.device import DeviceConfig
 from flatgpt.training.distributed import Job, ParallelConfig
 from flatgpt.training.metrics import validation_loss
@@ -67,7 +67,7 @@ def failing(put: Callable, where: str) -> None:
 def make(layout: str, job: Job) -> GPT:
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=BLOCK_SIZE, vocab_size=50, n_layer=3, n_head=2, n_embd=32))
-    return distributed.materialize(build_empty(model.config), model.state_dict() if job.rank == 0 else None, job)
+    return parallel.materialize(build_empty(model.config), model.state_dict() if job.rank == 0 else None, job)
 
 
 def join(layout: str, dtype: str = "float32"):
@@ -76,18 +76,18 @@ def join(layout: str, dtype: str = "float32"):
 
 def train_steps(model: nn.Module, job: Job, num_steps: int = 4) -> list[tuple[float, float]]:
     """The losses and gradient norms of a few steps, over the ranks."""
-    wrapped, optimizer = distributed.wrap(model, job, MICRO_SEQS), build_optimizer(model, OptimConfig())
+    wrapped, optimizer = parallel.wrap(model, job, MICRO_SEQS), build_optimizer(model, OptimConfig())
     x = torch.randint(50, (MICRO_SEQS, BLOCK_SIZE), generator=torch.Generator().manual_seed(job.rank))
     seen = []
     for _ in range(num_steps):
-        distributed.set_gradient_sync(wrapped, True)
+        parallel.set_gradient_sync(wrapped, True)
         with job.autocast():
             _, loss = wrapped(x, x, 2 * x.numel())
         (loss * job.world_size).backward()
-        norm = distributed.full_tensor(nn.utils.clip_grad_norm_(model.parameters(), float("inf")))
+        norm = parallel.full_tensor(nn.utils.clip_grad_norm_(model.parameters(), float("inf")))
         seen.append((distributed.sum_over_ranks(loss.detach(), job).item(), norm.item()))
         optimizer.step()
-        distributed.zero_grad(model, job)
+        parallel.zero_grad(model, job)
     return seen
 
 
@@ -103,7 +103,7 @@ def losses_after_trials(layout: str, cases: list[tuple[str, tuple[int, ...]]]) -
                     failing(patched.setattr, where)
                 else:
                     counting(patched.setattr)
-                failure = distributed.compile_parts(model, "True" if where else "False", job, MICRO_SEQS)
+                failure = compiling.compile_parts(model, "True" if where else "False", job, MICRO_SEQS)
                 found.append((failure, train_steps(model, job)))
     return found
 
@@ -124,7 +124,7 @@ def forward_alone(layout: str) -> None:
     with join(layout) as job:
         model = make(layout, job)
         model(torch.zeros(1, 4, dtype=torch.long))
-        distributed.wrap(model, job, MICRO_SEQS)
+        parallel.wrap(model, job, MICRO_SEQS)
 
 
 def test_parameters_that_are_not_sharded_are_never_trained():
@@ -136,7 +136,7 @@ def count_graphs(layout: str, dtype: str) -> tuple[list[int], str | None]:
     """The graphs compiled after the trial, after some steps, and after an evaluation and some more."""
     with pytest.MonkeyPatch.context() as patched, join(layout, dtype) as job:
         model, graphs, counts = make(layout, job), counting(patched.setattr), []
-        failure = distributed.compile_parts(model, "True", job, MICRO_SEQS)
+        failure = compiling.compile_parts(model, "True", job, MICRO_SEQS)
         counts.append(len(graphs))
         train_steps(model, job)
         counts.append(len(graphs))
@@ -191,7 +191,7 @@ def test_deterministic_reaches_the_compiler_and_nccl_whatever_was_imported_befor
     precision, filled = torch.get_float32_matmul_precision(), torch.utils.deterministic.fill_uninitialized_memory
     try:
         with distributed.init_job(DeviceConfig(dtype="bfloat16", deterministic=True)):
-            distributed.compile_in_place(model)
+            compiling.compile_in_place(model)
         assert asked == [{"options": {"deterministic": True}}] * 3
         if not torch.__version__.startswith("2.9."):  # which lacks the option, so that such a run is not compiled
             torch.compile(model.h[0], **asked[0])  # raises for an option that this torch does not have
@@ -205,7 +205,7 @@ def test_deterministic_reaches_the_compiler_and_nccl_whatever_was_imported_befor
         for name in names:
             os.environ.pop(name, None)
     asked.clear()
-    distributed.compile_in_place(model)
+    compiling.compile_in_place(model)
     assert asked == [{}] * 3
 
 

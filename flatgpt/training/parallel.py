@@ -1,0 +1,144 @@
+"""How a model and its gradients lie over the ranks: DDP around it, or FSDP's parts; whole tensors and back.
+
+Invariant: tensors that leave this module for a checkpoint are whole, whatever layout they were trained in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
+
+from flatgpt.models.baselines import build_empty
+from flatgpt.training.distributed import Job
+
+
+def materialize(model: nn.Module, state: Mapping[str, torch.Tensor] | None, job: Job) -> nn.Module:
+    """Give a model made on the meta device its memory and rank 0's weights (`state`; None elsewhere): whole on every
+    rank, or, with FSDP, each rank's part of it, so that no GPU ever holds it whole."""
+    if job.world_size > 1 and job.parallel == "fsdp":
+        _shard(model, job.world_size, job)
+    model.to_empty(device=job.device)
+    fill(model, state, job)
+    return model
+
+
+def fill(model: nn.Module, state: Mapping[str, torch.Tensor] | None, job: Job) -> None:
+    """Overwrite a model, however it lies over the ranks, with rank 0's weights (`state`; None elsewhere)."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            value = torch.empty(p.shape) if state is None else state[name]
+            p.copy_(from_rank0(value.to(job.device), p, job))
+
+
+def stand_in(model: nn.Module, job: Job) -> nn.Module:
+    """A model of one block for a trial: in `model`'s shape and number type, with weights of zero, on this rank alone.
+
+    A pass that fails leaves FSDP with parameters that are no longer sharded, and the ranks in different collectives.
+    So what is to be trained takes part in no trial, and what takes part is thrown away."""
+    trial = build_empty(replace(model.config, n_layer=1) if model.h else model.config)
+    trial.activation_checkpointing = model.activation_checkpointing
+    if job.world_size > 1 and job.parallel == "fsdp":
+        _shard(trial, 1, job)
+    trial.to_empty(device=job.device)
+    with torch.no_grad():
+        for p in trial.parameters():
+            p.zero_()
+    trial.set_attention(model.h[0].attn.backend if model.h else "sdpa")
+    return trial
+
+
+def _shard(model: nn.Module, num_parts: int, job: Job) -> None:
+    """FSDP2: each of `num_parts` neighbouring ranks holds its part of every parameter; a block's are gathered when it
+    runs, and its gradients summed in float32. With 16-bit products the blocks' weights travel in 16 bits; the residual
+    path stays float32, as in DDP."""
+    # These take a second, which every start would pay.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    shape = (job.world_size // num_parts, num_parts)
+    mesh = init_device_mesh(job.device.type, shape, mesh_dim_names=("groups", "ranks"))["ranks"]
+    policy = MixedPrecisionPolicy()
+    if job.dtype != torch.float32:
+        policy = MixedPrecisionPolicy(job.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.h:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, "next_token_logits")  # generation does not come through `forward`
+
+
+def wrap(model: nn.Module, job: Job, batch_size: int) -> nn.Module:
+    """The model whose backward pass averages gradients over the ranks: DDP around it, or itself if it is sharded."""
+    if job.world_size == 1:
+        return model
+    if job.parallel == "fsdp":
+        # After a pass that failed they would be whole, and each rank would train a model of its own.
+        assert all(hasattr(p, "full_tensor") for p in model.parameters()), "FSDP's parameters are not sharded"
+        return model
+    device_ids = [job.device.index] if job.device.type == "cuda" else None
+    wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    # After its first backward pass DDP sorts its buckets anew, by the order in which gradients came; with them the
+    # order of summation over four and more ranks changes. Two passes over nothing get that over before the first
+    # step, so that a resumed run sums in the same order as one that was never interrupted.
+    for _ in range(2):
+        try_pass(wrapped, model, job, batch_size)
+    return wrapped
+
+
+def try_pass(wrapped: nn.Module, model: nn.Module, job: Job, batch_size: int) -> None:
+    """A forward and backward pass over zeros; its gradients are dropped."""
+    nothing = torch.zeros(batch_size, model.config.block_size, dtype=torch.long, device=job.device)
+    try:
+        with job.autocast():
+            _, loss = wrapped(nothing, nothing)
+        loss.backward()
+    finally:
+        zero_grad(model, job)
+
+
+def zero_grad(model: nn.Module, job: Job) -> None:
+    """Forget the gradients. DDP's stay where they are, in its buckets: micro-batches then add up there, and the memory
+    of a second set is saved."""
+    model.zero_grad(set_to_none=job.world_size == 1 or job.parallel == "fsdp")
+
+
+def set_gradient_sync(wrapped: nn.Module, wanted: bool) -> None:
+    """Whether the next backward pass averages gradients over the ranks, or only adds them up on each."""
+    if hasattr(wrapped, "set_requires_gradient_sync"):  # FSDP2's
+        wrapped.set_requires_gradient_sync(wanted)
+    elif isinstance(wrapped, DistributedDataParallel):
+        wrapped.require_backward_grad_sync = wanted
+
+
+def reshard(model: nn.Module) -> None:
+    """Drop the gathered weights that a forward pass without a backward pass leaves behind in FSDP."""
+    if hasattr(model, "reshard"):
+        model.reshard()
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that may be spread over the ranks, as one; every rank has to ask for it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor that may be spread over the ranks."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def from_rank0(tensor: torch.Tensor, p: torch.Tensor, job: Job) -> torch.Tensor:
+    """Rank 0's whole tensor, on the device, laid out over the ranks as parameter p is if it has p's shape: the inverse
+    of `full_tensor`. The other ranks hand in one of the same shape, which is overwritten."""
+    box = tensor.to(p.device)  # NCCL moves GPU memory only; an optimiser's step count may be on the host
+    if job.world_size > 1:
+        dist.broadcast(box, src=0)
+    tensor = box.to(tensor.device)
+    if not hasattr(p, "full_tensor") or tensor.shape != p.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)

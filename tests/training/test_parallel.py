@@ -1,0 +1,198 @@
+"""parallel.py: whatever the layout, the gradients are one process's, and whole tensors are the same."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from conftest import on_ranks, write_shard
+
+from flatgpt.data.loader import EvalOrder
+from flatgpt.data.shards import Split
+from flatgpt.models.baselines import build_empty
+from flatgpt.training import distributed, parallel
+from flatgpt.training.device import DeviceConfig
+from flatgpt.training.distributed import Job, ParallelConfig
+from flatgpt.training.metrics import validation_loss
+from flatgpt.training.optim import OptimConfig, build_optimizer
+from model import GPT, GPTConfig
+
+ALONE = Job(0, 1, torch.device("cpu"), torch.float32)
+LAYOUTS = ("ddp", "fsdp")
+GRAD_CLIP = 0.5
+BATCH_SEQS, MICRO_SEQS, BLOCK_SIZE = 8, 2, 16  # two ranks with two micro-batches each
+
+
+def join(layout: str, dtype: str = "float32"):
+    return distributed.init_job(DeviceConfig(device="cpu", dtype=dtype), ParallelConfig(parallel=layout, timeout_s=60))
+
+
+def make_model() -> GPT:
+    torch.manual_seed(0)
+    return GPT(GPTConfig(block_size=BLOCK_SIZE, vocab_size=50, n_layer=2, n_head=2, n_embd=32, bias=True))
+
+
+def materialize(job: Job) -> GPT:
+    """That model on all ranks, as the layout has it."""
+    model = make_model()
+    return parallel.materialize(build_empty(model.config), model.state_dict() if job.rank == 0 else None, job)
+
+
+def make_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets (8, 16): rank 1 has far fewer targets than rank 0, its first micro-batch has none at all."""
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randint(0, 50, (2, BATCH_SEQS, BLOCK_SIZE), generator=generator)
+    y[4:6] = -1
+    y[6, 3:] = -1
+    y[1, :5] = -1
+    return x, y
+
+
+def accumulate(layout: str, dtype: str = "float32", activation_checkpointing: bool = False):
+    """The gradients of the batch, summed over micro-batches and ranks as train.py does it, before and after the clip,
+    and their norm, on every rank."""
+    with join(layout, dtype) as job:
+        return accumulate_on(job, activation_checkpointing)
+
+
+def accumulate_on(job: Job, activation_checkpointing: bool):
+    model = materialize(job)
+    model.activation_checkpointing = activation_checkpointing
+    backward(parallel.wrap(model, job, MICRO_SEQS), job)
+    before = gradients(model)
+    norm = parallel.full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)).item()
+    return before, norm, gradients(model)
+
+
+def backward(wrapped: torch.nn.Module, job: Job) -> None:
+    x, y = make_batch()
+    num_targets = (y >= 0).sum()
+    mine = slice(*(BATCH_SEQS * r // job.world_size for r in (job.rank, job.rank + 1)))
+    x, y = x[mine], y[mine]
+    for start in range(0, len(x), MICRO_SEQS):
+        rows = slice(start, start + MICRO_SEQS)
+        parallel.set_gradient_sync(wrapped, rows.stop >= len(x))
+        with job.autocast():
+            _, loss = wrapped(x[rows], y[rows], num_targets)
+        (loss * job.world_size).backward()
+
+
+def gradients(model: GPT) -> dict[str, np.ndarray]:
+    return {name: parallel.full_tensor(p.grad).float().numpy().copy() for name, p in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """The same from one process, the whole batch at once and torch's own loss over whole logits."""
+    model = make_model()
+    x, y = make_batch()
+    torch.nn.functional.cross_entropy(model(x)[0].flatten(0, 1), y.flatten(), ignore_index=-1).backward()
+    before = gradients(model)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP).item()
+    assert norm > 2 * GRAD_CLIP  # it clips
+    return before, norm, gradients(model)
+
+
+def assert_close(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert np.abs(value).max() > 1e-4, name  # there is something to see
+        assert np.abs(ours[name] - value).max() <= 1e-6, name
+
+
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_and_their_norm_are_one_processs(expected, layout, activation_checkpointing):
+    for before, norm, after in on_ranks(2, accumulate, layout, "float32", activation_checkpointing):
+        assert norm == pytest.approx(expected[1], abs=1e-6)
+        assert_close(before, expected[0])
+        assert_close(after, expected[2])
+
+
+def test_16_bit_gradients_of_both_layouts_are_close():
+    (ddp, ddp_norm, _), (fsdp, fsdp_norm, _) = (on_ranks(2, accumulate, layout, "bfloat16")[0] for layout in LAYOUTS)
+    assert fsdp_norm == pytest.approx(ddp_norm, rel=0.01)
+    for name, value in ddp.items():
+        assert np.linalg.norm(fsdp[name] - value) < 0.03 * np.linalg.norm(value), name
+
+
+def take_apart_and_put_together():
+    """Shard a model over the ranks; what `whole` gives, and rank 0's halves sent out by `from_rank0`."""
+    with join("fsdp") as job:
+        model = materialize(job)
+        gathered, returned, numels = {}, {}, {}
+        for name, p in model.named_parameters():
+            gathered[name] = parallel.full_tensor(p.detach()).numpy().copy()
+            sent = torch.from_numpy(gathered[name] / 2) if job.rank == 0 else torch.full(p.shape, torch.nan)
+            laid_out = parallel.from_rank0(sent, p, job)
+            assert laid_out.placements == p.placements
+            numels[name] = laid_out.to_local().numel()
+            returned[name] = parallel.full_tensor(laid_out).numpy().copy()
+        return gathered, returned, numels
+
+
+def test_whole_tensors_are_the_models_and_rank_0s_go_back_to_where_they_came_from():
+    model = {name: p.detach().numpy() for name, p in make_model().named_parameters()}
+    ranks = on_ranks(2, take_apart_and_put_together)
+    for gathered, returned, _ in ranks:
+        for name, value in model.items():
+            assert np.array_equal(gathered[name], value), name
+            assert np.array_equal(returned[name], value / 2), name
+    for name, value in model.items():
+        assert sum(numels[name] for _, _, numels in ranks) == value.size
+        assert all(numels[name] < value.size for _, _, numels in ranks), name
+
+
+def evaluate(layout: str, folder: Path, num_seqs: list[int]) -> list[float]:
+    with join(layout) as job:
+        model = materialize(job)
+        return [validation_loss(model, order, MICRO_SEQS, job) for order in orders(folder, num_seqs)]
+
+
+def orders(folder: Path, num_seqs: list[int]) -> list[EvalOrder]:
+    split = Split([folder / "val_000000.bin"], 50)
+    return [EvalOrder(split, BLOCK_SIZE, num) for num in num_seqs]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_validation_loss_does_not_depend_on_the_layout(tmp_path, layout):
+    write_shard(tmp_path / "val_000000.bin", np.random.default_rng(0).integers(0, 50, 16 * 9 + 5))
+    num_seqs = [1, 3, 5, 0]  # rank 0 without any, two batches against one, ...; 0 = all 10, the last of them short
+    alone = [validation_loss(make_model(), order, MICRO_SEQS, ALONE) for order in orders(tmp_path, num_seqs)]
+    assert len(set(alone)) == len(alone)
+    for losses in on_ranks(2, evaluate, layout, tmp_path, num_seqs):
+        assert losses == pytest.approx(alone, abs=1e-6)
+
+
+def test_float16_is_refused_with_fsdp(monkeypatch):
+    monkeypatch.setattr(distributed, "pick_dtype", lambda name, device: torch.float16)
+    with pytest.raises(ValueError, match="dtype=float16 does not work with parallel=fsdp"), join("fsdp"):
+        pass
+
+
+def count_collectives(layout: str) -> dict[str, Counter]:
+    """What the ranks send each other in the parts of a step, by torch's names."""
+    with join(layout) as job:
+        model = materialize(job)
+        wrapped, optimizer = parallel.wrap(model, job, MICRO_SEQS), build_optimizer(model, OptimConfig())
+        tokens = torch.zeros(MICRO_SEQS, BLOCK_SIZE, dtype=torch.long)
+        seen = {}
+        for part, do in (("passes", lambda: wrapped(tokens, tokens)[1].backward()),
+                         ("clip", lambda: parallel.full_tensor(nn.utils.clip_grad_norm_(model.parameters(), 1.0))),
+                         ("update", optimizer.step), ("zero", lambda: parallel.zero_grad(model, job))):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                do()
+            seen[part] = Counter(event.name for event in profile.events() if event.name.startswith("c10d::"))
+        return seen
+
+
+def test_a_step_takes_no_more_collectives_than_it_has_to():
+    """FSDP: a gather a pass for each of the two blocks, one for what is in none, a scatter of each one's gradients."""
+    clip = 2 if torch.__version__.startswith("2.9.") else 1  # which makes a whole norm twice
+    expected = {"ddp": [{"c10d::allreduce_": 1}, {}, {}, {}],
+                "fsdp": [{"c10d::_allgather_base_": 5, "c10d::_reduce_scatter_base_": 3}, {"c10d::allreduce_": clip},
+                         {}, {}]}
+    for layout in LAYOUTS:
+        assert list(on_ranks(2, count_collectives, layout)[0].values()) == expected[layout]
