@@ -138,6 +138,15 @@ def make_norm(config: GPTConfig, width: int) -> nn.Module:
     return LayerNorm(width, eps=config.norm_eps, bias=config.bias)
 
 
+class FusedLinear(nn.Linear):
+    """Linear layers that read the same input, as one product: its output is theirs, `widths` channels each, side by
+    side. (To Muon they are matrices of their own.)"""
+
+    def __init__(self, in_features: int, widths: list[int], bias: bool):
+        super().__init__(in_features, sum(widths), bias)
+        self.widths = widths
+
+
 class AttentionContext(NamedTuple):
     """Where T queries stand and what they see. It is the same in every layer."""
 
@@ -176,8 +185,8 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head, self.dropout = config.n_head, config.num_kv_heads, config.dropout
         self.head_dim = config.n_embd // config.n_head
-        # one product makes q, k and v
-        self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=config.bias)
+        q_width, kv_width = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
+        self.c_attn = FusedLinear(config.n_embd, [q_width, kv_width, kv_width], config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.q_norm = make_norm(config, self.head_dim) if config.qk_norm else None
         self.k_norm = make_norm(config, self.head_dim) if config.qk_norm else None
@@ -213,7 +222,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, (1 + (config.mlp == "swiglu")) * config.hidden, bias=config.bias)
+        gates = 2 if config.mlp == "swiglu" else 1
+        self.c_fc = FusedLinear(config.n_embd, gates * [config.hidden], config.bias)
         self.act = activation(config.mlp)
         self.c_proj = nn.Linear(config.hidden, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)

@@ -181,7 +181,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     if failure := compiling.compile_parts(model, config.compile, job, plan.micro_batch):
         report.log(f"torch.compile failed, going on without it: {failure}")
     wrapped = parallel.wrap(model, job, plan.micro_batch)
-    optimizer, spike_detector = optim.build_optimizer(model, config.optim, job.dtype), SpikeDetector()
+    optimizer, spike_detector = optim.build_optimizer(model, config.optim, job), SpikeDetector()
     scaler = torch.amp.GradScaler(job.device.type, enabled=job.dtype == torch.float16)
     if trainer["folder"]:
         resume.load_training_state(trainer, model, optimizer, scaler, spike_detector, job)

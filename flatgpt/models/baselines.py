@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from flatgpt.models.fused import activation
 from flatgpt.models.generate import Cache
 from flatgpt.models.language_model import LanguageModel
-from model import GPT, GPTConfig, make_norm
+from model import GPT, FusedLinear, GPTConfig, make_norm
 
 if TYPE_CHECKING:
     from flatgpt.data.shards import Split
@@ -163,7 +163,7 @@ class WindowMLP(VectorModel):
     def __init__(self, config: GPTConfig):
         super().__init__(config)
         gates = 2 if config.mlp == "swiglu" else 1
-        self.c_fc = nn.Linear(config.window * config.n_embd, gates * config.hidden, bias=config.bias)
+        self.c_fc = FusedLinear(config.window * config.n_embd, gates * [config.hidden], config.bias)
         self.act = activation(config.mlp)
         self.c_proj = nn.Linear(config.hidden, config.n_embd, bias=config.bias)
         self.init_weights()

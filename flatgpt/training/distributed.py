@@ -51,6 +51,9 @@ class Job:
     device: torch.device
     dtype: torch.dtype
     parallel: str = "ddp"
+    shard_size: int = 1
+    shard_group: Any = None
+    replica_group: Any = None
     cpu_group: dist.ProcessGroup | None = None  # for plain Python between the ranks, with patience for slow disks
     hosts: tuple[str, ...] = ()  # of each rank, "east (10.0.0.1)": its host's name, and where gloo listens there
 
@@ -157,6 +160,27 @@ def sum_over_ranks(values: torch.Tensor, job: Job) -> torch.Tensor:
     total = values.clone()
     dist.all_reduce(total)
     return total
+
+
+def all_to_all(flat: torch.Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None
+               ) -> torch.Tensor:
+    """Send the first send[0] elements of a flat tensor to the first rank of the group, the next send[1] to the second,
+    and so on; what they send, receive[0] elements and so on, in that order. Without a group there is no other rank."""
+    if group is None:
+        return flat
+    received = flat.new_empty(sum(receive))
+    dist.all_to_all_single(received, flat, receive, send, group=group)
+    return received
+
+
+def all_gather(flat: torch.Tensor, counts: list[int], group: dist.ProcessGroup | None) -> torch.Tensor:
+    """The flat tensors of the group's ranks, of counts[0] elements and so on, one behind the other."""
+    if group is None:
+        return flat
+    longest = max(counts)  # NCCL and gloo gather equal lengths
+    gathered = flat.new_empty(len(counts), longest)
+    dist.all_gather_into_tensor(gathered, torch.nn.functional.pad(flat, (0, longest - len(flat))), group=group)
+    return torch.cat([part[:count] for part, count in zip(gathered, counts)])
 
 
 def gather(value: Any, job: Job) -> list[Any]:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn as nn
 
 from flatgpt.options import failed_rules
+from flatgpt.training.distributed import Job
+from flatgpt.training.muon import MuonAndAdamW
 
 
 @dataclass
@@ -138,85 +140,34 @@ class AdamW(torch.optim.AdamW):
     step = torch.no_grad()(torch.optim.AdamW.step.__wrapped__)
 
 
-def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
-    """A matrix (rows, columns) whose singular values all are about 1 (0.7 to 1.2), and whose singular vectors are those
-    of `matrix`: five Newton-Schulz steps with the coefficients of kellerjordan.github.io/posts/muon, in the number type
-    of `matrix`."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.T if matrix.size(0) > matrix.size(1) else matrix
-    x = x / x.norm().clamp(min=1e-7)
-    for _ in range(5):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)  # a x + (b gram + c gram^2) x
-    return x.T if matrix.size(0) > matrix.size(1) else x
-
-
-class MuonAndAdamW(torch.optim.Optimizer):
-    """Muon (the mean of gradients, orthogonalised: kellerjordan.github.io/posts/muon) on one group, and AdamW on its
-    own: together they are one list of groups and one table of states.
-
-    Muon orthogonalises in `dtype`: bfloat16 takes ten times as long as float32 on a CPU without instructions for it.
-    Where FSDP spreads a matrix over the ranks, each rank gathers the update and orthogonalises all of it. On the parts
-    the sums would have another order, which bfloat16 and Newton-Schulz turn into a difference of percents, and the
-    ranks would meet at each of the fifteen products.
-    """
-
-    def __init__(self, muon_group: dict[str, Any], adamw: AdamW, dtype: torch.dtype):
-        super().__init__([muon_group, *adamw.param_groups], {})
-        self.adamw, self.dtype = adamw, dtype
-        adamw.state = self.state
-
-    def add_param_group(self, group: dict[str, Any]) -> None:
-        self.param_groups.append(group)  # complete as it is; torch's own imports its compiler
-
-    @torch.no_grad()
-    def step(self) -> None:
-        group = self.param_groups[0]
-        for p in group["params"]:
-            if p.grad is not None:
-                rows, columns = p.shape
-                update = self._update(p, group["momentum"])
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
-        self.adamw.step()
-
-    def _update(self, p: nn.Parameter, momentum: float) -> torch.Tensor:
-        state = self.state[p]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(p)
-        mean = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-        update = p.grad.lerp(mean, momentum).to(self.dtype)  # in 16 bits half the bytes to gather
-        if not hasattr(p, "full_tensor"):
-            return orthogonalize(update)
-        from torch.distributed.tensor import distribute_tensor  # takes a second to import
-
-        return distribute_tensor(orthogonalize(update.full_tensor()), p.device_mesh, p.placements, src_data_rank=None)
-
-
-def build_optimizer(model: nn.Module, config: OptimConfig,
-                    dtype: torch.dtype = torch.float32) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: OptimConfig, job: Job | None = None) -> torch.optim.Optimizer:
     """AdamW in one fused kernel a group; matrices and tables decay, norms and biases do not. With Muon, which decays
-    all that it has, AdamW keeps what is not `muon_params`. Muon's products are bfloat16 where the run's are (`dtype`),
-    else float32."""
-    muons = muon_params(model) if config.optimizer == "muon" else []
-    chosen = set(muons)
-    rest = [p for p in model.parameters() if p not in chosen]
+    all that it has, AdamW keeps what is not in `muon_params`. `job`: the ranks that share Muon's work; None: no others.
+    """
+    muons = muon_params(model) if config.optimizer == "muon" else {}
+    rest = [p for p in model.parameters() if p not in muons]
     groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay, "lr_ratio": 1.0},
               {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0, "lr_ratio": 1.0}]
+    device = next(model.parameters()).device
     adamw = AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
-                  fused=next(model.parameters()).device.type in ("cuda", "cpu"))
+                  fused=device.type in ("cuda", "cpu"))
     if config.optimizer == "adamw":
         return adamw
-    group = {"params": muons, "lr": config.muon_lr, "weight_decay": config.weight_decay,
+    group = {"params": list(muons), "lr": config.muon_lr, "weight_decay": config.weight_decay,
              "momentum": config.muon_momentum, "lr_ratio": config.muon_lr / config.learning_rate}
-    # A card that trains in float16 has no instructions for bfloat16, and float16 loses small gradients.
-    return MuonAndAdamW(group, adamw, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    return MuonAndAdamW(group, muons, adamw, job or Job(0, 1, device, torch.float32))
 
 
-def muon_params(model: nn.Module) -> list[nn.Parameter]:
-    """The matrices between embedding and head: what is 2-D and neither a table that is looked up nor named lm_head."""
-    return [p for name, owner in model.named_modules() for p in owner.parameters(recurse=False)
-            if p.dim() == 2 and not isinstance(owner, nn.Embedding) and name != "lm_head"]
+def muon_params(model: nn.Module) -> dict[nn.Parameter, list[int]]:
+    """The matrices between embedding and head, which are 2-D and neither a table that is looked up nor named lm_head;
+    of each the numbers of rows of those that it fuses: queries, keys and values, the gates of swiglu or of an LSTM."""
+    found = {}
+    for name, owner in model.named_modules():
+        for p in owner.parameters(recurse=False):
+            if p.dim() == 2 and not isinstance(owner, nn.Embedding) and name != "lm_head":
+                width = owner.hidden_size if isinstance(owner, nn.RNNBase) else p.size(0)
+                found[p] = getattr(owner, "widths", [width] * (p.size(0) // width))
+    return found
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
