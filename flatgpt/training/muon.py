@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -71,14 +71,15 @@ def make_stacks(matrices: Iterable[Matrix]) -> list[Stack]:
     for shape, alike in by_shape.items():
         num_stacks = -(-len(alike) // max(1, STACK_ELEMENTS // math.prod(shape)))
         bounds = [len(alike) * i // num_stacks for i in range(num_stacks + 1)]
-        stacks += [alike[start:stop] for start, stop in zip(bounds, bounds[1:])]
+        stacks += [alike[start:stop] for start, stop in pairwise(bounds)]
     return stacks
 
 
 def share_out(stacks: Iterable[Stack], world_size: int) -> list[list[Stack]]:
     """Each rank's stacks: the most expensive first, always to the rank that has the least to do."""
-    def cost(stack: Stack) -> int:
-        return len(stack) * min(stack[0].shape) * math.prod(stack[0].shape)
+    def cost(stack: Stack) -> int:  # the multiplications of a Newton-Schulz step
+        n, m = sorted(stack[0].shape)
+        return len(stack) * n * n * (2 * m + n)
 
     shares: list[list[Stack]] = [[] for _ in range(world_size)]
     for stack in sorted(stacks, key=cost, reverse=True):
