@@ -111,7 +111,7 @@ def main(argv: list[str]) -> None:
     config, given = parse_options(TrainConfig, argv, usage=__doc__)
     if config.init_from == "resume":
         config.run.resume = "must"
-    check_options(config)
+    check_options(config, given)
     if config.bigram_counts:
         config.max_iters = 0
     with distributed.init_job(config.where, config.parallel) as job:
@@ -304,8 +304,7 @@ def accumulate(config: TrainConfig, wrapped: nn.Module, batch: list[torch.Tensor
         rows = slice(start, start + micro_batch)
         if config.model.dropout:
             torch.manual_seed(loader.derive_seed(config.seed, "dropout", first_seq + start))
-        # Gradients meet over the ranks once, in the last backward pass.
-        parallel.set_gradient_sync(wrapped, rows.stop >= len(inputs))
+        parallel.set_gradient_sync(wrapped, rows.stop >= len(inputs), job)
         with job.autocast():
             _, loss = wrapped(inputs[rows], targets[rows], num_targets)
         # The loss is this micro-batch's share of the global mean; times W, because the ranks' gradients are averaged

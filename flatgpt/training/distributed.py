@@ -14,7 +14,7 @@ import datetime
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal, TypeVar
 
@@ -34,26 +34,46 @@ FILE_TIMEOUT_S = 3600  # that the others wait while rank 0 reads, verifies or wr
 class ParallelConfig:
     """Several processes"""
 
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # ddp: each process holds the whole model; fsdp: a part (FSDP2)
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"  # a process holds the model (ddp), a part (fsdp; hsdp: in groups)
+    shard_size: int = 0  # hsdp: processes that hold one copy of the model together, neighbours; 0 = those of a node
+    reshard_after_forward: bool = True  # fsdp, hsdp; False keeps gathered weights for the backward pass
+    reduce_every_micro_batch: bool = False  # of gradients, with fsdp, hsdp: less memory, more traffic
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # of torch.distributed; auto = nccl on CUDA, else gloo
     timeout_s: int = 600  # seconds that a rank waits for the others before it gives up, and torchrun restarts all
 
     def validate(self) -> list[str]:
-        return failed_rules(self, ("timeout_s", self.timeout_s > 0, "positive"))
+        return failed_rules(self, ("timeout_s", self.timeout_s > 0, "positive"),
+                            ("shard_size", self.shard_size >= 0, "0 or more"))
+
+    def ranks_per_copy(self, world_size: int, local_world_size: int) -> int:
+        """How many ranks hold one copy of the model together."""
+        return {"ddp": 1, "fsdp": world_size, "hsdp": self.shard_size or local_world_size}[self.parallel]
+
+    def conflicts(self, given: Collection[str]) -> list[str]:
+        """Which of the given keys do nothing in this layout."""
+        users = {"shard_size": ("hsdp",), "reshard_after_forward": ("fsdp", "hsdp"),
+                 "reduce_every_micro_batch": ("fsdp", "hsdp")}
+        return [f"{key}={getattr(self, key)} does nothing with parallel={self.parallel}: leave it out, or use "
+                f"--parallel={' or '.join(layouts)}" for key, layouts in users.items()
+                if key in given and self.parallel not in layouts]
 
 
 @dataclass
 class Job:
-    """This process's place: rank of world_size, its device, and the number type of its matrix products."""
+    """This process's place: rank of world_size, its device, and the number type of its matrix products.
+
+    rank = replica * shard_size + shard: neighbours hold one copy of the model together."""
 
     rank: int
     world_size: int
     device: torch.device
     dtype: torch.dtype
     parallel: str = "ddp"
-    shard_size: int = 1
-    shard_group: Any = None
-    replica_group: Any = None
+    shard_size: int = 1  # ranks that hold one copy of the model together
+    reshard_after_forward: bool = True
+    reduce_every_micro_batch: bool = False
+    shard_group: dist.ProcessGroup | None = None  # the ranks of this one's copy; None where each has a whole one
+    replica_group: dist.ProcessGroup | None = None  # the ranks that hold the same part; None where there is one copy
     cpu_group: dist.ProcessGroup | None = None  # for plain Python between the ranks, with patience for slow disks
     hosts: tuple[str, ...] = ()  # of each rank, "east (10.0.0.1)": its host's name, and where gloo listens there
 
@@ -63,9 +83,9 @@ class Job:
 
     def set_dtype(self, dtype: torch.dtype) -> None:
         """Raises ValueError where the layout does not go with it."""
-        if self.parallel == "fsdp" and dtype == torch.float16:
-            raise ValueError("dtype=float16 does not work with parallel=fsdp, which has no loss scaler here: "
-                             "use --dtype=bfloat16 or float32")
+        if self.parallel != "ddp" and dtype == torch.float16:
+            raise ValueError(f"dtype=float16 does not work with parallel={self.parallel}, which has no loss scaler "
+                             "here: use --dtype=bfloat16 or float32")
         self.dtype = dtype
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -81,7 +101,9 @@ def init_job(config: DeviceConfig, parallel: ParallelConfig | None = None, alone
     parallel = parallel or ParallelConfig()
     rank, world_size, local_rank, local_world_size = launcher.Ranks() if alone else launcher.ranks()
     device = pick_device(config.device, local_rank)
-    job = Job(rank, world_size, device, pick_dtype(config.dtype, device), parallel.parallel)
+    job = Job(rank, world_size, device, pick_dtype(config.dtype, device), parallel.parallel,
+              parallel.ranks_per_copy(world_size, local_world_size), parallel.reshard_after_forward,
+              parallel.reduce_every_micro_batch)
     job.set_dtype(job.dtype)  # is checked; what `auto` means is decided anew when the model is known
     if machine.core_quota() and "OMP_NUM_THREADS" not in os.environ:  # else torch's own count of cores stays
         torch.set_num_threads(min(torch.get_num_threads(), max(1, machine.num_cores() // local_world_size)))
@@ -94,6 +116,7 @@ def init_job(config: DeviceConfig, parallel: ParallelConfig | None = None, alone
             torch.utils.deterministic.fill_uninitialized_memory = False  # all of it is written before it is read
         torch.set_float32_matmul_precision("high")  # what stays float32 is multiplied as tf32
     if world_size == 1:
+        _join_groups(job, None)
         yield job
         return
     backend = parallel.backend if parallel.backend != "auto" else "nccl" if device.type == "cuda" else "gloo"
@@ -110,6 +133,7 @@ def init_job(config: DeviceConfig, parallel: ParallelConfig | None = None, alone
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout,
                                     device_id=device if backend == "nccl" else None)
             job.cpu_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=FILE_TIMEOUT_S))
+            _join_groups(job, timeout)
         yield job
     # Not after an error: the others may be waiting for us, closing the groups would wait for them, our end wakes them.
     job.cpu_group = None
@@ -117,6 +141,22 @@ def init_job(config: DeviceConfig, parallel: ParallelConfig | None = None, alone
     # which the closing of a group keeps while it waits for them.
     time.sleep(0.1)
     dist.destroy_process_group()
+
+
+def _join_groups(job: Job, timeout: datetime.timedelta | None) -> None:
+    """Set the job's groups. Raises ValueError on every rank where its ranks do not fall into groups of shard_size."""
+    check_agreement({"parallel": job.parallel, "shard_size": job.shard_size}, job)  # by default each node has its own
+    if job.world_size % job.shard_size:
+        sizes = [str(n) for n in range(1, job.world_size + 1) if job.world_size % n == 0]
+        raise ValueError(f"shard_size={job.shard_size} does not divide the {job.world_size} processes: it can be "
+                         f"{', '.join(sizes)}")
+    if 1 < job.shard_size < job.world_size:
+        places = torch.arange(job.world_size).view(-1, job.shard_size)  # (replica, shard) -> rank
+        job.shard_group, _ = dist.new_subgroups_by_enumeration(places.tolist(), timeout)
+        job.replica_group, _ = dist.new_subgroups_by_enumeration(places.T.tolist(), timeout)
+    elif job.world_size > 1:
+        job.shard_group = dist.group.WORLD if job.shard_size > 1 else None
+        job.replica_group = dist.group.WORLD if job.shard_size == 1 else None
 
 
 # Between the ranks

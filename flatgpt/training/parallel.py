@@ -1,5 +1,8 @@
 """How a model and its gradients lie over the ranks: DDP around it, or FSDP's parts; whole tensors and back.
 
+Where several ranks hold one copy of the model together (job.shard_size), it is FSDP2 that lays it out: over all ranks
+(fsdp), or over groups of neighbours that hold a copy each (hsdp, a mesh of replicas and shards).
+
 Invariant: tensors that leave this module for a checkpoint are whole, whatever layout they were trained in.
 """
 
@@ -11,6 +14,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from flatgpt.models.baselines import build_empty
@@ -20,8 +24,8 @@ from flatgpt.training.distributed import Job
 def materialize(model: nn.Module, state: Mapping[str, torch.Tensor] | None, job: Job) -> nn.Module:
     """Give a model made on the meta device its memory and rank 0's weights (`state`; None elsewhere): whole on every
     rank, or, with FSDP, each rank's part of it, so that no GPU ever holds it whole."""
-    if job.world_size > 1 and job.parallel == "fsdp":
-        _shard(model, job.world_size, job)
+    if job.shard_size > 1:
+        _shard(model, _mesh(job), job)
     model.to_empty(device=job.device)
     fill(model, state, job)
     return model
@@ -42,8 +46,9 @@ def stand_in(model: nn.Module, job: Job) -> nn.Module:
     So what is to be trained takes part in no trial, and what takes part is thrown away."""
     trial = build_empty(replace(model.config, n_layer=1) if model.h else model.config)
     trial.activation_checkpointing = model.activation_checkpointing
-    if job.world_size > 1 and job.parallel == "fsdp":
-        _shard(trial, 1, job)
+    if job.shard_size > 1:
+        shape, names = (job.world_size, 1), ("others", "alone")
+        _shard(trial, init_device_mesh(job.device.type, shape, mesh_dim_names=names)["alone"], job)
     trial.to_empty(device=job.device)
     with torch.no_grad():
         for p in trial.parameters():
@@ -52,22 +57,28 @@ def stand_in(model: nn.Module, job: Job) -> nn.Module:
     return trial
 
 
-def _shard(model: nn.Module, num_parts: int, job: Job) -> None:
-    """FSDP2: each of `num_parts` neighbouring ranks holds its part of every parameter; a block's are gathered when it
-    runs, and its gradients summed in float32. With 16-bit products the blocks' weights travel in 16 bits; the residual
-    path stays float32, as in DDP."""
+def _mesh(job: Job) -> DeviceMesh:
+    """The ranks as FSDP2 takes them. The job's groups know --timeout_s, which those that a mesh makes would not."""
+    if job.replica_group is None:
+        return DeviceMesh.from_group(job.shard_group, job.device.type, mesh_dim_names=("shards",))
+    ranks = torch.arange(job.world_size).view(-1, job.shard_size)
+    return DeviceMesh.from_group([job.replica_group, job.shard_group], job.device.type, ranks,
+                                 mesh_dim_names=("replicas", "shards"))
+
+
+def _shard(model: nn.Module, mesh: DeviceMesh, job: Job) -> None:
+    """FSDP2: each rank along the mesh's last dimension holds its part of every parameter; a block's are gathered when
+    it runs, and its gradients summed in float32. With 16-bit products the blocks' weights travel in 16 bits; the
+    residual path stays float32, as in DDP."""
     # These take a second, which every start would pay.
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    shape = (job.world_size // num_parts, num_parts)
-    mesh = init_device_mesh(job.device.type, shape, mesh_dim_names=("groups", "ranks"))["ranks"]
     policy = MixedPrecisionPolicy()
     if job.dtype != torch.float32:
         policy = MixedPrecisionPolicy(job.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.h:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=job.reshard_after_forward)
+    fully_shard(model, mesh=mesh)  # what is in no block stays gathered up to the backward pass in any case
     register_fsdp_forward_method(model, "next_token_logits")  # generation does not come through `forward`
 
 
@@ -75,7 +86,7 @@ def wrap(model: nn.Module, job: Job, batch_size: int) -> nn.Module:
     """The model whose backward pass averages gradients over the ranks: DDP around it, or itself if it is sharded."""
     if job.world_size == 1:
         return model
-    if job.parallel == "fsdp":
+    if job.shard_size > 1:
         # After a pass that failed they would be whole, and each rank would train a model of its own.
         assert all(hasattr(p, "full_tensor") for p in model.parameters()), "FSDP's parameters are not sharded"
         return model
@@ -103,21 +114,24 @@ def try_pass(wrapped: nn.Module, model: nn.Module, job: Job, batch_size: int) ->
 def zero_grad(model: nn.Module, job: Job) -> None:
     """Forget the gradients. DDP's stay where they are, in its buckets: micro-batches then add up there, and the memory
     of a second set is saved."""
-    model.zero_grad(set_to_none=job.world_size == 1 or job.parallel == "fsdp")
+    model.zero_grad(set_to_none=job.world_size == 1 or job.shard_size > 1)
 
 
-def set_gradient_sync(wrapped: nn.Module, wanted: bool) -> None:
-    """Whether the next backward pass averages gradients over the ranks, or only adds them up on each."""
+def set_gradient_sync(wrapped: nn.Module, is_last: bool, job: Job) -> None:
+    """Before the passes of a micro-batch: in the step's last one gradients are averaged over the ranks, before that
+    they are added up, whole on each rank or (reduce_every_micro_batch) in the parts that its copy's ranks hold."""
     if hasattr(wrapped, "set_requires_gradient_sync"):  # FSDP2's
-        wrapped.set_requires_gradient_sync(wanted)
+        wrapped.set_requires_gradient_sync(is_last or job.reduce_every_micro_batch)
+        wrapped.set_requires_all_reduce(is_last)  # between copies
     elif isinstance(wrapped, DistributedDataParallel):
-        wrapped.require_backward_grad_sync = wanted
+        wrapped.require_backward_grad_sync = is_last
 
 
 def reshard(model: nn.Module) -> None:
     """Drop the gathered weights that a forward pass without a backward pass leaves behind in FSDP."""
-    if hasattr(model, "reshard"):
-        model.reshard()
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:

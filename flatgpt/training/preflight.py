@@ -36,6 +36,8 @@ def report(model: LanguageModel, plan: BatchPlan, epochs: str, run: RunFolder, e
     """Lines for people, those that begin with "warning:" about what will fail; every rank has to take part."""
     num_params, block_size = model.num_params(non_embedding=False), model.config.block_size
     how = f", {job.parallel}" if job.world_size > 1 else ""
+    if job.world_size > 1 and job.parallel == "hsdp":
+        how += f": {job.world_size // job.shard_size} copies of the model, each over {job.shard_size} ranks"
     yield f"{num_params:,} parameters, {job.dtype} on {job.world_size} x {job.device.type}{how}"
     yield (f"{plan.seqs_per_step * block_size:,} tokens a step = {plan.accumulation_steps} micro-batches x "
            f"{plan.micro_batch} sequences x {block_size} tokens x {job.world_size} ranks; an epoch {epochs}")
@@ -100,14 +102,14 @@ def _gpu_trial(model: LanguageModel, job: Job, compile: str) -> Callable[[BatchP
     """A function that tells whether this rank's GPU takes a plan's micro-batch: a stand-in makes two passes over one,
     beside a tensor as large as all else that training holds. No rank waits for another in there."""
     is_compiled = compiling.wants_compiler(compile, job) and compiling.try_compiler(model, job, 1) is None
-    trial = parallel.stand_in(model, replace(job, parallel="ddp"))  # whole on each rank
+    trial = parallel.stand_in(model, replace(job, shard_size=1))  # whole on each rank
     block, num_blocks = sum(p.numel() for p in trial.h.parameters()), len(model.h)
     trial.h = nn.ModuleList([*trial.h] * num_blocks)  # what counts is what each of them keeps of a batch
     if is_compiled:
         compiling.compile_in_place(trial, dynamic=True)  # once for all sizes
     held = sum(parallel.local(p).nbytes for p in model.parameters()) + 8 * sum(p.numel() for p in trial.parameters())
     # Autocast's 16-bit weights of the blocks that are not there; FSDP frees them block by block.
-    casts = 0 if job.parallel == "fsdp" or job.dtype == torch.float32 else 2 * block * max(0, num_blocks - 1)
+    casts = 0 if job.shard_size > 1 or job.dtype == torch.float32 else 2 * block * max(0, num_blocks - 1)
     return lambda plan: _fits_gpu(trial, job, plan.micro_batch, state_bytes(model, plan, job) + casts - held)
 
 
@@ -167,13 +169,16 @@ def state_bytes(model: LanguageModel, plan: BatchPlan, job: Job) -> int:
     """Of weights, gradients and AdamW's two means, in float32, on one rank. Muon, which keeps one mean of its matrices,
     takes up to a quarter less."""
     count = sum(p.numel() for p in model.parameters())
-    if job.world_size == 1 or job.parallel == "ddp":
+    if job.shard_size == 1:
         return 16 * count
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.h]
     # Weights and gradients at a time: of a block, and of all that is in none.
     gathered = 8 * (max(blocks, default=0) + count - sum(blocks))
-    unsynced = 4 * count if plan.accumulation_steps > 1 else 0  # whole gradients, until the last micro-batch
-    return 16 * count // job.world_size + gathered + unsynced
+    if not job.reshard_after_forward:
+        gathered += job.dtype.itemsize * (sum(blocks) - max(blocks, default=0))
+    # Whole gradients, until the last micro-batch.
+    unsynced = 4 * count if plan.accumulation_steps > 1 and not job.reduce_every_micro_batch else 0
+    return 16 * count // job.shard_size + gathered + unsynced
 
 
 def activation_bytes(model: LanguageModel, micro_batch: int, job: Job) -> int:

@@ -80,7 +80,7 @@ def train_steps(model: nn.Module, job: Job, num_steps: int = 4) -> list[tuple[fl
     x = torch.randint(50, (MICRO_SEQS, BLOCK_SIZE), generator=torch.Generator().manual_seed(job.rank))
     seen = []
     for _ in range(num_steps):
-        parallel.set_gradient_sync(wrapped, True)
+        parallel.set_gradient_sync(wrapped, True, job)
         with job.autocast():
             _, loss = wrapped(x, x, 2 * x.numel())
         (loss * job.world_size).backward()

@@ -9,12 +9,14 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, on_ranks
 from test_parallel import ALONE, LAYOUTS, MICRO_SEQS, backward, join, make_model, materialize
 
 from flatgpt.options import flatten
 from flatgpt.training import distributed, hosts, parallel
-from flatgpt.training.distributed import Job
+from flatgpt.training.device import DeviceConfig
+from flatgpt.training.distributed import Job, ParallelConfig
 from flatgpt.training.optim import OptimConfig, build_optimizer
 from model import GPT
 from train import TrainConfig
@@ -83,6 +85,55 @@ def test_muon_over_parts_makes_the_same_bytes_of_the_same_gradients():
         assert ours.keys() == alone.keys()
         for name, value in alone.items():
             assert np.array_equal(ours[name], value), name
+
+
+def groups_of(config: ParallelConfig, local_world_size: str) -> tuple[int, list[int], list[int]]:
+    """The shard_size of this rank's job, and the ranks of its two groups."""
+    os.environ["LOCAL_WORLD_SIZE"], os.environ["LOCAL_RANK"] = local_world_size, "0"
+    with distributed.init_job(DeviceConfig(device="cpu"), config) as job:
+        return job.shard_size, *([] if group is None else dist.get_process_group_ranks(group)
+                                 for group in (job.shard_group, job.replica_group))
+
+
+@pytest.mark.parametrize(("layout", "local_world_size", "expected"), [
+    ("ddp", 4, [(1, [], [0, 1, 2, 3])] * 4),
+    ("fsdp", 2, [(4, [0, 1, 2, 3], [])] * 4),
+    ("hsdp", 2, [(2, [0, 1], [0, 2]), (2, [0, 1], [1, 3]), (2, [2, 3], [0, 2]), (2, [2, 3], [1, 3])]),
+    ("hsdp", 4, [(4, [0, 1, 2, 3], [])] * 4)])
+def test_neighbours_hold_a_copy_of_the_model_and_their_peers_the_same_part(layout, local_world_size, expected):
+    assert on_ranks(4, groups_of, ParallelConfig(parallel=layout), str(local_world_size)) == expected
+
+
+def test_one_process_is_a_copy_by_itself_in_any_layout():
+    for layout in ("ddp", "fsdp", "hsdp"):
+        with join(layout, shard_size=0) as job:
+            assert (job.shard_size, job.shard_group, job.replica_group) == (1, None, None)
+
+
+def why_not_joined(shard_sizes: tuple[int, int]) -> str:
+    try:
+        with join("hsdp", shard_size=shard_sizes[int(os.environ["RANK"])]):
+            return ""
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(("shard_sizes", "fault"), [
+    ((4, 4), "shard_size=4 does not divide the 2 processes: it can be 1, 2"),
+    ((2, 1), "the processes do not run the same job: shard_size is 1 on rank 1 and 2 on rank 0")])
+def test_groups_that_do_not_share_out_the_processes_are_refused_on_all(shard_sizes, fault):
+    assert all(said.startswith(fault) for said in on_ranks(2, why_not_joined, shard_sizes))
+
+
+@pytest.mark.parametrize(("options", "fault"), [
+    (["--shard_size=2"], "shard_size=2 does nothing with parallel=ddp: leave it out, or use --parallel=hsdp"),
+    (["--parallel=fsdp", "--shard_size=2"], "shard_size=2 does nothing with parallel=fsdp"),
+    (["--reshard_after_forward=False"], "or use --parallel=fsdp or hsdp"),
+    (["--reduce_every_micro_batch=True"], "reduce_every_micro_batch=True does nothing with parallel=ddp"),
+    (["--parallel=hsdp", "--shard_size=-1"], "shard_size=-1 must be 0 or more"),
+    (["--parallel=hsdp", "--shard_size=2"], "shard_size=2 does not divide the 1 processes")])
+def test_options_that_the_layout_has_no_use_for_are_refused(refused, options, fault):
+    assert fault in refused("train", *options, "--device=cpu")
 
 
 def disagree():

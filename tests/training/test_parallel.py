@@ -21,12 +21,15 @@ from model import GPT, GPTConfig
 
 ALONE = Job(0, 1, torch.device("cpu"), torch.float32)
 LAYOUTS = ("ddp", "fsdp")
+RANKS = {"ddp": 2, "fsdp": 2, "hsdp": 4}  # hsdp: two copies of the model, each over two ranks
+LESS_TRAFFIC, LESS_MEMORY = {"reshard_after_forward": False}, {"reduce_every_micro_batch": True}
 GRAD_CLIP = 0.5
-BATCH_SEQS, MICRO_SEQS, BLOCK_SIZE = 8, 2, 16  # two ranks with two micro-batches each
+BATCH_SEQS, MICRO_SEQS, BLOCK_SIZE = 8, 2, 16
 
 
-def join(layout: str, dtype: str = "float32"):
-    return distributed.init_job(DeviceConfig(device="cpu", dtype=dtype), ParallelConfig(parallel=layout, timeout_s=60))
+def join(layout: str, dtype: str = "float32", shard_size: int = 2, **options):
+    config = ParallelConfig(parallel=layout, shard_size=shard_size, timeout_s=60, **options)
+    return distributed.init_job(DeviceConfig(device="cpu", dtype=dtype), config)
 
 
 def make_model() -> GPT:
@@ -50,30 +53,27 @@ def make_batch() -> tuple[torch.Tensor, torch.Tensor]:
     return x, y
 
 
-def accumulate(layout: str, dtype: str = "float32", activation_checkpointing: bool = False):
+def accumulate(layout: str, options: dict, activation_checkpointing: bool = False):
     """The gradients of the batch, summed over micro-batches and ranks as train.py does it, before and after the clip,
     and their norm, on every rank."""
-    with join(layout, dtype) as job:
-        return accumulate_on(job, activation_checkpointing)
-
-
-def accumulate_on(job: Job, activation_checkpointing: bool):
-    model = materialize(job)
-    model.activation_checkpointing = activation_checkpointing
-    backward(parallel.wrap(model, job, MICRO_SEQS), job)
-    before = gradients(model)
-    norm = parallel.full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)).item()
-    return before, norm, gradients(model)
+    with join(layout, **options) as job:
+        model = materialize(job)
+        model.activation_checkpointing = activation_checkpointing
+        backward(parallel.wrap(model, job, MICRO_SEQS), job)
+        before = gradients(model)
+        norm = parallel.full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)).item()
+        return before, norm, gradients(model)
 
 
 def backward(wrapped: torch.nn.Module, job: Job) -> None:
+    """The passes of a step, in two micro-batches a rank."""
     x, y = make_batch()
     num_targets = (y >= 0).sum()
     mine = slice(*(BATCH_SEQS * r // job.world_size for r in (job.rank, job.rank + 1)))
     x, y = x[mine], y[mine]
-    for start in range(0, len(x), MICRO_SEQS):
-        rows = slice(start, start + MICRO_SEQS)
-        parallel.set_gradient_sync(wrapped, rows.stop >= len(x))
+    for start in (0, len(x) // 2):
+        rows = slice(start, start + len(x) // 2)
+        parallel.set_gradient_sync(wrapped, rows.stop >= len(x), job)
         with job.autocast():
             _, loss = wrapped(x[rows], y[rows], num_targets)
         (loss * job.world_size).backward()
@@ -102,17 +102,19 @@ def assert_close(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> 
         assert np.abs(ours[name] - value).max() <= 1e-6, name
 
 
-@pytest.mark.parametrize("activation_checkpointing", [False, True])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradients_and_their_norm_are_one_processs(expected, layout, activation_checkpointing):
-    for before, norm, after in on_ranks(2, accumulate, layout, "float32", activation_checkpointing):
+@pytest.mark.parametrize(("layout", "activation_checkpointing", "options"), [
+    ("ddp", False, {}), ("ddp", True, {}), ("fsdp", False, {}), ("fsdp", True, LESS_TRAFFIC | LESS_MEMORY),
+    ("hsdp", False, {}), ("hsdp", True, LESS_TRAFFIC | LESS_MEMORY)])
+def test_gradients_and_their_norm_are_one_processs(expected, layout, activation_checkpointing, options):
+    for before, norm, after in on_ranks(RANKS[layout], accumulate, layout, options, activation_checkpointing):
         assert norm == pytest.approx(expected[1], abs=1e-6)
         assert_close(before, expected[0])
         assert_close(after, expected[2])
 
 
 def test_16_bit_gradients_of_both_layouts_are_close():
-    (ddp, ddp_norm, _), (fsdp, fsdp_norm, _) = (on_ranks(2, accumulate, layout, "bfloat16")[0] for layout in LAYOUTS)
+    (ddp, ddp_norm, _), (fsdp, fsdp_norm, _) = (on_ranks(2, accumulate, layout, {"dtype": "bfloat16"})[0]
+                                                for layout in LAYOUTS)
     assert fsdp_norm == pytest.approx(ddp_norm, rel=0.01)
     for name, value in ddp.items():
         assert np.linalg.norm(fsdp[name] - value) < 0.03 * np.linalg.norm(value), name
@@ -172,27 +174,43 @@ def test_float16_is_refused_with_fsdp(monkeypatch):
         pass
 
 
-def count_collectives(layout: str) -> dict[str, Counter]:
-    """What the ranks send each other in the parts of a step, by torch's names."""
-    with join(layout) as job:
+def count_collectives(layout: str, options: dict) -> list[Counter]:
+    """What this rank sends in the passes of a step of two micro-batches, in its clip, update and clean-up, by torch's
+    names; then in an evaluation's pass after that."""
+    with join(layout, **options) as job:
         model = materialize(job)
         wrapped, optimizer = parallel.wrap(model, job, MICRO_SEQS), build_optimizer(model, OptimConfig())
         tokens = torch.zeros(MICRO_SEQS, BLOCK_SIZE, dtype=torch.long)
-        seen = {}
-        for part, do in (("passes", lambda: wrapped(tokens, tokens)[1].backward()),
-                         ("clip", lambda: parallel.full_tensor(nn.utils.clip_grad_norm_(model.parameters(), 1.0))),
-                         ("update", optimizer.step), ("zero", lambda: parallel.zero_grad(model, job))):
+        seen = []
+        for part in (lambda: backward(wrapped, job),
+                     lambda: parallel.full_tensor(nn.utils.clip_grad_norm_(model.parameters(), 1.0)),
+                     optimizer.step, lambda: parallel.zero_grad(model, job), lambda: evaluate_once(model, tokens)):
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-                do()
-            seen[part] = Counter(event.name for event in profile.events() if event.name.startswith("c10d::"))
+                part()
+            seen.append(Counter(event.name for event in profile.events() if event.name.startswith("c10d::")))
         return seen
 
 
-def test_a_step_takes_no_more_collectives_than_it_has_to():
-    """FSDP: a gather a pass for each of the two blocks, one for what is in none, a scatter of each one's gradients."""
-    clip = 2 if torch.__version__.startswith("2.9.") else 1  # which makes a whole norm twice
-    expected = {"ddp": [{"c10d::allreduce_": 1}, {}, {}, {}],
-                "fsdp": [{"c10d::_allgather_base_": 5, "c10d::_reduce_scatter_base_": 3}, {"c10d::allreduce_": clip},
-                         {}, {}]}
-    for layout in LAYOUTS:
-        assert list(on_ranks(2, count_collectives, layout)[0].values()) == expected[layout]
+def evaluate_once(model: GPT, tokens: torch.Tensor) -> None:
+    before = sum(parallel.local(p).numel() for p in model.parameters())
+    with torch.no_grad():
+        model(tokens, tokens)
+    parallel.reshard(model)
+    assert sum(parallel.local(p).numel() for p in model.parameters()) == before
+
+
+@pytest.mark.parametrize(("layout", "options"), [
+    ("ddp", {}), ("fsdp", {}), ("fsdp", LESS_TRAFFIC), ("fsdp", LESS_MEMORY), ("hsdp", {}), ("hsdp", LESS_MEMORY)])
+def test_a_step_takes_no_more_collectives_than_it_has_to(layout, options):
+    """FSDP gathers and reduces each block by itself, and all that is in none; DDP has one bucket."""
+    num_blocks = make_model().config.n_layer
+    passes = {"c10d::allreduce_": {"ddp": 1, "fsdp": 0, "hsdp": num_blocks + 1}[layout]}  # hsdp: between copies
+    clip = {"c10d::allreduce_": 0 if layout == "ddp" else 2 if torch.__version__.startswith("2.9.") else 1}
+    evaluation = {}
+    if layout != "ddp":
+        passes_with_gather = 1 if options == LESS_TRAFFIC else 2  # forward and backward
+        passes["c10d::_allgather_base_"] = 2 * (passes_with_gather * num_blocks + 1)  # in each micro-batch
+        passes["c10d::_reduce_scatter_base_"] = (num_blocks + 1) * (2 if options == LESS_MEMORY else 1)
+        evaluation["c10d::_allgather_base_"] = num_blocks + 1
+    for seen in on_ranks(RANKS[layout], count_collectives, layout, options):
+        assert seen == [Counter(part) for part in (passes, clip, {}, {}, evaluation)]

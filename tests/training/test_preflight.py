@@ -84,7 +84,7 @@ def test_activations_of_the_baselines_are_about_what_autograd_keeps(kind):
     else:
         head = 4 * model.head.numel() + 2 * 4 * 512 * 1024
         assert estimate - head == pytest.approx(kept_bytes(model), rel=0.3)
-    sharded = Job(0, 4, torch.device("cpu"), torch.float32, "fsdp")
+    sharded = Job(0, 4, torch.device("cpu"), torch.float32, "fsdp", 4)
     count = sum(p.numel() for p in model.parameters())
     assert preflight.state_bytes(model, BatchPlan(8, 1, 2, 4), sharded) == 4 * count + 8 * count + 4 * count
 
@@ -136,8 +136,8 @@ def test_the_parts_of_a_sharded_model_are_smaller():
     count = sum(p.numel() for p in model.parameters())
     for accumulation_steps, whole_gradients in ((1, 0), (4, 4 * count)):  # FSDP adds up unsummed ones whole
         plan = BatchPlan(8, 1, accumulation_steps, 8)
-        alone, shared = (preflight.state_bytes(model, plan, Job(0, world_size, HERE.device, HERE.dtype, "fsdp"))
-                         for world_size in (1, 8))
+        alone, shared = (preflight.state_bytes(model, plan, Job(0, 8, HERE.device, HERE.dtype, shard_size=shard_size))
+                         for shard_size in (1, 8))
         assert alone == 16 * count
         assert alone / 8 < shared - whole_gradients < alone / 2
 
