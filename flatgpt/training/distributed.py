@@ -217,10 +217,9 @@ def all_gather(flat: torch.Tensor, counts: list[int], group: dist.ProcessGroup |
     """The flat tensors of the group's ranks, of counts[0] elements and so on, one behind the other."""
     if group is None:
         return flat
-    longest = max(counts)  # NCCL and gloo gather equal lengths
-    gathered = flat.new_empty(len(counts), longest)
-    dist.all_gather_into_tensor(gathered, torch.nn.functional.pad(flat, (0, longest - len(flat))), group=group)
-    return torch.cat([part[:count] for part, count in zip(gathered, counts)])
+    parts = list(flat.new_empty(len(counts), max(counts)))  # of one length, as gloo wants them
+    dist.all_gather(parts, torch.nn.functional.pad(flat, (0, max(counts) - len(flat))), group=group)
+    return torch.cat([part[:count] for part, count in zip(parts, counts)])
 
 
 def gather(value: Any, job: Job) -> list[Any]:

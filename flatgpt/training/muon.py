@@ -106,12 +106,15 @@ class SharedStacks:
         self.from_shards = [self._numel(self.own, shard) for shard in range(self.num_shards)]
         self.from_replicas = [sum(self._numel(share, self.shard) for share in shares) for shares in replicas]
 
+    def held_from(self, p: nn.Parameter, shard: int) -> int:
+        """The first row of p that is on a shard, or on the next one. FSDP gives each the next ceil(rows / shards) rows,
+        and the last ones what is left."""
+        return min(p.size(0), shard * -(-p.size(0) // self.num_shards))
+
     def rows(self, matrix: Matrix, shard: int) -> range:
-        """Those of the parameter's rows that are the matrix's and lie on a shard. FSDP gives each shard the next
-        ceil(rows / shards) rows of a parameter, and the last shards what is left."""
-        size = -(-matrix.p.size(0) // self.num_shards)
-        start = min(max(matrix.start, shard * size), matrix.stop)
-        return range(start, max(start, min(matrix.stop, (shard + 1) * size)))
+        """Those of the parameter's rows that are the matrix's and on a shard."""
+        start, stop = self.held_from(matrix.p, shard), self.held_from(matrix.p, shard + 1)
+        return range(min(max(matrix.start, start), stop), min(max(matrix.stop, start), stop))
 
     def _numel(self, stacks: Iterable[Stack], shard: int) -> int:
         return sum(len(self.rows(m, shard)) * m.shape[1] for stack in stacks for m in stack)
@@ -121,8 +124,8 @@ class SharedStacks:
         as their parameters do."""
         views = []
         for m in stack:
-            rows, first = self.rows(m, self.shard), self.shard * -(-m.p.size(0) // self.num_shards)
-            views.append(parts[m.p].narrow(0, rows.start - first, len(rows)))
+            rows = self.rows(m, self.shard)
+            views.append(parts[m.p].narrow(0, rows.start - self.held_from(m.p, self.shard), len(rows)))
         return views
 
     def to_owners(self, parts: Mapping[nn.Parameter, torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""distributed.py: what the ranks must agree on, they compare; and Muon over ranks."""
+"""distributed.py: what the ranks must agree on, they compare."""
 
 import os
 import re
@@ -6,85 +6,17 @@ import socket
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, on_ranks
-from test_parallel import ALONE, LAYOUTS, MICRO_SEQS, backward, join, make_model, materialize
+from test_parallel import join
 
 from flatgpt.options import flatten
-from flatgpt.training import distributed, hosts, parallel
+from flatgpt.training import distributed, hosts
 from flatgpt.training.device import DeviceConfig
 from flatgpt.training.distributed import Job, ParallelConfig
-from flatgpt.training.optim import OptimConfig, build_optimizer
-from model import GPT
 from train import TrainConfig
-
-MUON = OptimConfig(optimizer="muon")
-
-
-def update_with_muon(layout: str):
-    with join(layout) as job:
-        return update_with_muon_on(job)
-
-
-def update_with_muon_on(job: Job) -> dict[str, np.ndarray]:
-    """What two updates by the batch make of the blocks' matrices."""
-    model = materialize(job)
-    wrapped, optimizer = parallel.wrap(model, job, MICRO_SEQS), build_optimizer(model, MUON, torch.bfloat16)
-    for _ in range(2):
-        backward(wrapped, job)
-        optimizer.step()
-        parallel.zero_grad(model, job)
-    return muons(model, optimizer)
-
-
-def muons(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, np.ndarray]:
-    """Muon's weights, and what it keeps. (AdamW's one kernel rounds by where in memory an element lies.)"""
-    tensors = {name: p for name, p in model.named_parameters() if "momentum_buffer" in optimizer.state[p]}
-    tensors |= {f"{name}'s momentum": optimizer.state[p]["momentum_buffer"] for name, p in tensors.items()}
-    return {name: parallel.full_tensor(tensor.detach()).numpy().copy() for name, tensor in tensors.items()}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_muons_updates_are_one_processs_and_the_same_on_all_ranks(layout):
-    alone = update_with_muon_on(ALONE)
-    first, second = on_ranks(2, update_with_muon, layout)
-    for name, start in make_model().named_parameters():
-        if name not in alone:
-            continue
-        assert np.array_equal(first[name], second[name]), name
-        moved = np.linalg.norm(alone[name] - start.detach().numpy())
-        # Gradients agree to about 1e-6 of themselves. Where that decides how an element is rounded to bfloat16, to
-        # within 0.4%, Newton-Schulz passes it on, magnified where it is small: so some percents, not 1e-6.
-        assert np.linalg.norm(first[name] - alone[name]) < 0.02 * moved, name
-
-
-def update_with_given_gradients(layout: str):
-    with join(layout) as job:
-        return update_with_given_gradients_on(job)
-
-
-def update_with_given_gradients_on(job: Job) -> dict[str, np.ndarray]:
-    """What two updates by random gradients make of the blocks' matrices."""
-    model = materialize(job)
-    optimizer = build_optimizer(model, MUON, torch.bfloat16)
-    generator = torch.Generator().manual_seed(2)
-    for _ in range(2):
-        for p in model.parameters():
-            p.grad = parallel.from_rank0(torch.randn(p.shape, generator=generator), p, job)
-        optimizer.step()
-    return muons(model, optimizer)
-
-
-def test_muon_over_parts_makes_the_same_bytes_of_the_same_gradients():
-    alone = update_with_given_gradients_on(ALONE)
-    assert len(alone) == 2 * 2 * 4  # in two blocks four matrices, and as many means
-    for ours in on_ranks(3, update_with_given_gradients, "fsdp"):  # over which 32 rows fall unevenly
-        assert ours.keys() == alone.keys()
-        for name, value in alone.items():
-            assert np.array_equal(ours[name], value), name
 
 
 def groups_of(config: ParallelConfig, local_world_size: str) -> tuple[int, list[int], list[int]]:
