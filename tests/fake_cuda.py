@@ -170,6 +170,10 @@ def main() -> None:
         found["tensors"] = len(list(model.parameters()))
         step(model, optimizer, job)  # the first makes the means
         found["launches"] = step(model, optimizer, job)
+        model = make(n_layer=12, n_embd=768, n_head=12)
+        optimizer = build_optimizer(model, OptimConfig(optimizer="muon"), job)
+        step(model, optimizer, job)
+        found["launches"]["Muon's update"] = step(model, optimizer, job)["update"]
     found["after_a_broken_recording"] = after_a_broken_recording()
     print(json.dumps(found))
 

@@ -42,9 +42,9 @@ def orthogonalize(stack: torch.Tensor) -> torch.Tensor:
     x = stack.mT.contiguous() if is_tall else stack
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp_(min=1e-7)
     for a, b, c in COEFFICIENTS:
-        gram = x @ x.mT
+        gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if is_tall else x
+    return x.mT.contiguous() if is_tall else x
 
 
 class Matrix(NamedTuple):

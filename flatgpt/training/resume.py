@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 # A run is resumed with the same values of these, or not at all. (World size and micro-batch may change.)
 FIXED = (*SHAPE, "optimizer", "seed", "seqs_per_step", "data_fingerprint", "data_vocab_size")
 OF_TRAINING = ("optimizer", "seed", "seqs_per_step")  # of these, what an evaluation has no use for
+# What changed, in words, where the values of a key say nothing to a reader.
+WORDS = {"data_fingerprint": "the tokens or the shares of the data sets changed",
+         "muon_matrices": "Muon orthogonalises queries, keys and values, the two halves of swiglu and the gates of an "
+                          "LSTM or GRU one by one, no longer as one matrix"}
 OF_A_START = ("init_from", "resume", "eval_only")  # options that no run keeps
 MAX_ROLLBACKS = 3
 
@@ -58,9 +62,8 @@ def check_same_run(trainer: Mapping[str, Any], now: Mapping[str, Any], defaults:
     """Say what of the options, the batch and the data, which `now` has flat, changed since the checkpoint. `defaults`
     are the options' own, which count where an option is newer than the run. Raises ValueError that lists what must not
     change."""
-    before = {**defaults, **trainer["options"], **trainer}
-    changed = {key: "the tokens or the shares of the data sets changed" if key == "data_fingerprint" else
-               f"{key} was {before[key]}, is {value}" for key, value in now.items()
+    before = {"muon_matrices": "fused", **defaults, **trainer["options"], **trainer}
+    changed = {key: WORDS.get(key, f"{key} was {before[key]}, is {value}") for key, value in now.items()
                if key in before and before[key] not in (value, "auto")  # which leaves the choice to us
                and key not in OF_A_START}
     of_training = OF_TRAINING if now["eval_only"] else ()
