@@ -4,7 +4,7 @@
     distributed.py  the process group, and what the ranks tell each other; hosts.py, how several hosts find each other
     parallel.py     how a model lies over the ranks: DDP and FSDP
     compiling.py    torch.compile of a model's parts, on all ranks or on none
-    optim.py        AdamW, Muon, the learning rate of each step, bad steps
+    optim.py        AdamW, the learning rate of each step, bad steps; muon.py, Muon and how the ranks share it
     setup.py        a run's data, and its model on the device
     preflight.py    what a run will need, printed before its first step
     checkpoint.py   the run folder: lock, find, save, delete; resume.py, how a run continues from one

@@ -1,5 +1,4 @@
-"""The optimiser: parameter groups, AdamW, Muon, the learning rate as a pure function of the step, and which steps are
-bad.
+"""The optimiser: parameter groups, AdamW, the learning rate as a pure function of the step, and which steps are bad.
 
 Owns everything between gradients and new weights except the gradients' reduction (parallel.py) and the order of a
 step (train.py). State lives in torch's optimizer alone and is keyed by parameter name on disk, so that it does not
