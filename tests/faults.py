@@ -27,6 +27,8 @@ from flatgpt.run_folder import verify
 RUN = (*TINY_RUN, "--batch_size=2", "--gradient_accumulation_steps=4", "--max_iters=40", "--lr_decay_iters=40",
        "--eval_interval=20", "--save_interval=10", "--keep_last=0", "--dropout=0.1")
 TINY = Path("out/tiny")
+LAYOUTS = {"ddp": ("--parallel=ddp",), "fsdp": ("--parallel=fsdp",), "hsdp": ("--parallel=hsdp", "--shard_size=2")}
+RANKS = {"ddp": 2, "fsdp": 2, "hsdp": 4}  # that a layout is tested on; hsdp: two copies of the model
 
 
 def newest_step(run: Path) -> int:
@@ -57,13 +59,14 @@ def data(shared, tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def undisturbed(shared) -> Callable[..., Path]:
-    """undisturbed("ddp"): the folder of a run on `nproc` ranks that nothing happened to."""
+    """undisturbed("ddp"): the folder of a run on `nproc` ranks (0: the layout's) that nothing happened to."""
 
-    def run(layout: str, nproc: int = 2, *options: str) -> Path:
+    def run(layout: str, nproc: int = 0, *options: str) -> Path:
+        nproc = nproc or RANKS[layout]
         out = shared / "out" / "-".join([layout, str(nproc), *options])
         with FileLock(shared / "lock"):
             if not out.exists():
-                code, log = start_ranks(nproc, shared, *RUN, *options, f"--parallel={layout}", f"--out_dir={out}")
+                code, log = start_ranks(nproc, shared, *RUN, *options, *LAYOUTS[layout], f"--out_dir={out}")
                 assert code == 0, log
         return out
 

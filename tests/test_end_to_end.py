@@ -158,7 +158,8 @@ def test_two_processes_train_the_model_that_one_trains(cli, tiny_data, tmp_path)
 @pytest.mark.parametrize(("nproc", "how"), [
     pytest.param(2, (), marks=pytest.mark.soak),
     (4, ()),  # four summands can be added in more than one order, two cannot
-    (2, ("--parallel=fsdp", "--optimizer=muon"))])
+    (2, ("--parallel=fsdp", "--optimizer=muon")),
+    (4, ("--parallel=hsdp", "--shard_size=2", "--reshard_after_forward=False", "--reduce_every_micro_batch=True"))])
 def test_ranks_resume_byte_identically_and_one_process_goes_on_from_it(cli, tiny_data, tmp_path, nproc, how):
     options = (*TINY_RUN, "--dropout=0.1", "--keep_last=0", "--batch_size=2", "--gradient_accumulation_steps=4", *how)
     code, log = start_ranks(nproc, tmp_path, *options, "--out_dir=out/whole")
@@ -170,7 +171,8 @@ def test_ranks_resume_byte_identically_and_one_process_goes_on_from_it(cli, tiny
     assert code == 0, log
     model = "checkpoints/step_00000006/model.safetensors"
     assert Path("out/again", model).read_bytes() == Path("out/whole", model).read_bytes()
-    result = cli("train", *options, "--out_dir=out/alone")
+    alone = [option for option in options if not option.startswith("--shard_size")]
+    result = cli("train", *alone, "--out_dir=out/alone")
     assert "resuming out/alone at step 3" in result.out
     # The same global batches and, at the same micro-batch, the same dropout masks: only rounding differs.
     assert records_of("out/alone")[-1]["val/loss"] == pytest.approx(records_of("out/whole")[-1]["val/loss"], abs=1e-4)

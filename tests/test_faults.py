@@ -25,6 +25,8 @@ import pytest
 import torch
 from conftest import ROOT, TINY_RUN, files_of, records_of, run_process
 from faults import (
+    LAYOUTS,
+    RANKS,
     RUN,
     TINY,
     Torchrun,
@@ -138,9 +140,9 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="processes are found 
 
 
 def cells(*quick: str):
-    """Both layouts, those that are not `quick` in the soak only."""
+    """All layouts, those that are not `quick` in the soak only."""
     return pytest.mark.parametrize("layout", [pytest.param(layout, marks=() if layout in quick else pytest.mark.soak)
-                                              for layout in ("ddp", "fsdp")])
+                                              for layout in LAYOUTS])
 
 
 @pytest.fixture
@@ -165,9 +167,9 @@ def steps_saved(run: Path = TINY) -> list[int]:
 @linux
 @cells("ddp")
 def test_a_killed_rank_is_started_again_and_loses_nothing_that_was_saved(launch, undisturbed, layout):
-    run = launch(f"--parallel={layout}", HOLD_STEP="25")
+    run = launch(*LAYOUTS[layout], nproc=RANKS[layout], HOLD_STEP="25")
     run.wait_until_held()
-    os.kill(run.ranks()[{"ddp": 1, "fsdp": 0}[layout]], signal.SIGKILL)
+    os.kill(run.ranks()[{"ddp": 1, "fsdp": 0, "hsdp": 3}[layout]], signal.SIGKILL)
     assert run.wait() == 0, run.log
     assert resumed_at(run.log) == [20]
     assert_same_end(TINY, undisturbed(layout))
@@ -177,11 +179,11 @@ def test_a_killed_rank_is_started_again_and_loses_nothing_that_was_saved(launch,
 @pytest.mark.soak
 @cells()
 def test_after_torchrun_was_killed_its_ranks_are_gone_and_the_same_command_goes_on(launch, undisturbed, layout):
-    run = launch(f"--parallel={layout}", HOLD_STEP="25")
+    run = launch(*LAYOUTS[layout], nproc=RANKS[layout], HOLD_STEP="25")
     run.wait_until_held()
-    assert sorted(run.ranks()) == [0, 1]
+    assert sorted(run.ranks()) == list(range(RANKS[layout]))
     run.kill()
-    again = launch(f"--parallel={layout}")
+    again = launch(*LAYOUTS[layout], nproc=RANKS[layout])
     assert again.wait() == 0, again.log
     assert resumed_at(again.log) == [20]
     assert_same_end(TINY, undisturbed(layout))
@@ -201,13 +203,13 @@ def test_ranks_that_had_only_begun_to_start_are_gone_too(launch, delay_s):
 @pytest.mark.soak
 @cells()
 def test_sigterm_to_torchrun_saves_the_step_under_way(launch, undisturbed, layout):
-    run = launch(f"--parallel={layout}", HOLD_STEP="25")
+    run = launch(*LAYOUTS[layout], nproc=RANKS[layout], HOLD_STEP="25")
     run.wait_until_held()
     run.process.terminate()
     assert run.wait() != 0
     assert "stopped by SIGTERM at step 26, and saved: the same command goes on from there" in run.log
     assert steps_saved() == [10, 20, 26]
-    code, log = start_ranks(2, Path.cwd(), *RUN, f"--parallel={layout}")
+    code, log = start_ranks(RANKS[layout], Path.cwd(), *RUN, *LAYOUTS[layout])
     assert code == 0, log
     assert resumed_at(log) == [26]
     assert_same_end(TINY, undisturbed(layout))
@@ -217,7 +219,7 @@ def test_sigterm_to_torchrun_saves_the_step_under_way(launch, undisturbed, layou
 @pytest.mark.soak
 @cells()
 def test_a_rank_that_hangs_is_found_by_the_timeout_and_all_start_again(launch, undisturbed, layout):
-    run = launch(f"--parallel={layout}", "--timeout_s=15", HOLD_STEP="25")
+    run = launch(*LAYOUTS[layout], "--timeout_s=15", nproc=RANKS[layout], HOLD_STEP="25")
     run.wait_until_held()
     os.kill(run.ranks()[1], signal.SIGSTOP)
     assert run.wait() == 0, run.log
@@ -227,14 +229,14 @@ def test_a_rank_that_hangs_is_found_by_the_timeout_and_all_start_again(launch, u
 
 @cells("ddp")
 def test_a_full_disk_costs_the_checkpoint_that_did_not_fit(data, undisturbed, layout):
-    options = (*RUN, f"--parallel={layout}")
-    code, log = start_ranks(2, data, *options, "--max_iters=25", FULL_AT="20-29")
+    options = (*RUN, *LAYOUTS[layout])
+    code, log = start_ranks(RANKS[layout], data, *options, "--max_iters=25", FULL_AT="20-29")
     assert code == 2
     assert "warning: step 20 could not be saved: " in log
     assert "going on, what was saved before is intact" in log
     assert "saving failed 2 times in a row" in log  # the last one too, and that ends it
     assert steps_saved() == [10]
-    code, log = start_ranks(2, data, *options, FULL_AT="30")
+    code, log = start_ranks(RANKS[layout], data, *options, FULL_AT="30")
     assert code == 0, log
     assert resumed_at(log) == [10]
     assert steps_saved() == [10, 20, 40]
@@ -265,7 +267,7 @@ def hide(folder: Path) -> None:
 def test_a_damaged_newest_checkpoint_is_passed_over(data, undisturbed, layout, damage):
     copy_until(30, undisturbed(layout))
     damage(TINY / "checkpoints" / "step_00000030")
-    code, log = start_ranks(2, data, *RUN, f"--parallel={layout}")
+    code, log = start_ranks(RANKS[layout], data, *RUN, *LAYOUTS[layout])
     assert code == 0, log
     assert resumed_at(log) == [20]
     assert ("warning: checkpoint out/tiny/checkpoints/step_00000030 is damaged" in log) == (damage is not hide)
@@ -405,10 +407,10 @@ def test_a_run_goes_on_with_the_same_batches_on_half_the_ranks(data, undisturbed
 
 def test_a_run_goes_on_in_any_layout(data, undisturbed):
     copy_until(10, undisturbed("ddp"))
-    for layout, nproc, end in (("fsdp", 2, 20), ("ddp", 1, 30), ("fsdp", 2, 40)):
-        code, log = start_ranks(nproc, data, *RUN, f"--parallel={layout}", f"--max_iters={end}")
+    for layout, nproc, end in (("hsdp", 4, 20), ("fsdp", 2, 25), ("ddp", 1, 33), ("hsdp", 4, 40)):
+        code, log = start_ranks(nproc, data, *RUN, *LAYOUTS[layout], f"--max_iters={end}")
         assert code == 0, log
-        assert resumed_at(log)[-1] == end - 10
+    assert resumed_at(log) == [10, 20, 25, 33]
     assert_same_batches(TINY, undisturbed("ddp"))
 
 
@@ -416,7 +418,7 @@ def test_a_run_goes_on_in_any_layout(data, undisturbed):
 @pytest.mark.soak
 @cells()
 def test_a_run_of_four_ranks_ends_on_two_and_on_one(launch, undisturbed, layout):
-    run = launch(f"--parallel={layout}", nproc=4, HOLD_STEP="25")
+    run = launch(*LAYOUTS[layout], nproc=4, HOLD_STEP="25")
     run.wait_until_held()
     run.process.terminate()
     assert run.wait() != 0
@@ -429,9 +431,9 @@ def test_a_run_of_four_ranks_ends_on_two_and_on_one(launch, undisturbed, layout)
 
 @linux
 @pytest.mark.soak
-@cells()
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
 def test_four_ranks_of_which_one_is_killed_end_byte_identical(launch, undisturbed, layout):
-    run = launch(f"--parallel={layout}", nproc=4, HOLD_STEP="25")
+    run = launch(*LAYOUTS[layout], nproc=4, HOLD_STEP="25")
     run.wait_until_held()
     os.kill(run.ranks()[2], signal.SIGKILL)
     assert run.wait() == 0, run.log
@@ -588,12 +590,15 @@ def test_what_a_rank_raises_is_the_last_thing_on_the_screen(launch):
 # Divergence
 
 one_and_two = pytest.mark.parametrize(("layout", "nproc"), [
-    ("ddp", 1), pytest.param("ddp", 2, marks=pytest.mark.soak), pytest.param("fsdp", 2, marks=pytest.mark.soak)])
+    ("ddp", 1), pytest.param("ddp", 2, marks=pytest.mark.soak), pytest.param("fsdp", 2, marks=pytest.mark.soak),
+    pytest.param("hsdp", 4, marks=pytest.mark.soak)])
 
 
-@pytest.mark.parametrize(("layout", "nproc"), [("ddp", 1), pytest.param("ddp", 2, marks=pytest.mark.soak), ("fsdp", 2)])
+@pytest.mark.parametrize(("layout", "nproc"), [
+    ("ddp", 1), pytest.param("ddp", 2, marks=pytest.mark.soak), ("fsdp", 2),
+    pytest.param("hsdp", 4, marks=pytest.mark.soak)])
 def test_a_step_without_a_finite_loss_is_skipped_on_all_ranks_and_reported(data, layout, nproc):
-    code, log = start_ranks(nproc, data, *RUN, f"--parallel={layout}", NAN_STEPS="30")
+    code, log = start_ranks(nproc, data, *RUN, *LAYOUTS[layout], NAN_STEPS="30")
     assert code == 0, log
     [warning] = [line for line in log.splitlines() if line.startswith("warning: step")]
     assert "step 30: the loss is nan; its update was skipped" in warning
@@ -609,7 +614,7 @@ def test_a_step_without_a_finite_loss_is_skipped_on_all_ranks_and_reported(data,
 @one_and_two
 def test_bad_steps_in_a_row_take_the_run_back_and_on_behind_the_bad_data(data, undisturbed, layout, nproc):
     whole = undisturbed(layout, nproc, "--max_iters=60")
-    options = (*RUN, f"--parallel={layout}", "--max_bad_steps=3")
+    options = (*RUN, *LAYOUTS[layout], "--max_bad_steps=3")
     code, log = start_ranks(nproc, data, *options, NAN_STEPS="30-32")
     assert code == 0, log
     assert "warning: too many bad steps in a row; going back to the checkpoint of step 20, and on with" in log
@@ -635,7 +640,7 @@ def test_bad_steps_in_a_row_take_the_run_back_and_on_behind_the_bad_data(data, u
 
 @one_and_two
 def test_a_run_that_keeps_diverging_stops_with_a_report_and_leaves_its_checkpoints(data, layout, nproc):
-    code, log = start_ranks(nproc, data, *RUN, f"--parallel={layout}", "--max_bad_steps=3", NAN_STEPS="30-")
+    code, log = start_ranks(nproc, data, *RUN, *LAYOUTS[layout], "--max_bad_steps=3", NAN_STEPS="30-")
     assert code == 2
     assert log.count("going back to the checkpoint of step 20") == 3
     [line] = [line for line in log.splitlines() if line.startswith("error: ")]

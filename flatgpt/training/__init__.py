@@ -2,7 +2,7 @@
 
     device.py       which device, number type and attention kernel
     distributed.py  the process group, and what the ranks tell each other; hosts.py, how several hosts find each other
-    parallel.py     how a model lies over the ranks: DDP and FSDP
+    parallel.py     how a model lies over the ranks: DDP, FSDP and HSDP
     compiling.py    torch.compile of a model's parts, on all ranks or on none
     optim.py        AdamW, the learning rate of each step, bad steps; muon.py, Muon and how the ranks share it
     setup.py        a run's data, and its model on the device

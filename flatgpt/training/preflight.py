@@ -35,9 +35,8 @@ def report(model: LanguageModel, plan: BatchPlan, epochs: str, run: RunFolder, e
            optim: OptimConfig, job: Job) -> Iterator[str]:
     """Lines for people, those that begin with "warning:" about what will fail; every rank has to take part."""
     num_params, block_size = model.num_params(non_embedding=False), model.config.block_size
-    how = f", {job.parallel}" if job.world_size > 1 else ""
-    if job.world_size > 1 and job.parallel == "hsdp":
-        how += f": {job.world_size // job.shard_size} copies of the model, each over {job.shard_size} ranks"
+    groups = f" with shard_size={job.shard_size}" if job.parallel == "hsdp" else ""
+    how = f", {job.parallel}{groups}" if job.world_size > 1 else ""
     yield f"{num_params:,} parameters, {job.dtype} on {job.world_size} x {job.device.type}{how}"
     yield (f"{plan.seqs_per_step * block_size:,} tokens a step = {plan.accumulation_steps} micro-batches x "
            f"{plan.micro_batch} sequences x {block_size} tokens x {job.world_size} ranks; an epoch {epochs}")

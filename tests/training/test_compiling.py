@@ -21,7 +21,8 @@ from flatgpt.training.metrics import validation_loss
 from flatgpt.training.optim import OptimConfig, build_optimizer
 from model import GPT, GPTConfig
 
-LAYOUTS = ("ddp", "fsdp")
+RANKS = {"ddp": 2, "fsdp": 2, "hsdp": 4}  # hsdp: two copies of the model, over two ranks each
+LAYOUTS = ("ddp", "fsdp", pytest.param("hsdp", marks=pytest.mark.soak))
 MICRO_SEQS, BLOCK_SIZE = 4, 16
 
 
@@ -71,7 +72,8 @@ def make(layout: str, job: Job) -> GPT:
 
 
 def join(layout: str, dtype: str = "float32"):
-    return distributed.init_job(DeviceConfig(device="cpu", dtype=dtype), ParallelConfig(parallel=layout, timeout_s=60))
+    return distributed.init_job(DeviceConfig(device="cpu", dtype=dtype),
+                                ParallelConfig(parallel=layout, shard_size=2, timeout_s=60))
 
 
 def train_steps(model: nn.Module, job: Job, num_steps: int = 4) -> list[tuple[float, float]]:
@@ -111,7 +113,7 @@ def losses_after_trials(layout: str, cases: list[tuple[str, tuple[int, ...]]]) -
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_trial_of_the_compiler_that_fails_changes_no_step(layout):
     cases = [("", ()), ("forward", (0, 1)), ("backward", (0, 1)), ("backward", (1,))]
-    for (failure, undisturbed), *others in on_ranks(2, losses_after_trials, layout, cases):
+    for (failure, undisturbed), *others in on_ranks(RANKS[layout], losses_after_trials, layout, cases):
         assert failure is None
         assert len(others) == 3
         for failure, steps in others:
@@ -150,10 +152,11 @@ def count_graphs(layout: str, dtype: str) -> tuple[list[int], str | None]:
 
 
 @pytest.mark.parametrize(("layout", "dtype"), [
-    ("ddp", "float32"), pytest.param("fsdp", "float32", marks=pytest.mark.soak), ("fsdp", "bfloat16")])
+    ("ddp", "float32"), pytest.param("fsdp", "float32", marks=pytest.mark.soak), ("fsdp", "bfloat16"),
+    pytest.param("hsdp", "bfloat16", marks=pytest.mark.soak)])
 def test_all_blocks_share_the_trials_compilation(layout, dtype):
     """One graph is a block, one the loss of a chunk; each is compiled once more for evaluations, without gradients."""
-    assert on_ranks(2, count_graphs, layout, dtype) == [([2, 2, 4, 4], None)] * 2
+    assert on_ranks(RANKS[layout], count_graphs, layout, dtype) == [([2, 2, 4, 4], None)] * RANKS[layout]
 
 
 def test_a_run_compiles_no_shape_but_the_micro_batch(cli, tiny_data, monkeypatch):
@@ -244,5 +247,5 @@ def fit_and_train(layout: str, cases: list[tuple[str, int]]) -> list[tuple[int, 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_size_that_does_not_fit_one_rank_is_no_ranks_and_changes_no_step(layout):
     cases = [("", 0), ("forward", 2), ("backward", 2), ("backward", 4), ("forward", 0)]
-    for (_, undisturbed), *others in on_ranks(2, fit_and_train, layout, cases):
+    for (_, undisturbed), *others in on_ranks(RANKS[layout], fit_and_train, layout, cases):
         assert others == [(size, undisturbed) for size in (1, 1, 2, 4)]

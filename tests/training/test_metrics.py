@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TEXT, TINY_RUN, records_of, write_shard
-from faults import start_ranks
+from faults import LAYOUTS, start_ranks
 
 from flatgpt import run_folder
 from flatgpt.data.loader import EvalOrder
@@ -158,9 +158,10 @@ SAMPLES = ("--sample_interval=2", "--sample_tokens=40")  # more than block_size
 
 
 @pytest.mark.parametrize(("layout", "nproc"), [
-    ("ddp", 1), pytest.param("ddp", 2, marks=pytest.mark.soak), ("fsdp", 2)])
+    ("ddp", 1), pytest.param("ddp", 2, marks=pytest.mark.soak), ("fsdp", 2),
+    pytest.param("hsdp", 4, marks=pytest.mark.soak)])
 def test_a_run_that_writes_samples_ends_as_one_that_does_not(cli, tiny_data, tmp_path, layout, nproc):
-    run = (*TINY_RUN, "--dropout=0.1", "--batch_size=2", f"--parallel={layout}", "--max_iters=7")
+    run = (*TINY_RUN, "--dropout=0.1", "--batch_size=2", *LAYOUTS[layout], "--max_iters=7")
     for name, options in (("silent", ()), ("writes", SAMPLES)):
         code, log = start_ranks(nproc, tmp_path, *run, *options, f"--out_dir=out/{name}")
         assert code == 0, log

@@ -120,9 +120,9 @@ def test_16_bit_gradients_of_both_layouts_are_close():
         assert np.linalg.norm(fsdp[name] - value) < 0.03 * np.linalg.norm(value), name
 
 
-def take_apart_and_put_together():
+def take_apart_and_put_together(layout: str):
     """Shard a model over the ranks; what `whole` gives, and rank 0's halves sent out by `from_rank0`."""
-    with join("fsdp") as job:
+    with join(layout) as job:
         model = materialize(job)
         gathered, returned, numels = {}, {}, {}
         for name, p in model.named_parameters():
@@ -135,15 +135,16 @@ def take_apart_and_put_together():
         return gathered, returned, numels
 
 
-def test_whole_tensors_are_the_models_and_rank_0s_go_back_to_where_they_came_from():
+@pytest.mark.parametrize(("layout", "num_copies"), [("fsdp", 1), ("hsdp", 2)])
+def test_whole_tensors_are_the_models_and_rank_0s_go_back_to_where_they_came_from(layout, num_copies):
     model = {name: p.detach().numpy() for name, p in make_model().named_parameters()}
-    ranks = on_ranks(2, take_apart_and_put_together)
+    ranks = on_ranks(RANKS[layout], take_apart_and_put_together, layout)
     for gathered, returned, _ in ranks:
         for name, value in model.items():
             assert np.array_equal(gathered[name], value), name
             assert np.array_equal(returned[name], value / 2), name
     for name, value in model.items():
-        assert sum(numels[name] for _, _, numels in ranks) == value.size
+        assert sum(numels[name] for _, _, numels in ranks) == num_copies * value.size
         assert all(numels[name] < value.size for _, _, numels in ranks), name
 
 
@@ -158,19 +159,20 @@ def orders(folder: Path, num_seqs: list[int]) -> list[EvalOrder]:
     return [EvalOrder(split, BLOCK_SIZE, num) for num in num_seqs]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", RANKS)
 def test_validation_loss_does_not_depend_on_the_layout(tmp_path, layout):
     write_shard(tmp_path / "val_000000.bin", np.random.default_rng(0).integers(0, 50, 16 * 9 + 5))
     num_seqs = [1, 3, 5, 0]  # rank 0 without any, two batches against one, ...; 0 = all 10, the last of them short
     alone = [validation_loss(make_model(), order, MICRO_SEQS, ALONE) for order in orders(tmp_path, num_seqs)]
     assert len(set(alone)) == len(alone)
-    for losses in on_ranks(2, evaluate, layout, tmp_path, num_seqs):
+    for losses in on_ranks(RANKS[layout], evaluate, layout, tmp_path, num_seqs):
         assert losses == pytest.approx(alone, abs=1e-6)
 
 
-def test_float16_is_refused_with_fsdp(monkeypatch):
+@pytest.mark.parametrize("layout", ["fsdp", "hsdp"])
+def test_float16_is_refused_with_fsdp(monkeypatch, layout):
     monkeypatch.setattr(distributed, "pick_dtype", lambda name, device: torch.float16)
-    with pytest.raises(ValueError, match="dtype=float16 does not work with parallel=fsdp"), join("fsdp"):
+    with pytest.raises(ValueError, match=f"dtype=float16 does not work with parallel={layout}"), join(layout):
         pass
 
 

@@ -142,6 +142,20 @@ def test_the_parts_of_a_sharded_model_are_smaller():
         assert alone / 8 < shared - whole_gradients < alone / 2
 
 
+def test_what_large_models_need_of_fsdp_is_part_of_the_forecast():
+    model = make_model(n_layer=12, n_embd=128)
+    plan, block = BatchPlan(32, 1, 4, 8), sum(p.numel() for p in model.h[0].parameters())
+
+    def forecast(dtype=torch.float32, shard_size=4, **options) -> int:
+        return preflight.state_bytes(model, plan, Job(0, 8, HERE.device, dtype, "hsdp", shard_size, **options))
+
+    count = sum(p.numel() for p in model.parameters())
+    assert forecast(shard_size=2) - forecast() == 16 * count // 4
+    for dtype in (torch.float32, torch.bfloat16):  # which a block's weights are gathered in
+        assert forecast(dtype, reshard_after_forward=False) - forecast(dtype) == 11 * block * dtype.itemsize
+    assert forecast() - forecast(reduce_every_micro_batch=True) == 4 * count
+
+
 def test_a_run_says_it_before_anything_is_written(cli, tiny_data, monkeypatch):
     seen = []
     monkeypatch.setattr(RunFolder, "open", lambda *args, **kwargs: seen.append(Path("out").exists()) or 1 / 0)
