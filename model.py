@@ -199,13 +199,14 @@ class CausalSelfAttention(nn.Module):
     def queries_keys_values(self, x: torch.Tensor, context: AttentionContext) -> list[torch.Tensor]:
         """x (B, T, C) -> queries (B, H, T, D), keys and values (B, K, T, D), normed and rotated."""
         B, T, _ = x.shape
-        heads = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 K, T, D)
-        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
+        heads = self.c_attn(x).view(B, T, -1, self.head_dim)  # (B, T, H + 2 K, D)
+        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if context.cos_sin is not None:
             q, k = apply_rope(q, *context.cos_sin), apply_rope(k, *context.cos_sin)
-        return [q.to(v.dtype), k.to(v.dtype), v]  # CUDA's autocast norms in float32
+        # CUDA's autocast norms in float32. The transposition is last, so that the compiler reads and writes in order.
+        return [t.to(v.dtype).transpose(1, 2) for t in (q, k, v)]
 
 
 class MLP(nn.Module):

@@ -29,7 +29,12 @@ def activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     arXiv:2002.05202). relu2 is from So et al. (2021, arXiv:2109.08668)."""
     return {"gelu": F.gelu, "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"), "relu": F.relu,
             "relu2": lambda h: F.relu(h).square(),
-            "swiglu": lambda h: F.silu(h.chunk(2, dim=-1)[0]) * h.chunk(2, dim=-1)[1]}[name]
+            "swiglu": swiglu}[name]
+
+
+def swiglu(h: torch.Tensor) -> torch.Tensor:
+    gates, values = h.chunk(2, dim=-1)  # once: a compiler would make the gradient of each chunk whole, and add them
+    return F.silu(gates) * values
 
 
 def activated_linear(h: torch.Tensor, act: Callable[[torch.Tensor], torch.Tensor], linear: nn.Linear) -> torch.Tensor:
@@ -72,11 +77,16 @@ class ChunkLoss(nn.Module):
         """logits (n, rows >= V), written over, targets (n, 1) with -1 for "ignore" -> float32 scalar."""
         z = logits.float()  # a copy, unless the logits are float32
         z[:, vocab_size:] = -math.inf
-        valid, targets = targets >= 0, targets.clamp(min=0)
-        largest, of_target = z.amax(dim=1, keepdim=True), z.gather(1, targets)
+        valid, index = targets >= 0, targets.clamp(min=0)
+        largest, of_target = z.amax(dim=1, keepdim=True), z.gather(1, index)
         total = z.sub_(largest).exp_().sum(dim=1, keepdim=True)
         if want_grad:  # the softmax, minus one at the target; zero where the target is ignored
-            logits.copy_(z.mul_(valid / total).scatter_add_(1, targets, -valid.float()))
+            z.mul_(valid / total)
+            if torch.compiler.is_compiling():  # this is fused; scatter_add_ would have z written to memory
+                z -= (torch.arange(z.size(1), device=z.device) == targets).float()
+            else:  # by itself the comparison takes as long as all the rest
+                z.scatter_add_(1, index, -valid.float())
+            logits.copy_(z)
         return ((largest + total.log() - of_target) * valid).sum()
 
 
