@@ -39,7 +39,7 @@ def swiglu(h: torch.Tensor) -> torch.Tensor:
 
 def activated_linear(h: torch.Tensor, act: Callable[[torch.Tensor], torch.Tensor], linear: nn.Linear) -> torch.Tensor:
     """linear(act(h)) that does not keep act(h) for the backward pass."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # the compiler recomputes act(h) by itself
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiler chooses what it keeps
         return linear(act(h))
     return ActivatedLinear.apply(h, linear.weight, linear.bias, act)
 

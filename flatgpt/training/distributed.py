@@ -208,7 +208,10 @@ def _try_pass(wrapped: nn.Module, model: nn.Module, job: Job, batch_size: int) -
 def zero_grad(model: nn.Module, job: Job) -> None:
     """Forget the gradients. DDP's stay where they are, in its buckets: micro-batches then add up there, and the memory
     of a second set is saved."""
-    model.zero_grad(set_to_none=job.world_size == 1 or job.parallel == "fsdp")
+    if job.world_size == 1 or job.parallel == "fsdp":
+        model.zero_grad()
+    elif grads := [p.grad for p in model.parameters() if p.grad is not None]:
+        torch._foreach_zero_(grads)  # one launch on a GPU
 
 
 def set_gradient_sync(wrapped: nn.Module, wanted: bool) -> None:
@@ -267,11 +270,6 @@ def wants_compiler(wanted: str, job: Job) -> bool:
 
 def try_compiler(model: nn.Module, job: Job, batch_size: int) -> str | None:
     """Compile a stand-in for the model and run it. Returns what failed, on whichever rank, or None."""
-    import torch._functorch.config  # a second to import
-
-    # Else the compiler keeps an activation beside what it is made from, where a matrix product reads it. The switch is
-    # private: what torch.compile takes as `options` reaches inductor's configuration, and this one is not inductor's.
-    torch._functorch.config.ban_recompute_materialized_backward = False
     trial, failure = stand_in(model, job), None
     try:
         compile_in_place(trial)
