@@ -156,23 +156,41 @@ class AttentionContext(NamedTuple):
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, dropout: float,
            backend: AttentionBackend) -> torch.Tensor:
-    """softmax(q k^T / sqrt(D)) v, for queries (B, H, T, D), keys and values (B, H, S, D) -> (B, H, T, D).
+    """softmax(q k^T / sqrt(D)) v, for queries (B, H, T, D), keys and values (B, K, S, D) -> (B, H, T, D). Each head of
+    keys and values serves H/K neighbouring heads of queries.
 
     A query sees the keys for which `mask` (T, S) is true, or a mask of numbers (1, H, T, S) is added to its scores.
     Without a mask the T queries are the last of the S positions, each sees all keys up to its own, and T is S or 1."""
-    is_causal = mask is None and q.size(2) > 1
+    (B, H, T, _), K = q.shape, k.size(1)
+    is_causal = mask is None and T > 1
     if backend == "flash3" and is_causal and not dropout and q.dtype != torch.float32:
         from flash_attn_interface import flash_attn_func
 
         y = flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), causal=True)  # its layout is (B, T, H, D)
         return (y[0] if isinstance(y, tuple) else y).transpose(1, 2)
+    if is_causal and backend != "math":
+        has_grouped_kernel = q.device.type == "cpu" or (q.is_cuda and q.dtype == torch.bfloat16)
+        if not has_grouped_kernel:  # enable_gqa would take a kernel that makes all scores
+            k, v = (t.repeat_interleave(H // K, dim=1) for t in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True,
+                                              enable_gqa=has_grouped_kernel and K < H)
+    if is_causal:
+        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+    if K < H:  # the queries of all heads that share their keys: (B, K, H/K T, D)
+        q = q.reshape(B, K, -1, q.size(3))
+        if mask is not None:
+            mask = mask.repeat(H // K, 1) if mask.dim() == 2 else mask.reshape(1, K, q.size(2), -1)
+    return _masked_attention(q, k, v, mask, dropout, backend).reshape(B, H, T, -1)
+
+
+def _masked_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, dropout: float,
+                      backend: AttentionBackend) -> torch.Tensor:
+    """As `attend`, for H = K, and a query sees all keys where there is no mask."""
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)
     if backend != "math":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     scores = (q / math.sqrt(q.size(3))) @ k.transpose(2, 3)  # (B, H, T, S)
-    if is_causal:
-        mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
     return F.dropout(scores.softmax(dim=-1), dropout) @ v
@@ -199,8 +217,6 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.queries_keys_values(x, context)
         if cache is not None:  # write the T new ones, and read all S
             k, v = cache.k.index_copy_(2, cache.positions, k), cache.v.index_copy_(2, cache.positions, v)
-        if self.n_kv_head < self.n_head:  # (B, K, S, D) -> (B, H, S, D)
-            k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for t in (k, v))
         y = attend(q, k, v, context.mask, self.dropout if self.training else 0.0, self.backend)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, D) -> (B, T, C)
         return self.resid_dropout(self.c_proj(y))
@@ -208,13 +224,14 @@ class CausalSelfAttention(nn.Module):
     def queries_keys_values(self, x: torch.Tensor, context: AttentionContext) -> list[torch.Tensor]:
         """x (B, T, C) -> queries (B, H, T, D), keys and values (B, K, T, D), normed and rotated."""
         B, T, _ = x.shape
-        heads = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 K, T, D)
-        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
+        heads = self.c_attn(x).view(B, T, -1, self.head_dim)  # (B, T, H + 2 K, D)
+        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if context.cos_sin is not None:
             q, k = apply_rope(q, *context.cos_sin), apply_rope(k, *context.cos_sin)
-        return [q.to(v.dtype), k.to(v.dtype), v]  # CUDA's autocast norms in float32
+        # CUDA's autocast norms in float32. The transposition is last, so that the compiler reads and writes in order.
+        return [t.to(v.dtype).transpose(1, 2) for t in (q, k, v)]
 
 
 class MLP(nn.Module):

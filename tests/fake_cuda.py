@@ -44,9 +44,12 @@ CASES = {
     "post-norm": (torch.bfloat16, {"pos": "sinusoidal", "norm_position": "post"})}
 
 
-def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
-    """SDPA, whose choice of a kernel asks the card: FlashAttention-2, and with a mask the memory-efficient kernel."""
-    if attn_mask is None and q.dtype != torch.float32:
+def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, enable_gqa=False):
+    """SDPA, whose choice of a kernel asks the card: FlashAttention-2, and with a mask the memory-efficient kernel,
+    which wants as many heads of keys as of queries."""
+    is_flash = attn_mask is None and q.dtype != torch.float32
+    assert q.size(1) == k.size(1) or (is_flash and enable_gqa)
+    if is_flash:
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
     if attn_mask is not None:
         numbers = attn_mask if attn_mask.dtype != torch.bool else torch.where(attn_mask, 0.0, -math.inf)

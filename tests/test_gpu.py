@@ -76,14 +76,10 @@ def assert_same_weights(one: str, other: str, why: str) -> None:
 def _as_it_was(monkeypatch):
     """What a script sets is for its process; these tests run many in one, and the compiler takes so many shapes of a
     block before it gives up on it."""
-    import torch._functorch.config as functorch_config  # compiling.try_compiler sets one
-
     environment = dict(os.environ)
     # torch looks for this once a process, at the first product: a script that sets it would come too late here.
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    bans_recompute = functorch_config.ban_recompute_materialized_backward
     yield
-    functorch_config.ban_recompute_materialized_backward = bans_recompute
     for key in os.environ.keys() - environment.keys():  # NCCL_ALGO
         del os.environ[key]
     torch.set_float32_matmul_precision("highest")

@@ -82,6 +82,19 @@ def test_attention_dropout_by_the_formula_drops_and_keeps_the_mean():
     torch.testing.assert_close(mean, attend(q, k, v, None, 0.0, "math"), atol=0.05, rtol=0)
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "math"])
+def test_heads_that_share_keys_see_what_they_would_see_of_copies(backend):
+    """A group of neighbouring heads of queries has the same head of keys: causal, masked, biased, a single query."""
+    q, k, v = torch.randn(2, 6, 8, 4), torch.randn(2, 2, 8, 4), torch.randn(2, 2, 8, 4)
+    copies = [t.repeat_interleave(3, dim=1) for t in (k, v)]
+    for queries, mask in ((q, None), (q[:, :, -1:], None), (q[:, :, :3], torch.rand(3, 8) < 0.7),
+                          (q[:, :, :3], torch.randn(1, 6, 3, 8)), (q[:, :, :1], torch.randn(1, 6, 1, 8))):
+        if mask is not None and mask.dtype == torch.bool:
+            mask[:, 0] = True
+        torch.testing.assert_close(attend(queries, k, v, mask, 0.0, backend),
+                                   attend(queries, *copies, mask, 0.0, backend))
+
+
 def test_flash3_gets_what_it_takes_and_sdpa_the_rest(monkeypatch):
     calls = []
 

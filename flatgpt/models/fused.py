@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 LOGITS_CHUNK_BYTES = 2**27  # of logits at a time; each chunk costs a pass over the gradient of the head
-LOGITS_CHUNK_BYTES_CUDA = 2**29  # a GPU wants larger products
+LOGITS_CHUNK_BYTES_CUDA = 2**30  # a GPU wants larger products: 8,192 rows of GPT-2's in 16 bits
 SOFTMAX_ELEMENTS = 2**22  # of these at a time on a CPU: what its last-level cache holds in float32
 
 
@@ -29,12 +29,17 @@ def activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     arXiv:2002.05202). relu2 is from So et al. (2021, arXiv:2109.08668)."""
     return {"gelu": F.gelu, "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"), "relu": F.relu,
             "relu2": lambda h: F.relu(h).square(),
-            "swiglu": lambda h: F.silu(h.chunk(2, dim=-1)[0]) * h.chunk(2, dim=-1)[1]}[name]
+            "swiglu": swiglu}[name]
+
+
+def swiglu(h: torch.Tensor) -> torch.Tensor:
+    gates, values = h.chunk(2, dim=-1)  # once: a compiler would make the gradient of each chunk whole, and add them
+    return F.silu(gates) * values
 
 
 def activated_linear(h: torch.Tensor, act: Callable[[torch.Tensor], torch.Tensor], linear: nn.Linear) -> torch.Tensor:
     """linear(act(h)) that does not keep act(h) for the backward pass."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # the compiler recomputes act(h) by itself
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiler chooses what it keeps
         return linear(act(h))
     return ActivatedLinear.apply(h, linear.weight, linear.bias, act)
 
@@ -72,11 +77,16 @@ class ChunkLoss(nn.Module):
         """logits (n, rows >= V), written over, targets (n, 1) with -1 for "ignore" -> float32 scalar."""
         z = logits.float()  # a copy, unless the logits are float32
         z[:, vocab_size:] = -math.inf
-        valid, targets = targets >= 0, targets.clamp(min=0)
-        largest, of_target = z.amax(dim=1, keepdim=True), z.gather(1, targets)
+        valid, index = targets >= 0, targets.clamp(min=0)
+        largest, of_target = z.amax(dim=1, keepdim=True), z.gather(1, index)
         total = z.sub_(largest).exp_().sum(dim=1, keepdim=True)
         if want_grad:  # the softmax, minus one at the target; zero where the target is ignored
-            logits.copy_(z.mul_(valid / total).scatter_add_(1, targets, -valid.float()))
+            z.mul_(valid / total)
+            if torch.compiler.is_compiling():  # this is fused; scatter_add_ would have z written to memory
+                z -= (torch.arange(z.size(1), device=z.device) == targets).float()
+            else:  # by itself the comparison takes as long as all the rest
+                z.scatter_add_(1, index, -valid.float())
+            logits.copy_(z)
         return ((largest + total.log() - of_target) * valid).sum()
 
 
@@ -108,6 +118,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 dx[start:start + rows] = logits @ w
                 if dtype == torch.float32:
                     dw.addmm_(logits.t(), x_c)
+                elif x.is_cuda:  # adds in the product itself; other devices have no such kernel
+                    torch.addmm(dw, logits.t(), x_c, out_dtype=torch.float32, out=dw)
                 else:
                     dw += logits.t() @ x_c
         ctx.grads = dx, dw

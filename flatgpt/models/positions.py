@@ -36,9 +36,10 @@ def rope_cos_sin(positions: torch.Tensor, head_dim: int, theta: float, factor: f
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x (B, H, T, D) with each pair of channels turned by its angle."""
+    """x (B, T, H, D) with each pair of channels turned by its angle; cos and sin (T, D)."""
+    cos, sin = (t.unsqueeze(1).to(x.dtype) for t in (cos, sin))  # (T, 1, D)
     first, second = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat([-second, first], dim=-1) * sin.to(x.dtype)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 def alibi_slopes(n_head: int, device: torch.device | None = None) -> torch.Tensor:

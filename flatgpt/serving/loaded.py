@@ -219,7 +219,6 @@ class Loaded:
         finally:
             hook.remove()
         q, k, _ = attn.queries_keys_values(*inputs)
-        k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)  # (B, K, T, D) -> (B, H, T, D)
         identity = torch.eye(k.size(2), device=q.device).expand(*k.shape[:2], -1, -1)
         return attend(q.float(), k.float(), identity, inputs[1].mask, 0.0, "math")[0, head].cpu()
 

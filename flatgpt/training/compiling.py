@@ -31,11 +31,6 @@ def wants_compiler(wanted: str, job: Job) -> bool:
 
 def try_compiler(model: nn.Module, job: Job, batch_size: int) -> str | None:
     """Compile a stand-in for the model and run it. Returns what failed, on whichever rank, or None."""
-    import torch._functorch.config  # a second to import
-
-    # Else the compiler keeps an activation beside what it is made from, where a matrix product reads it. The switch is
-    # private: what torch.compile takes as `options` reaches inductor's configuration, and this one is not inductor's.
-    torch._functorch.config.ban_recompute_materialized_backward = False
     trial, failure = stand_in(model, job), None
     try:
         compile_in_place(trial)

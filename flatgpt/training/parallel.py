@@ -114,7 +114,10 @@ def try_pass(wrapped: nn.Module, model: nn.Module, job: Job, batch_size: int) ->
 def zero_grad(model: nn.Module, job: Job) -> None:
     """Forget the gradients. DDP's stay where they are, in its buckets: micro-batches then add up there, and the memory
     of a second set is saved."""
-    model.zero_grad(set_to_none=job.world_size == 1 or job.shard_size > 1)
+    if job.world_size == 1 or job.shard_size > 1:
+        model.zero_grad()
+    elif grads := [p.grad for p in model.parameters() if p.grad is not None]:
+        torch._foreach_zero_(grads)  # one launch on a GPU
 
 
 def set_gradient_sync(wrapped: nn.Module, is_last: bool, job: Job) -> None:
