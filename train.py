@@ -160,7 +160,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     identity = {"data_fingerprint": data.fingerprint, "data_vocab_size": data.vocab_size,
                 "seqs_per_step": plan.seqs_per_step}
     if config.optim.optimizer == "muon":
-        identity["muon_matrices"] = "single"
+        identity["muon_version"] = 2
     if trainer["folder"]:
         resume.check_same_run(trainer, options | identity, flatten(TrainConfig()), report.log)
     train_order = loader.MixedOrder([loader.TrainOrder(split, block_size, config.seed)

@@ -13,7 +13,7 @@ That is an all-to-all, another one, and an all-gather, in the number type of the
 Invariant: the same gradients give the same update, bit for bit, on any number of ranks in any layout. A product of a
 stack is rounded in another way than that of a single matrix, so stacks depend on the model alone; the number of ranks
 decides only who computes which. A rank computes with whole matrices: on parts the sums would have another order, which
-Newton-Schulz turns into a difference of percents.
+the orthogonalisation turns into a difference of percents.
 """
 
 from __future__ import annotations
@@ -31,13 +31,16 @@ from flatgpt.training.distributed import Job
 from flatgpt.training.parallel import local
 
 STACK_ELEMENTS = 2**24  # of a stack at most: GPT-2 small has six, which is few launches and work for six ranks
-# a, b, c of each step x <- a x + b (x x^T) x + c (x x^T)^2 x
-COEFFICIENTS = 5 * [(3.4445, -4.7750, 2.0315)]
+# a, b, c of each step x <- a x + b (x x^T) x + c (x x^T)^2 x, by Polar Express (arXiv:2505.16932): the best four of
+# this kind for singular values from 0.0042 to 1. They are the paper's second to fifth, which go on from what its first makes
+# of 0.001 to 1; the second is scaled to begin at 1, with 1% to spare.
+COEFFICIENTS = [(8.0991, -22.606, 16.248), (3.9487, -2.9089, 0.55182), (3.3184, -2.4885, 0.51005),
+                (2.3007, -1.6689, 0.41881)]
 
 
 def orthogonalize(stack: torch.Tensor) -> torch.Tensor:
-    """Matrices (N, rows, columns) whose singular values all are about 1 (0.7 to 1.2), and whose singular vectors are
-    those of `stack`, in its number type."""
+    """Matrices (N, rows, columns) with the singular vectors of those in `stack`, in its number type. Singular values
+    that were at least 0.0042 of the matrix's norm are 0.87 to 1.13; smaller ones have grown up to 240-fold."""
     is_tall = stack.size(1) > stack.size(2)
     x = stack.mT.contiguous() if is_tall else stack
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp_(min=1e-7)
@@ -77,7 +80,7 @@ def make_stacks(matrices: Iterable[Matrix]) -> list[Stack]:
 
 def share_out(stacks: Iterable[Stack], world_size: int) -> list[list[Stack]]:
     """Each rank's stacks: the most expensive first, always to the rank that has the least to do."""
-    def cost(stack: Stack) -> int:  # the multiplications of a Newton-Schulz step
+    def cost(stack: Stack) -> int:  # multiplications of a step of `orthogonalize`
         n, m = sorted(stack[0].shape)
         return len(stack) * n * n * (2 * m + n)
 

@@ -30,8 +30,8 @@ FIXED = (*SHAPE, "optimizer", "seed", "seqs_per_step", "data_fingerprint", "data
 OF_TRAINING = ("optimizer", "seed", "seqs_per_step")  # of these, what an evaluation has no use for
 # What changed, in words, where the values of a key say nothing to a reader.
 WORDS = {"data_fingerprint": "the tokens or the shares of the data sets changed",
-         "muon_matrices": "Muon orthogonalises queries, keys and values, the two halves of swiglu and the gates of an "
-                          "LSTM or GRU one by one, no longer as one matrix"}
+         "muon_version": "Muon orthogonalises queries, keys and values, the two halves of swiglu and the gates of an "
+                         "LSTM or GRU one by one, no longer as one matrix, and by other coefficients"}
 OF_A_START = ("init_from", "resume", "eval_only")  # options that no run keeps
 MAX_ROLLBACKS = 3
 
@@ -62,7 +62,7 @@ def check_same_run(trainer: Mapping[str, Any], now: Mapping[str, Any], defaults:
     """Say what of the options, the batch and the data, which `now` has flat, changed since the checkpoint. `defaults`
     are the options' own, which count where an option is newer than the run. Raises ValueError that lists what must not
     change."""
-    before = {"muon_matrices": "fused", **defaults, **trainer["options"], **trainer}
+    before = {"muon_version": 1, **defaults, **trainer["options"], **trainer}
     changed = {key: WORDS.get(key, f"{key} was {before[key]}, is {value}") for key, value in now.items()
                if key in before and before[key] not in (value, "auto")  # which leaves the choice to us
                and key not in OF_A_START}
