@@ -32,8 +32,8 @@ from flatgpt.training.parallel import local
 
 STACK_ELEMENTS = 2**24  # of a stack at most: GPT-2 small has six, which is few launches and work for six ranks
 # a, b, c of each step x <- a x + b (x x^T) x + c (x x^T)^2 x, by Polar Express (arXiv:2505.16932): the best four of
-# this kind for singular values from 0.0042 to 1. They are the paper's second to fifth, which go on from what its first makes
-# of 0.001 to 1; the second is scaled to begin at 1, with 1% to spare.
+# this kind for singular values from 0.0042 to 1. They are the paper's second to fifth, which go on from what its first
+# makes of 0.001 to 1; the second is scaled to begin at 1, with 1% to spare.
 COEFFICIENTS = [(8.0991, -22.606, 16.248), (3.9487, -2.9089, 0.55182), (3.3184, -2.4885, 0.51005),
                 (2.3007, -1.6689, 0.41881)]
 
