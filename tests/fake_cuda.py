@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from flatgpt.models.fused import add_product
 from flatgpt.models.generate import Decoder
 from flatgpt.models.sampling import Sampler
 from flatgpt.training.distributed import Job, zero_grad
@@ -177,6 +178,10 @@ def main() -> None:
         optimizer, job = build_optimizer(model, OptimConfig()), Job(0, 1, CUDA, torch.bfloat16)
         step(model, optimizer, job)  # the first makes the means
         found["launches"] = step(model, optimizer, job)
+        a, total = torch.empty(32, 16, dtype=torch.bfloat16, device=CUDA), torch.empty(32, 32, device=CUDA)
+        with Launches() as counter:
+            add_product(total, a, a.t())
+        found["launches"]["add_product"] = counter.count
     found["after_a_broken_recording"] = after_a_broken_recording()
     print(json.dumps(found))
 

@@ -49,6 +49,10 @@ def test_the_end_of_a_step_takes_few_launches(traced):
     assert launches["zero"] <= 2
 
 
+def test_the_heads_gradient_is_added_within_the_product(traced):
+    assert traced["launches"]["add_product"] == 1
+
+
 def test_a_recording_that_breaks_off_leaves_nothing_behind(traced):
     assert traced["after_a_broken_recording"] == {"stream": "usual", "random_state": "usual"}
 

@@ -94,7 +94,7 @@ def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total (n, m), float32, += a (n, k) @ b (k, m), which both have the number type of matrix products."""
     if a.dtype == torch.float32:
         total.addmm_(a, b)
-    elif a.is_cuda:  # the only device whose 16-bit products are added in float32
+    elif a.is_cuda and torch.__version__ >= (2, 11):  # earlier versions want `total` in the number type of a
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total += a @ b
