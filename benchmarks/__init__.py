@@ -3,4 +3,5 @@
 
     bench.py        what is measured, and in which turn     zoo.py      the table of models
     baselines.py    what people would use instead           scripts.py  runs our scripts, compares the ways
+    kernels.py      what each thing that saves a GPU time gains
 """

@@ -39,7 +39,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import numpy as np
 import torch
 
-from benchmarks import baselines
+from benchmarks import baselines, kernels
 from benchmarks.baselines import NEW_TOKENS, PROMPT_IDS
 from benchmarks.scripts import Figures, command, compare, run, run_training, show, spread
 from flatgpt.data.shards import open_dataset
@@ -56,6 +56,7 @@ from train import TrainConfig
 
 T = TypeVar("T")
 SAMPLED = GPTConfig(bias=True, mlp="gelu_tanh")  # GPT-2 small
+KERNEL_SIZE = kernels.Size()
 
 
 @dataclass
@@ -63,8 +64,8 @@ class BenchConfig:
     what: Literal["train", "sample", "data", "checkpoint", "gpu"] = "train"
     config: Annotated[str, "path"] = "config/shakespeare_char_cpu.py"  # configuration of the run
     options: str = ""  # more options for train.py, as on its command line
-    steps: int = 0  # steps of a run; 0 = the configuration's max_iters, for gpu 20
-    rounds: int = 3  # times that all ways are run
+    steps: int = 0  # steps of a run; 0 = the configuration's max_iters, for gpu 10
+    rounds: int = 0  # times that all ways are run; 0 = 3, for gpu 1
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of train.py and sample.py; the baselines are float32
     baseline: bool = False  # run what people would use instead as well
     json: bool = False  # print the numbers as JSON
@@ -75,6 +76,7 @@ def main(argv: list[str]) -> None:
     bench, _ = parse_options(BenchConfig, argv, usage=__doc__, bare_word="what")
     measures = {"train": bench_train, "sample": bench_sample, "data": bench_data, "checkpoint": bench_checkpoint,
                 "gpu": bench_gpu}
+    bench.rounds = bench.rounds or (1 if bench.what == "gpu" else 3)
     measured = measures[bench.what](bench)
     if bench.json:
         print(json.dumps(measured))
@@ -176,8 +178,8 @@ def sample_rows(folder: str, dtype: str, num_rows: int) -> Figures:
 
 
 def bench_gpu(bench: BenchConfig) -> dict:
-    """The rows of BENCHMARKS.md's table; on any device, for the sake of its test."""
-    steps = bench.steps or 20
+    """The rows of BENCHMARKS.md's tables for a GPU; on any device, for the sake of its test."""
+    steps = bench.steps or 10
     same = dataclasses.replace(bench, options=f"{bench.options} --eval_iters=1 --eval_interval={10 * steps}")
     largest = dataclasses.replace(same, options=f"{same.options} --batch_size=0")
     config = train_config(same)
@@ -197,8 +199,17 @@ def bench_gpu(bench: BenchConfig) -> dict:
                     f"uncached, {rows} at a time": partial(in_child, baselines.sample_uncached, folder, rows)}
             seen |= compare(bench.rounds, {way: partial(attempt, measure) for way, measure in ways.items()},
                             ("tokens_per_sec",))
+    measured = in_child(kernels.measure_all, KERNEL_SIZE)
     print_gpu_table(bench, seen)
-    return seen
+    print_kernel_table(measured)
+    return seen | measured
+
+
+def print_kernel_table(measured: dict[str, Figures]) -> None:
+    print("\n| | before, ms | now, ms | at least, ms |\n| --- | --- | --- | --- |")
+    for name, figures in measured.items():
+        cells = (show(figures[key]) if key in figures else "" for key in ("before_ms", "now_ms", "at_least_ms"))
+        print(f"| {' | '.join([name, *cells])} |")
 
 
 def print_gpu_table(bench: BenchConfig, seen: dict[str, list[Figures]]) -> None:

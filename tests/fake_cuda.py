@@ -27,9 +27,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from flatgpt.models.fused import add_product
 from flatgpt.models.generate import Decoder
 from flatgpt.models.sampling import Sampler
-from flatgpt.training.distributed import Job
+from flatgpt.training.distributed import Job, zero_grad
 from flatgpt.training.optim import OptimConfig, build_optimizer
 from model import GPT, GPTConfig
 
@@ -84,7 +85,7 @@ def step(model: GPT, optimizer: torch.optim.Optimizer, job: Job) -> dict[str, in
     loss.backward()
     launches = {}
     for part, do in (("clip", lambda: nn.utils.clip_grad_norm_(model.parameters(), 1.0)), ("update", optimizer.step),
-                     ("zero", lambda: model.zero_grad(set_to_none=False))):
+                     ("zero", lambda: zero_grad(model, Job(0, 2, job.device, job.dtype)))):  # as with DDP
         with Launches() as counter:
             do()
         launches[part] = counter.count
@@ -152,13 +153,18 @@ def after_a_broken_recording() -> dict[str, str]:
     return {"stream": recorder.stream, "random_state": recorder.random_state}
 
 
-def main() -> None:
+def put_in_place() -> None:
+    """What a card would be asked."""
     F.scaled_dot_product_attention = attention
-    Recorder().put_in_place()  # there is nothing to record
     torch.cuda.device = lambda device: contextlib.nullcontext()
     torch.cuda.is_bf16_supported = lambda *args, **kwargs: True
-    torch.nn.utils.clip_grad._has_foreach_support = lambda *args: True  # which looks for plain tensors
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+
+
+def main() -> None:
+    put_in_place()
+    Recorder().put_in_place()  # there is nothing to record
+    torch.nn.utils.clip_grad._has_foreach_support = lambda *args: True  # which looks for plain tensors
     found = {"cases": {}}
     for name, (dtype, shape) in CASES.items():
         try:
@@ -170,13 +176,16 @@ def main() -> None:
     with FakeTensorMode():
         model = make(n_layer=12)
         optimizer, job = build_optimizer(model, OptimConfig()), Job(0, 1, CUDA, torch.bfloat16)
-        found["tensors"] = len(list(model.parameters()))
         step(model, optimizer, job)  # the first makes the means
         found["launches"] = step(model, optimizer, job)
         model = make(n_layer=12, n_embd=768, n_head=12)
         optimizer = build_optimizer(model, OptimConfig(optimizer="muon"), job)
         step(model, optimizer, job)
         found["launches"]["Muon's update"] = step(model, optimizer, job)["update"]
+        a, total = torch.empty(32, 16, dtype=torch.bfloat16, device=CUDA), torch.empty(32, 32, device=CUDA)
+        with Launches() as counter:
+            add_product(total, a, a.t())
+        found["launches"]["add_product"] = counter.count
     found["after_a_broken_recording"] = after_a_broken_recording()
     print(json.dumps(found))
 

@@ -1,13 +1,17 @@
 """bench.py: each way runs, and says what it measured."""
 
+import itertools
 import json
 
 import pytest
 import torch
 from conftest import TINY_RUN
 
+from benchmarks import kernels
 from benchmarks.baselines import train_plainly
-from model import GPTConfig
+from benchmarks.kernels import Size, measure_all
+from flatgpt.models.fused import ChunkLoss, swiglu
+from model import GPT, CausalSelfAttention, GPTConfig
 
 OPTIONS = " ".join(option for option in TINY_RUN if not option.startswith(("--dataset", "--out_dir", "--max_iters")))
 
@@ -46,27 +50,67 @@ def test_without_the_data_set_random_tokens_are_trained_on(cli, config):
     assert numbers_of(result.out)["train.py"][0]["val_loss"] == pytest.approx(10.82, abs=0.2)  # ln 50257
 
 
+TINY_KERNELS = Size(B=2, T=16, H=3, C=24, V=300, rows=32, layers=2)
+
+
+def table_of(out: str, column: str) -> dict[str, dict[str, str]]:
+    """The Markdown table that has such a column: its cells by row and column."""
+    lines = out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|") and f"| {column} |" in line)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]]
+            for line in itertools.takewhile(lambda line: line.startswith("|"), lines[start:])]
+    return {row[0]: dict(zip(rows[0][1:], row[1:])) for row in rows[2:]}
+
+
+def test_each_kernel_is_measured_beside_the_way_that_it_replaced():
+    measured = measure_all(TINY_KERNELS)
+    without_a_row = {name for name, figures in measured.items() if "cuDNN" not in name and "now_ms" not in figures}
+    assert without_a_row == set()
+    assert sum("before_ms" in figures for figures in measured.values()) == 9
+    assert all(figures["at_least_ms"] > 0 for figures in measured.values())
+
+
+def test_the_ways_that_were_replaced_compute_the_same():
+    with torch.no_grad():
+        logits, targets = torch.randn(8, 384), torch.randint(-1, 300, (8, 1))
+        ours, theirs = (part(logits.clone(), targets, 300, True) for part in (ChunkLoss(), kernels.ScatterLoss()))
+        torch.testing.assert_close(ours, theirs)
+        h = torch.randn(4, 6)
+        assert torch.equal(kernels.two_chunks(h), swiglu(h))
+        torch.manual_seed(0)
+        config = TINY_KERNELS.config(pos="rope", qk_norm=True)
+        context, x = GPT(config).attention_context(torch.arange(16), 16), torch.randn(2, 16, 24)
+        attn, before = CausalSelfAttention(config), kernels.TransposedFirst(config)
+        before.load_state_dict(attn.state_dict())
+        torch.testing.assert_close(attn(x, context), before(x, context))
+
+
 @pytest.mark.soak
 def test_the_rows_of_the_gpu_table_come_from_any_device(cli, config, monkeypatch):
+    monkeypatch.setattr("benchmarks.bench.KERNEL_SIZE", TINY_KERNELS)
     monkeypatch.setattr("benchmarks.bench.SAMPLED",
                         GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=160, vocab_size=300))
     options = " ".join(option for option in OPTIONS.split() if not option.startswith(("--batch", "--gradient")))
     result = cli("benchmarks.bench", "gpu", f"--config={config}",
                  f"--options={options} --total_batch_size=128 --batch_size=4", "--steps=3", "--rounds=1", "--json=True")
     assert result.code == 0, result.err
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.out.splitlines() if "| " in line]
-    table = {row[0]: dict(zip(rows[0][1:], row[1:])) for row in rows[2:]}
+    table = table_of(result.out, "micro-batch")
     assert table["train.py"]["micro-batch"] == "4"
     assert table["train.py, largest batch"]["micro-batch"] == "8"
     assert {"warm start", "the plain loop", "generate, 64 at a time", "uncached, 1 at a time"} <= set(table)
     assert float(table["cold start"]["seconds"]) > 0.1
     assert all(numbers_of(result.out)[way][0]["tokens_per_sec"] > 0 for way in table if "start" not in way)
+    gained = table_of(result.out, "before, ms")
+    assert len(gained) == 10
+    assert all(float(row["at least, ms"]) > 0 for row in gained.values())
 
 
 def test_a_way_that_fails_leaves_the_gpu_tables_other_rows(cli, config, monkeypatch):
     def measure(*args, **kwargs):
         if train_plainly in args:
             raise torch.OutOfMemoryError("CUDA out of memory")
+        if measure_all in args:
+            return {"zeroing": {"before_ms": 2.0, "now_ms": 1.0, "at_least_ms": 0.5}, "cuDNN's": {"at_least_ms": 3.0}}
         return {"tokens_per_sec": 10.0, "seconds": 2.0}
 
     for name in ("run_train", "in_child", "time_until"):
@@ -79,3 +123,5 @@ def test_a_way_that_fails_leaves_the_gpu_tables_other_rows(cli, config, monkeypa
     assert "| the plain loop: failed, see above |  |  |  |  |  |" in result.out
     assert "| train.py |  | 10 |  |  | 2 |" in result.out
     assert "| uncached, 64 at a time |  | 10 |  |  | 2 |" in result.out
+    assert "| zeroing | 2 | 1 | 0.5 |" in result.out
+    assert "| cuDNN's |  |  | 3 |" in result.out

@@ -35,7 +35,7 @@ from flatgpt.training.device import pick_attention, pick_dtype
 from flatgpt.training.distributed import Job
 from flatgpt.training.optim import OptimConfig, build_optimizer, optimizer_state
 from flatgpt.training.resume import Progress, read_optimizer
-from model import GPT, Block, GPTConfig
+from model import GPT, Block, GPTConfig, attend
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
@@ -159,6 +159,18 @@ def test_a_float16_gradient_that_overflows_is_skipped_until_the_scale_fits(cli, 
     assert {record["skipped"] for record in records if "skipped" in record} == {0}, "an overflow is no bad step"
     scale = read_trainer(Path("out/tiny/checkpoints/latest"))["scaler"]["scale"]
     assert scale == 2.0**(26 - len(overflowed)), "the scale is halved at each overflow"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9
+                    or (torch.backends.cudnn.version() or 0) <= 91500, reason="needs a Hopper GPU and cuDNN 9.15.1")
+@pytest.mark.parametrize(("deterministic", "kernel"), [(False, "cudnn"), (True, "flash")])
+def test_torch_takes_cudnns_attention_on_a_hopper_gpu_unless_it_must_be_deterministic(deterministic, kernel):
+    torch.use_deterministic_algorithms(deterministic)
+    q = torch.randn(2, 4, 256, 64, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
+    with torch.profiler.profile() as profile:
+        attend(q, q, q, None, 0.0, "sdpa")
+    called = {event.key for event in profile.key_averages()}
+    assert f"aten::_scaled_dot_product_{kernel}_attention" in called, called
 
 
 def test_a_step_waits_for_the_device_in_one_place(cli, tiny_data):

@@ -90,6 +90,16 @@ class ChunkLoss(nn.Module):
         return ((largest + total.log() - of_target) * valid).sum()
 
 
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total (n, m), float32, += a (n, k) @ b (k, m), which both have the number type of matrix products."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    elif a.is_cuda and torch.__version__ >= (2, 11):  # earlier versions want `total` in the number type of a
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += a @ b
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of `x @ weight.T` against targets, in chunks of rows.
 
@@ -116,12 +126,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 loss += chunk_loss(z, t, vocab_size, want_grad)
             if want_grad:  # chunk_loss has overwritten the logits with their gradient
                 dx[start:start + rows] = logits @ w
-                if dtype == torch.float32:
-                    dw.addmm_(logits.t(), x_c)
-                elif x.is_cuda:  # adds in the product itself; other devices have no such kernel
-                    torch.addmm(dw, logits.t(), x_c, out_dtype=torch.float32, out=dw)
-                else:
-                    dw += logits.t() @ x_c
+                add_product(dw, logits.t(), x_c)
         ctx.grads = dx, dw
         return loss
 

@@ -81,8 +81,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def pick_attention(name: str, device: torch.device, dtype: torch.dtype, block_size: int) -> str:
     """`sdpa`, `math` or `flash3`; `auto` goes by device and window alone: flash3 on a Hopper GPU where FlashAttention-3
-    is installed and gives what SDPA gives, math for short windows in bfloat16 on a CPU. Raises ValueError when flash3
-    was asked for and cannot be had."""
+    is installed and gives what SDPA gives, math for short windows in bfloat16 on a CPU, else sdpa, by which torch takes
+    cuDNN's kernel on a Hopper GPU if that is safe. Raises ValueError when flash3 was asked for and cannot be had."""
     if name not in ("auto", "flash3"):
         return name
     fault = _flash3_fault(device, dtype)

@@ -212,7 +212,8 @@ def _activation_bytes_without_blocks(model: LanguageModel, rows: int, job: Job) 
 def _head_bytes(model: LanguageModel, rows: int, job: Job) -> int:
     """Bytes of the head's gradient, and of the logits that exist at a time."""
     chunk = fused.LOGITS_CHUNK_BYTES_CUDA if job.device.type == "cuda" else fused.LOGITS_CHUNK_BYTES
-    softmax = 4 * fused.SOFTMAX_ELEMENTS if job.device.type == "cpu" else 3 * chunk
+    # On a GPU their copy in float32, which compiled code does not make.
+    softmax = 4 * fused.SOFTMAX_ELEMENTS if job.device.type == "cpu" else 2 * chunk
     return 4 * model.head.numel() + min(chunk + softmax, 8 * rows * model.config.padded_vocab_size)
 
 
