@@ -104,7 +104,7 @@ def assert_close(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> 
 
 @pytest.mark.parametrize(("layout", "activation_checkpointing", "options"), [
     ("ddp", False, {}), ("ddp", True, {}), ("fsdp", False, {}), ("fsdp", True, LESS_TRAFFIC | LESS_MEMORY),
-    ("hsdp", False, {}), ("hsdp", True, LESS_TRAFFIC | LESS_MEMORY)])
+    ("hsdp", False, {}), pytest.param("hsdp", True, LESS_TRAFFIC | LESS_MEMORY, marks=pytest.mark.soak)])
 def test_gradients_and_their_norm_are_one_processs(expected, layout, activation_checkpointing, options):
     for before, norm, after in on_ranks(RANKS[layout], accumulate, layout, options, activation_checkpointing):
         assert norm == pytest.approx(expected[1], abs=1e-6)
@@ -202,7 +202,8 @@ def evaluate_once(model: GPT, tokens: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(("layout", "options"), [
-    ("ddp", {}), ("fsdp", {}), ("fsdp", LESS_TRAFFIC), ("fsdp", LESS_MEMORY), ("hsdp", {}), ("hsdp", LESS_MEMORY)])
+    ("ddp", {}), ("fsdp", {}), ("fsdp", LESS_TRAFFIC), ("fsdp", LESS_MEMORY), ("hsdp", LESS_MEMORY),
+    pytest.param("hsdp", {}, marks=pytest.mark.soak)])
 def test_a_step_takes_no_more_collectives_than_it_has_to(layout, options):
     """FSDP gathers and reduces each block by itself, and all that is in none; DDP has one bucket."""
     num_blocks = make_model().config.n_layer
