@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -361,6 +362,23 @@ def test_a_checkpoint_that_recorded_auto_goes_on_by_the_old_rule(cli, tiny_data,
     assert "resuming out/tiny at step 6; changed: max_iters was 6, is 8\n" in result.out
     options = read_trainer(LATEST)["options"]
     assert (options["dtype"], options["attention"]) == ("bfloat16", "math")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_waits_for_the_device_once(cli, tiny_data, monkeypatch, optimizer):
+    """For loss, norm and stop flag together; the hash of the batch, made before them, is there as well."""
+    waits = Counter()
+    for name in ("tolist", "item", "__int__", "__float__", "__bool__", "__index__"):
+        read = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda tensor, name=name, read=read: (
+            waits.update([name]), read(tensor))[1])
+    seen = []
+    for steps in (3, 8):
+        waits.clear()
+        assert cli("train", *TINY_RUN, f"--optimizer={optimizer}", f"--max_iters={steps}", "--eval_interval=100",
+                   "--log_interval=100", f"--out_dir=out/{steps}").code == 0
+        seen.append(waits.copy())
+    assert seen[1] - seen[0] == {"tolist": 5, "__int__": 5}
 
 
 def test_a_checkpoint_of_the_first_muon_goes_on_and_says_what_changed(cli, tiny_data):
