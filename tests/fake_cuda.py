@@ -30,8 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from flatgpt.models.fused import add_product
 from flatgpt.models.generate import Decoder
 from flatgpt.models.sampling import Sampler
-from flatgpt.training.distributed import Job, zero_grad
+from flatgpt.training.distributed import Job
 from flatgpt.training.optim import OptimConfig, build_optimizer
+from flatgpt.training.parallel import zero_grad
 from model import GPT, GPTConfig
 
 CUDA = torch.device("cuda", 0)

@@ -133,6 +133,8 @@ class SharedStacks:
 
     def to_owners(self, parts: Mapping[nn.Parameter, torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
         """The own stacks (N, rows, columns), in number type `dtype`, of tensors of which each rank brings its parts."""
+        if self.job.shard_group is None:  # the parts are whole
+            return [torch.stack(self.held(stack, parts)).to(dtype) for stack in self.own]
         rows = [rows for stack in self.of_replica for rows in self.held(stack, parts)]
         flat = _flat(rows, self.job.device).to(dtype)
         flat = distributed.all_to_all(flat, self.for_owners, self.from_shards, self.job.shard_group)
@@ -144,6 +146,9 @@ class SharedStacks:
 
     def from_owners(self, own: list[torch.Tensor], dtype: torch.dtype) -> Iterator[tuple[Stack, list[torch.Tensor]]]:
         """The way back, for all stacks: the rows of each matrix that this rank holds, in float32."""
+        if self.job.world_size == 1:
+            yield from ((stack, list(x.float())) for stack, x in zip(self.own, own))
+            return
         rows = [x[self.rows(m, shard).start - m.start:self.rows(m, shard).stop - m.start]
                 for shard in range(self.num_shards) for stack, xs in zip(self.own, own) for m, x in zip(stack, xs)]
         flat = _flat(rows, self.job.device).to(dtype)
