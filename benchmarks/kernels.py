@@ -24,8 +24,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.scripts import Figures
 from flatgpt.models.fused import ChunkLoss, add_product, swiglu
 from flatgpt.models.positions import rope_cos_sin
+from flatgpt.training.compiling import compile_in_place
 from flatgpt.training.device import one_line, pick_device, pick_dtype
-from flatgpt.training.distributed import compile_in_place
+from flatgpt.training.distributed import Job
+from flatgpt.training.optim import OptimConfig, build_optimizer, muon_params
 from model import GPT, AttentionContext, Block, CausalSelfAttention, GPTConfig, attend
 
 REPEATS = 20  # of which the median counts
@@ -67,8 +69,8 @@ def measure_all(size: Size) -> dict[str, Figures]:
     print(f"this device copies at {bandwidth / 1e12:.3g} TB/s and multiplies at {product_rate / 1e12:.3g} TFLOP/s",
           flush=True)
     seen: dict[str, Figures] = {}
-    makers = (whole_model, chunk_loss, head_gradient, swiglus, orders_of_rotation, recomputation, attentions, zeroing,
-              decoding)
+    makers = (whole_model, chunk_loss, head_gradient, swiglus, orders_of_rotation, recomputation, attentions,
+              muon_update, zeroing, decoding)
     for make in makers:
         with torch.device(device):
             for row in make(size, dtype):
@@ -259,6 +261,29 @@ def attentions(size: Size, dtype: torch.dtype) -> Iterator[Row]:
     flash, cudnn = by(SDPBackend.FLASH_ATTENTION), by(SDPBackend.CUDNN_ATTENTION)
     yield Row("attention, forward and backward: torch's choice, before FlashAttention-2", by(), flash, 0, flops)
     yield Row("attention, forward and backward: cuDNN's, before FlashAttention-2", cudnn, flash, 0, flops)
+
+
+def muon_update(size: Size, dtype: torch.dtype) -> Iterator[Row]:
+    model = GPT(size.config())
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    job = Job(0, 1, model.head.device, dtype)
+    optimizer, adamw = (build_optimizer(model, OptimConfig(optimizer=name), job) for name in ("muon", "adamw"))
+
+    @torch.no_grad()
+    def before() -> None:  # with five steps of Newton-Schulz
+        for p in muon_params(model):
+            x = p.grad.to(dtype)
+            x = x.T if x.size(0) > x.size(1) else x
+            x = x / x.norm()
+            for _ in range(5):
+                gram = x @ x.T
+                x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+            p.add_(x.T if p.size(0) > p.size(1) else x, alpha=-1e-3)
+        adamw.step()
+
+    yield Row("Muon's and AdamW's update: matrices in stacks, before one by one", optimizer.step, before, 0,
+              240 * size.layers * size.C**3)  # four steps of 6 C^3 for 4 matrices a block, of 18 C^3 for 2
 
 
 def zeroing(size: Size, dtype: torch.dtype) -> Iterator[Row]:
