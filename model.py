@@ -77,12 +77,15 @@ class GPTConfig:
 
     def validate(self) -> list[str]:
         """What is wrong with this shape, a sentence each."""
+        return self._faults_by_themselves() or self._faults_together()
+
+    def _faults_by_themselves(self) -> list[str]:
         choices = {key: get_args(kind) for key, kind in get_type_hints(type(self)).items() if get_args(kind)}
         faults = [f"{key}={getattr(self, key)!r} must be one of {', '.join(names)}" for key, names in choices.items()
                   if getattr(self, key) not in names]
         faults += [f"{key}={getattr(self, key)} must be positive"
-                  for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "window", "rope_theta")
-                  if getattr(self, key) <= 0]
+                   for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "window", "rope_theta")
+                   if getattr(self, key) <= 0]
         faults += [f"{key}={getattr(self, key)} must be 0 or more"
                    for key in ("n_kv_head", "head_dim", "mlp_hidden", "rope_original_block_size", "sliding_window")
                    if getattr(self, key) < 0]
@@ -90,29 +93,32 @@ class GPTConfig:
                    if getattr(self, key) > most]
         if not self.rope_factor >= 1:
             faults.append(f"rope_factor={self.rope_factor} must be 1 or more")
-        has_original = self.rope_original_block_size or self.rope_scaling == "linear"
-        if not faults and self.rope_factor != 1 and not (self.pos == "rope" and has_original):
+        if set(self.window_pattern) not in ({"S"}, {"S", "L"}):
+            faults.append(f"window_pattern={self.window_pattern!r} must be letters S and L, such as SSSL, with an S")
+        if not 0 <= self.dropout < 1:
+            faults.append(f"dropout={self.dropout} must be at least 0 and below 1")
+        return faults
+
+    def _faults_together(self) -> list[str]:
+        faults, has_original = [], self.rope_original_block_size or self.rope_scaling == "linear"
+        if self.rope_factor != 1 and not (self.pos == "rope" and has_original):
             faults.append(f"rope_factor={self.rope_factor} needs pos=rope (here {self.pos}) and the context length "
                           f"before scaling, rope_original_block_size (here {self.rope_original_block_size})")
         if self.rope_scaling == "yarn" and self.rope_theta <= 1:
             faults.append(f"rope_scaling=yarn needs a rope_theta above 1, not {self.rope_theta}")
-        if set(self.window_pattern) not in ({"S"}, {"S", "L"}):
-            faults.append(f"window_pattern={self.window_pattern!r} must be letters S and L, such as SSSL, with an S")
-        elif self.window_pattern != "S" and not self.sliding_window:
+        if self.window_pattern != "S" and not self.sliding_window:
             faults.append(f"window_pattern={self.window_pattern} needs sliding_window, the positions that S blocks see")
         if self.qkv_bias and self.bias:
             faults.append("qkv_bias=True is for bias=False: with bias=True all linear layers have biases")
-        if not faults and self.model == "gpt" and not self.head_dim and self.n_embd % self.n_head:
-            faults.append(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
-        if not faults and self.n_head % self.num_kv_heads:
+        if self.n_head % self.num_kv_heads:
             faults.append(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
-        if not faults and self.model == "gpt" and self.pos == "rope" and self.head_size % 2:
+        if self.model == "gpt" and not self.head_dim and self.n_embd % self.n_head:
+            faults.append(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
+        elif self.model == "gpt" and self.pos == "rope" and self.head_size % 2:
             name = "head_dim" if self.head_dim else "n_embd / n_head"
             faults.append(f"pos=rope turns pairs of channels, and {name}={self.head_size} is odd")
-        if not faults and self.pos in ("sinusoidal", "learned_sinusoidal") and self.n_embd % 2:
+        if self.pos in ("sinusoidal", "learned_sinusoidal") and self.n_embd % 2:
             faults.append(f"pos={self.pos} needs an even n_embd, not {self.n_embd}")
-        if not 0 <= self.dropout < 1:
-            faults.append(f"dropout={self.dropout} must be at least 0 and below 1")
         return faults
 
     @property

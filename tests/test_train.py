@@ -664,7 +664,8 @@ def test_a_run_older_than_an_option_goes_on_with_its_default_alone(cli, tiny_dat
     [checkpoint] = Path("out/tiny/checkpoints").glob("step_*")
     trainer = checkpoint / "training" / "trainer.json"
     state = json.loads(trainer.read_text())
-    for key in ("pos", "norm", "optimizer", "rope_factor", "rope_original_block_size"):  # it never heard of them
+    for key in ("pos", "norm", "optimizer", "rope_factor", "rope_original_block_size", "rope_scaling", "head_dim",
+                "qkv_bias", "sliding_window", "window_pattern"):  # it never heard of them
         del state["options"][key]
     before = trainer.read_bytes()
     trainer.write_text(json.dumps(state))
