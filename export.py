@@ -29,7 +29,8 @@ from flatgpt.data.loader import Mixture, open_mixture
 from flatgpt.data.shards import Dataset
 from flatgpt.data.sources import SOURCES
 from flatgpt.data.tokenizer import load_tokenizer
-from flatgpt.models import inference, weights
+from flatgpt.models import inference
+from flatgpt.models.families import FAMILIES, family_of
 from flatgpt.models.language_model import LanguageModel
 from flatgpt.options import check_options, parse_options, run_script
 from flatgpt.training.checkpoint import RunConfig
@@ -144,7 +145,8 @@ def card(folder: Path, name: str, model: LanguageModel, records: list[dict[str, 
     # What made the model what it is: not where it was written or reported to, which is nobody's business.
     shown = {key: value for key, value in options.items() if key not in UNSHOWN}
     c = model.config
-    shape = "GPT-2" if weights.is_gpt2(c) else "Llama" if weights.is_llama(c) else f"flatGPT's {c.model}"
+    kind = family_of(c)
+    shape = FAMILIES[kind].title if kind else f"flatGPT's {c.model}"
     start = f"trained further from {base}" if base else "trained from scratch"
     header = {"library_name": "" if is_ours else "transformers", "pipeline_tag": "text-generation",
               "base_model": base if files.HUB_ID.fullmatch(base) else "", "tags": ["flatgpt"],

@@ -3,7 +3,8 @@
 The architecture is GPT-2's unless the configuration says otherwise: learned positions, pre-norm blocks, one fused
 query-key-value projection, a head tied to the token table. Parameters carry GPT-2's own names (wte, wpe,
 h.0.attn.c_attn, ..., ln_f), and matrices have the layout of nn.Linear, (out, in). With `pos=rope norm=rmsnorm
-mlp=swiglu bias=False` it is a Llama.
+mlp=swiglu bias=False` it is a Llama; with `sliding_window` besides a Mistral, with `qkv_bias` a Qwen2, with `qk_norm`
+a Qwen3.
 
 This file owns the layers and how they are put together. What every model has, a GPT or a baseline, is in
 flatgpt/models/language_model.py: `forward` with the loss, `generate`, `from_pretrained`, `num_params`. Beside it,
@@ -37,8 +38,8 @@ from flatgpt.models.language_model import LanguageModel
 from flatgpt.models.positions import alibi_bias, apply_rope, rope_cos_sin, sinusoids
 
 VOCAB_MULTIPLE = 128  # matrix units like it
-LARGEST = {"n_layer": 10**4, "n_head": 10**5, "n_embd": 10**6, "mlp_hidden": 10**7, "block_size": 10**9,
-           "vocab_size": 2**32, "window": 10**5}  # beyond is a mistake, not a model
+LARGEST = {"n_layer": 10**4, "n_head": 10**5, "head_dim": 10**5, "n_embd": 10**6, "mlp_hidden": 10**7,
+           "block_size": 10**9, "sliding_window": 10**9, "vocab_size": 2**32, "window": 10**5}  # beyond is a mistake
 
 AttentionBackend = Literal["sdpa", "math", "flash3"]  # torch's fused kernels; the formula; FlashAttention-3 (Hopper)
 
@@ -51,15 +52,20 @@ class GPTConfig:
     block_size: int = 1024  # context length T, in tokens
     vocab_size: int = 50257  # vocabulary V, in tokens
     n_layer: int = 12  # blocks
-    n_head: int = 12  # attention heads a block; divides n_embd
+    n_head: int = 12  # attention heads a block; divides n_embd, unless head_dim is given
     n_kv_head: int = 0  # heads of keys and values, each for n_head / n_kv_head queries; 0 = n_head
+    head_dim: int = 0  # channels D of a head; 0 = n_embd / n_head
     n_embd: int = 768  # channels C
     dropout: float = 0.0  # dropout probability; 0 for pretraining, 0.1 and up for small data or fine-tuning
     bias: bool = False  # biases in linear layers and norms (GPT-2 has them; without is a bit better and faster)
+    qkv_bias: bool = False  # biases on queries, keys and values alone, as Qwen2 has them
     pos: Literal["learned", "sinusoidal", "learned_sinusoidal", "rope", "alibi", "none"] = "learned"  # positions
     rope_theta: float = 10000.0  # the slowest rotation of pos=rope turns once in about 2 pi theta positions
-    rope_factor: float = 1.0  # slows the slow rotations by this factor, for a longer context (Llama 3.1: 8, 3.2: 32)
-    rope_original_block_size: int = 0  # context length before rope_factor, in tokens (Llama 3.1: 8192)
+    rope_scaling: Literal["llama3", "linear", "yarn"] = "llama3"  # which rotations rope_factor slows; linear: all
+    rope_factor: float = 1.0  # slows rotations by this factor, for a longer context (Llama 3.1: 8, 3.2: 32)
+    rope_original_block_size: int = 0  # context before rope_factor, in tokens; with init_from, 0 = that model's own
+    sliding_window: int = 0  # positions that a query sees in S blocks, its own among them; 0 = all before it
+    window_pattern: str = "S"  # a letter a block, repeated over them: S has the sliding window, L sees all
     mlp: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"] = "gelu"  # gelu: exact; gelu_tanh: OpenAI's GPT-2's
     mlp_hidden: int = 0  # width of the MLP; 0 = 4 C, with swiglu 8/3 C, which has as many parameters
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # rmsnorm subtracts no mean and has no bias
@@ -71,31 +77,48 @@ class GPTConfig:
 
     def validate(self) -> list[str]:
         """What is wrong with this shape, a sentence each."""
+        return self._faults_by_themselves() or self._faults_together()
+
+    def _faults_by_themselves(self) -> list[str]:
         choices = {key: get_args(kind) for key, kind in get_type_hints(type(self)).items() if get_args(kind)}
         faults = [f"{key}={getattr(self, key)!r} must be one of {', '.join(names)}" for key, names in choices.items()
                   if getattr(self, key) not in names]
         faults += [f"{key}={getattr(self, key)} must be positive"
-                  for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "window", "rope_theta")
-                  if getattr(self, key) <= 0]
+                   for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "window", "rope_theta")
+                   if getattr(self, key) <= 0]
         faults += [f"{key}={getattr(self, key)} must be 0 or more"
-                   for key in ("n_kv_head", "mlp_hidden", "rope_original_block_size") if getattr(self, key) < 0]
+                   for key in ("n_kv_head", "head_dim", "mlp_hidden", "rope_original_block_size", "sliding_window")
+                   if getattr(self, key) < 0]
         faults += [f"{key}={getattr(self, key):,} must be at most {most:,}" for key, most in LARGEST.items()
                    if getattr(self, key) > most]
         if not self.rope_factor >= 1:
             faults.append(f"rope_factor={self.rope_factor} must be 1 or more")
-        if not faults and self.rope_factor != 1 and not (self.pos == "rope" and self.rope_original_block_size):
-            faults.append(f"rope_factor={self.rope_factor} needs pos=rope (here {self.pos}) and the context length "
-                          f"before scaling, rope_original_block_size (here {self.rope_original_block_size})")
-        if not faults and self.model == "gpt" and self.n_embd % self.n_head:
-            faults.append(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
-        if not faults and self.n_head % self.num_kv_heads:
-            faults.append(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
-        if not faults and self.model == "gpt" and self.pos == "rope" and self.n_embd // self.n_head % 2:
-            faults.append(f"pos=rope turns pairs of channels, and n_embd / n_head={self.n_embd // self.n_head} is odd")
-        if not faults and self.pos in ("sinusoidal", "learned_sinusoidal") and self.n_embd % 2:
-            faults.append(f"pos={self.pos} needs an even n_embd, not {self.n_embd}")
+        if set(self.window_pattern) not in ({"S"}, {"S", "L"}):
+            faults.append(f"window_pattern={self.window_pattern!r} must be letters S and L, such as SSSL, with an S")
         if not 0 <= self.dropout < 1:
             faults.append(f"dropout={self.dropout} must be at least 0 and below 1")
+        return faults
+
+    def _faults_together(self) -> list[str]:
+        faults, has_original = [], self.rope_original_block_size or self.rope_scaling == "linear"
+        if self.rope_factor != 1 and not (self.pos == "rope" and has_original):
+            faults.append(f"rope_factor={self.rope_factor} needs pos=rope (here {self.pos}) and the context length "
+                          f"before scaling, rope_original_block_size (here {self.rope_original_block_size})")
+        if self.rope_scaling == "yarn" and self.rope_theta <= 1:
+            faults.append(f"rope_scaling=yarn needs a rope_theta above 1, not {self.rope_theta}")
+        if self.window_pattern != "S" and not self.sliding_window:
+            faults.append(f"window_pattern={self.window_pattern} needs sliding_window, the positions that S blocks see")
+        if self.qkv_bias and self.bias:
+            faults.append("qkv_bias=True is for bias=False: with bias=True all linear layers have biases")
+        if self.n_head % self.num_kv_heads:
+            faults.append(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
+        if self.model == "gpt" and not self.head_dim and self.n_embd % self.n_head:
+            faults.append(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
+        elif self.model == "gpt" and self.pos == "rope" and self.head_size % 2:
+            name = "head_dim" if self.head_dim else "n_embd / n_head"
+            faults.append(f"pos=rope turns pairs of channels, and {name}={self.head_size} is odd")
+        if self.pos in ("sinusoidal", "learned_sinusoidal") and self.n_embd % 2:
+            faults.append(f"pos={self.pos} needs an even n_embd, not {self.n_embd}")
         return faults
 
     @property
@@ -105,6 +128,17 @@ class GPTConfig:
     @property
     def num_kv_heads(self) -> int:
         return self.n_kv_head or self.n_head
+
+    @property
+    def head_size(self) -> int:
+        """Channels D of a head."""
+        return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def windows(self) -> list[int]:
+        """How many positions a query sees in each block, at most; 0 for all."""
+        letters = self.window_pattern * self.n_layer
+        return [self.sliding_window if letter == "S" else 0 for letter in letters[:self.n_layer]]
 
     @property
     def hidden(self) -> int:
@@ -148,7 +182,7 @@ class FusedLinear(nn.Linear):
 
 
 class AttentionContext(NamedTuple):
-    """Where T queries stand and what they see. It is the same in every layer."""
+    """Where T queries stand and what they see. It is the same in all layers with the same window."""
 
     cos_sin: tuple[torch.Tensor, torch.Tensor] | None = None  # (T, D) each: the rotation of pos=rope
     mask: torch.Tensor | None = None  # true where a query sees a key (T, S); or is added to the scores (1, H, T, S)
@@ -202,10 +236,10 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head, self.n_kv_head, self.dropout = config.n_head, config.num_kv_heads, config.dropout
-        self.head_dim = config.n_embd // config.n_head
+        self.head_dim = config.head_size
         q_width, kv_width = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
-        self.c_attn = FusedLinear(config.n_embd, [q_width, kv_width, kv_width], config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = FusedLinear(config.n_embd, [q_width, kv_width, kv_width], config.bias or config.qkv_bias)
+        self.c_proj = nn.Linear(q_width, config.n_embd, bias=config.bias)
         self.q_norm = make_norm(config, self.head_dim) if config.qk_norm else None
         self.k_norm = make_norm(config, self.head_dim) if config.qk_norm else None
         self.resid_dropout = nn.Dropout(config.dropout)
@@ -213,12 +247,11 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, context: AttentionContext, cache: LayerCache | None = None) -> torch.Tensor:
         """x (B, T, C) -> (B, T, C); with a `cache`, the T positions follow those that it holds."""
-        B, T, C = x.shape
         q, k, v = self.queries_keys_values(x, context)
-        if cache is not None:  # write the T new ones, and read all S
-            k, v = cache.k.index_copy_(2, cache.positions, k), cache.v.index_copy_(2, cache.positions, v)
+        if cache is not None:  # keep the T new ones, and read all S
+            k, v = cache.update(k, v)
         y = attend(q, k, v, context.mask, self.dropout if self.training else 0.0, self.backend)
-        y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, D) -> (B, T, C)
+        y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, H D)
         return self.resid_dropout(self.c_proj(y))
 
     def queries_keys_values(self, x: torch.Tensor, context: AttentionContext) -> list[torch.Tensor]:
@@ -312,39 +345,43 @@ class GPT(LanguageModel):
                              "--pos=rope, alibi, sinusoidal or none have no such limit")
         positions = torch.arange(start, end, device=idx.device)
         if cache is None:
-            return self.forward_blocks(idx, positions, self.attention_context(positions, end))
+            return self.forward_blocks(idx, positions)
         cache.check_room(idx.size(1))
         cache.length = end
-        context = self.attention_context(positions, end, need_mask=start > 0 and idx.size(1) > 1)
-        return self.forward_blocks(idx, positions, context, cache.layers(positions, end))
+        return self.forward_blocks(idx, positions, cache.layers(positions, end), start > 0 and idx.size(1) > 1)
 
-    def attention_context(self, positions: torch.Tensor, num_keys: int, need_mask: bool = False) -> AttentionContext:
-        """For queries at `positions` (T,) and keys at 0, 1, ..., num_keys - 1. `need_mask` where `attend` cannot know
-        by itself which keys a query sees."""
+    def attention_context(self, positions: torch.Tensor, key_positions: torch.Tensor, window: int = 0,
+                          need_mask: bool = False) -> AttentionContext:
+        """For queries at `positions` (T,), keys at `key_positions` (S,), negative where there is none, and a sliding
+        window (0: none). `need_mask` where `attend` cannot know by itself which keys a query sees."""
         c, cos_sin, mask = self.config, None, None
         if c.pos == "rope":
-            cos_sin = rope_cos_sin(positions, c.n_embd // c.n_head, c.rope_theta, c.rope_factor,
-                                   c.rope_original_block_size)
-        if need_mask or c.pos == "alibi":
-            distance = positions[:, None] - torch.arange(num_keys, device=positions.device)  # (T, S)
+            cos_sin = rope_cos_sin(positions, c.head_size, c.rope_theta, c.rope_factor, c.rope_original_block_size,
+                                   c.rope_scaling)
+        if need_mask or c.pos == "alibi" or 0 < window < positions.size(0):
+            distance = positions[:, None] - key_positions  # (T, S), and -1 for keys out of sight
+            out_of_sight = (key_positions < 0) | (distance >= window if window else False)
+            distance = distance.masked_fill(out_of_sight, -1)
             mask = alibi_bias(c.n_head, distance).to(self.compute_dtype()) if c.pos == "alibi" else distance >= 0
         return AttentionContext(cos_sin, mask)
 
-    def forward_blocks(self, idx: torch.Tensor, positions: torch.Tensor, context: AttentionContext,
-                       layer_caches: list[LayerCache] | None = None,
-                       block_forward: Callable = Block.__call__) -> torch.Tensor:
-        """Tokens (B, T) at `positions` (T,) -> what the head reads (B, T, C)."""
+    def forward_blocks(self, idx: torch.Tensor, positions: torch.Tensor, layer_caches: list[LayerCache] | None = None,
+                       need_mask: bool = False, block_forward: Callable = Block.__call__) -> torch.Tensor:
+        """Tokens (B, T) at `positions` (T,) -> what the head reads (B, T, C). See attention_context for `need_mask`."""
+        windows, caches = self.config.windows, layer_caches or [None] * len(self.h)
+        contexts = {window: self.attention_context(positions, cache.key_positions if cache else positions, window,
+                                                   need_mask) for window, cache in zip(windows, caches)}
         x = self.wte(idx)  # (B, T, C)
         if self.wpe is not None:
             x = x + self.wpe(positions)
         elif self.config.pos == "sinusoidal":
             x = x + sinusoids(positions, self.config.n_embd).to(x.dtype)
         x = self.drop(x)
-        for block, cache in zip(self.h, layer_caches or [None] * len(self.h)):
+        for block, window, cache in zip(self.h, windows, caches):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, context, use_reentrant=False)
+                x = checkpoint(block, x, contexts[window], use_reentrant=False)
             else:
-                x = block_forward(block, x, context, cache)
+                x = block_forward(block, x, contexts[window], cache)
         return self.ln_f(x)
 
     def crop_block_size(self, block_size: int) -> None:

@@ -290,7 +290,8 @@ def record_choices(config: TrainConfig, given: Mapping[str, str], model: Languag
     config.where.dtype, config.attention = str(numerics.dtype).removeprefix("torch."), numerics.attention
     config.where.device = job.device.type if config.where.device == "auto" else config.where.device
     if config.init_from != "scratch":
-        inference.adopt_shape(config.model, given, model.config)
+        # A run that goes on keeps the words it began with: a file may say n_kv_head=8 where they said 0.
+        inference.adopt_shape(config.model, given, {**vars(model.config), **trainer["options"]})
         config.init_from = weights.full_name(config.init_from)  # the whole path of a folder is taken for no hub id
     if trainer["folder"]:
         config.init_from = trainer["options"]["init_from"]

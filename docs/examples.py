@@ -305,7 +305,7 @@ def cached() -> Lines:
     yield f"the same tokens: {'yes' if torch.equal(*written) else 'no'}"
     for label, heads in (("12 heads of keys and values", 0), ("4 of them", 4)):
         cache = KVCache(GPTConfig(n_kv_head=heads), 1, 1024, torch.device("meta"), torch.bfloat16)
-        size = (cache.k.numel() + cache.v.numel()) * cache.k.element_size() / 2**20
+        size = sum(kept.nbytes for kept in (*cache.k, *cache.v)) / 2**20
         yield f"GPT-2 small, 1,024 tokens in bfloat16, {label}: {size:.0f} MiB"
 
 

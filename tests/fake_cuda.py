@@ -41,6 +41,7 @@ LLAMA = {"pos": "rope", "norm": "rmsnorm", "mlp": "swiglu", "n_kv_head": 2, "tie
 CASES = {
     "bfloat16": (torch.bfloat16, {}), "float16": (torch.float16, {}), "float32": (torch.float32, {}),
     "dropout": (torch.bfloat16, {"dropout": 0.1, "bias": True}), "llama": (torch.bfloat16, LLAMA),
+    "mistral": (torch.bfloat16, LLAMA | {"sliding_window": 8, "head_dim": 8}),
     "fast": (torch.bfloat16, {"pos": "rope", "norm": "rmsnorm", "qk_norm": True, "mlp": "relu2"}),
     "alibi": (torch.bfloat16, {"pos": "alibi"}),
     "post-norm": (torch.bfloat16, {"pos": "sinusoidal", "norm_position": "post"})}

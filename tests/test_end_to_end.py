@@ -125,7 +125,10 @@ def test_make_demo_ends_with_a_sample(clone, data):
 
 @pytest.mark.parametrize("shape", [
     (), ("--bias=True", "--mlp=gelu_tanh"), ("--pos=rope", "--norm=rmsnorm", "--mlp=swiglu", "--n_kv_head=1"),
-    ("--pos=rope", "--norm=rmsnorm", "--mlp=swiglu", "--rope_factor=4", "--rope_original_block_size=8")])
+    ("--pos=rope", "--norm=rmsnorm", "--mlp=swiglu", "--rope_factor=4", "--rope_original_block_size=8"),
+    ("--pos=rope", "--norm=rmsnorm", "--mlp=swiglu", "--sliding_window=5"),
+    ("--pos=rope", "--norm=rmsnorm", "--mlp=swiglu", "--qk_norm=True", "--head_dim=12", "--sliding_window=5",
+     "--window_pattern=SL")])
 def test_transformers_goes_on_from_a_runs_checkpoint_as_it_is(cli, tiny_data, shape):
     """The likeliest tokens, one by one, up to the context's end."""
     transformers = pytest.importorskip("transformers")

@@ -37,7 +37,7 @@ def traced(library) -> dict:
 
 
 def test_no_operation_mixes_devices_or_waits_for_the_card(traced):
-    assert len(traced["cases"]) == 8
+    assert len(traced["cases"]) == 9
     assert [f"{name}: {failure}" for name, failure in traced["cases"].items() if failure] == []
 
 

@@ -363,7 +363,8 @@ def test_attention_kernels_agree_in_16_bits(attention):
 # Text
 
 UNTIED = {"tie_embeddings": False}  # tied, an untrained model repeats its last token
-SHAPES = [UNTIED, UNTIED | {"pos": "alibi"}, UNTIED | {"pos": "rope", "qk_norm": True, "n_kv_head": 2, "mlp": "swiglu"}]
+SHAPES = [UNTIED, UNTIED | {"pos": "alibi"}, UNTIED | {"pos": "rope", "qk_norm": True, "n_kv_head": 2, "mlp": "swiglu"},
+          UNTIED | {"pos": "none", "sliding_window": 20, "window_pattern": "SL", "head_dim": 48, "qkv_bias": True}]
 
 
 def likeliest_tokens(model: GPT, idx: torch.Tensor, count: int) -> torch.Tensor:

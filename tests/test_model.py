@@ -168,6 +168,14 @@ def test_config_of_gpt2_has_124m_parameters():
     assert model.num_params() == 124_439_808 - 1024 * 768
 
 
+def test_heads_need_not_be_as_wide_as_the_model():
+    model = make_model(n_head=3, n_kv_head=1, head_dim=6)  # of 8 channels
+    shapes = {name: tuple(p.shape) for name, p in model.h[0].attn.named_parameters()}
+    assert shapes == {"c_attn.weight": (5 * 6, 8), "c_proj.weight": (8, 3 * 6)}
+    biases = {name for name, _ in make_model(qkv_bias=True).h[0].named_parameters() if name.endswith("bias")}
+    assert biases == {"attn.c_attn.bias"}
+
+
 def test_bad_configurations_are_named_together():
     with pytest.raises(ValueError, match="n_layer=0 must be positive; dropout=1"):
         GPT(GPTConfig(n_layer=0, dropout=1.0))
@@ -195,7 +203,12 @@ OPTIONS = [{"pos": "sinusoidal"}, {"pos": "learned_sinusoidal"}, {"pos": "rope"}
            {"norm_position": "post"}, {"qk_norm": True, "bias": True}, {"n_kv_head": 1}, {"tie_embeddings": False},
            {"pos": "rope", "norm": "rmsnorm", "mlp": "swiglu", "n_kv_head": 2, "qk_norm": True, "n_head": 4},
            {"pos": "alibi", "norm_position": "post", "n_kv_head": 1, "mlp": "relu2"},
-           {"pos": "rope", "rope_theta": 10.0, "rope_factor": 8.0, "rope_original_block_size": 12}]
+           {"pos": "rope", "rope_theta": 10.0, "rope_factor": 8.0, "rope_original_block_size": 12},
+           {"pos": "rope", "rope_theta": 10.0, "rope_factor": 4.0, "rope_scaling": "linear"},
+           {"pos": "rope", "rope_theta": 10.0, "rope_factor": 4.0, "rope_scaling": "yarn",
+            "rope_original_block_size": 12}, {"head_dim": 6, "n_kv_head": 1, "pos": "rope"}, {"qkv_bias": True},
+           {"sliding_window": 5}, {"sliding_window": 3, "window_pattern": "SL", "pos": "rope", "n_kv_head": 1},
+           {"sliding_window": 4, "window_pattern": "LS", "pos": "alibi", "head_dim": 3}]
 ids = pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(f"{k}={v}" for k, v in options.items()))
 
 
@@ -229,6 +242,32 @@ def test_cached_generation_equals_uncached_for_every_option(monkeypatch, options
         cached, uncached = (model.generate(idx, 40, 0.9, 20, use_cache, generator=torch.Generator().manual_seed(5))
                             for use_cache in (True, False))
         assert torch.equal(cached, uncached)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "math"])
+@pytest.mark.parametrize("pos", ["none", "alibi"])
+def test_a_query_sees_as_many_positions_as_the_window_its_own_among_them(backend, pos):
+    model, T, window = make_model(pos=pos), 9, 4
+    q, k, v = torch.randn(2, 2, T, 4), torch.randn(2, 2, T, 4), torch.randn(2, 2, T, 4)
+    context = model.attention_context(torch.arange(T), torch.arange(T), window)
+    y = attend(q, k, v, context.mask, 0.0, backend)
+    for t in range(T):
+        near = slice(max(0, t - window + 1), t + 1)
+        scores = q[:, :, t:t + 1] @ k[:, :, near].transpose(2, 3) / 2  # sqrt(D)
+        if pos == "alibi":
+            scores -= torch.tensor([2**-4, 2**-8]).view(1, 2, 1, 1) * (t - torch.arange(T)[near])
+        torch.testing.assert_close(y[:, :, t:t + 1], scores.softmax(-1) @ v[:, :, near])
+
+
+@pytest.mark.parametrize(("pattern", "reach"), [("S", [2, 2]), ("SL", [2, None]), ("LS", [None, 2]), ("SSL", [2, 2])])
+def test_what_a_token_reaches_adds_up_over_the_blocks(pattern, reach):
+    model = make_model(pos="rope", sliding_window=3, window_pattern=pattern)
+    idx = torch.randint(37, (1, 16))
+    changed = idx.clone()
+    changed[0, 4] = (changed[0, 4] + 1) % 37
+    differs = (model(idx)[0] != model(changed)[0]).any(-1)[0].tolist()
+    last = 16 if None in reach else 4 + sum(reach) + 1
+    assert differs == [4 <= t < last for t in range(16)]
 
 
 def test_norms_that_autocast_widens_leave_keys_in_the_values_type(monkeypatch):
@@ -267,6 +306,14 @@ def test_positions_that_go_on_read_more_than_block_size_and_learned_ones_say_tha
     ({"pos": "rope", "rope_factor": math.nan, "rope_original_block_size": 8}, "rope_factor=nan must be 1 or more"),
     ({"pos": "rope", "rope_factor": 8.0}, r"rope_factor=8.0 needs .*rope_original_block_size \(here 0\)"),
     ({"rope_factor": 8.0, "rope_original_block_size": 8}, r"rope_factor=8.0 needs pos=rope \(here learned\)"),
+    ({"pos": "rope", "rope_scaling": "ntk"}, "rope_scaling='ntk' must be one of llama3, linear, yarn"),
+    ({"rope_scaling": "yarn", "rope_theta": 1.0}, "rope_scaling=yarn needs a rope_theta above 1, not 1.0"),
+    ({"pos": "rope", "head_dim": 5}, "head_dim=5 is odd"), ({"head_dim": -1}, "head_dim=-1 must be 0 or more"),
+    ({"bias": True, "qkv_bias": True}, "qkv_bias=True is for bias=False"),
+    ({"sliding_window": -1}, "sliding_window=-1 must be 0 or more"),
+    ({"sliding_window": 4, "window_pattern": "SXL"}, "window_pattern='SXL' must be letters S and L"),
+    ({"sliding_window": 4, "window_pattern": "L"}, "window_pattern='L' must be .* with an S"),
+    ({"window_pattern": "SL"}, "window_pattern=SL needs sliding_window"),
     ({"rope_original_block_size": -8}, "rope_original_block_size=-8 must be 0 or more"),
     ({"pos": "sinusoidal", "n_embd": 9, "n_head": 3}, "needs an even n_embd"), ({"mlp_hidden": -4}, "mlp_hidden=-4")])
 def test_bad_shapes_are_named(changes, message):

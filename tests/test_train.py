@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TEXT, TINY_RUN, files_of, on_ranks, records_of, write_shard
+from test_families import save_as_before
 from test_weights import Planted, save_hf, save_nanogpt
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,7 +26,7 @@ from flatgpt.run_folder import read_trainer
 from flatgpt.training import checkpoint
 from flatgpt.training.checkpoint import RunConfig, RunFolder
 from flatgpt.training.distributed import Job
-from model import GPT
+from model import GPT, GPTConfig
 
 LATEST = Path("out/tiny/checkpoints/latest")
 
@@ -681,7 +682,8 @@ def test_a_run_older_than_an_option_goes_on_with_its_default_alone(cli, tiny_dat
     [checkpoint] = Path("out/tiny/checkpoints").glob("step_*")
     trainer = checkpoint / "training" / "trainer.json"
     state = json.loads(trainer.read_text())
-    for key in ("pos", "norm", "optimizer", "rope_factor", "rope_original_block_size"):  # it never heard of them
+    for key in ("pos", "norm", "optimizer", "rope_factor", "rope_original_block_size", "rope_scaling", "head_dim",
+                "qkv_bias", "sliding_window", "window_pattern"):  # it never heard of them
         del state["options"][key]
     before = trainer.read_bytes()
     trainer.write_text(json.dumps(state))
@@ -709,6 +711,44 @@ def test_alibi_reads_twice_what_it_was_trained_on_and_learned_positions_say_that
     assert cli("train", *TINY_RUN, "--out_dir=out/learned").code == 0
     assert "block_size=32: the model has only 16 positions" in refused(
         "train", "--dataset=tiny", "--init_from=out/learned", "--block_size=32", "--eval_only=True", "--device=cpu")
+
+
+LIKE_LLAMA = ("--pos=rope", "--norm=rmsnorm", "--mlp=swiglu")
+
+
+@pytest.mark.parametrize(("options", "wanted"), [
+    (["--rope_factor=4"], {"rope_type": "llama3", "original_max_position_embeddings": 16}),
+    (["--rope_factor=4", "--rope_scaling=yarn", "--rope_original_block_size=12"],
+     {"rope_type": "yarn", "original_max_position_embeddings": 12}),
+    (["--rope_factor=4", "--rope_scaling=linear"], {"rope_type": "linear"})])
+def test_a_model_of_ones_own_is_stretched_to_a_longer_context_and_the_run_goes_on(cli, tiny_data, options, wanted):
+    assert cli("train", *TINY_RUN, *LIKE_LLAMA, "--out_dir=out/base").code == 0
+    training = ("train", "--init_from=out/base", "--dataset=tiny", "--out_dir=out/long", "--device=cpu",
+                "--dtype=float32", "--total_batch_size=256", "--batch_size=2", "--eval_iters=1", "--eval_interval=2")
+    assert cli(*training, *options, "--block_size=64", "--max_iters=2").code == 0
+    for more in ([*options, "--block_size=64", "--max_iters=4"], ["--max_iters=6"]):  # said again, or left to the run
+        assert (done := cli(*training, *more)).code == 0, done.err
+        assert "resuming out/long" in done.out
+    config = json.loads(Path("out/long/checkpoints/step_00000006/config.json").read_text())
+    assert config["max_position_embeddings"] == 64
+    assert config["rope_scaling"].items() >= (wanted | {"factor": 4.0}).items()
+
+
+def test_only_rotations_can_be_stretched(cli, tiny_data, refused):
+    assert cli("train", *TINY_RUN, "--max_iters=1").code == 0
+    line = refused("train", "--init_from=out/tiny", "--dataset=tiny", "--rope_factor=4", "--out_dir=out/x")
+    assert "rope_factor=4.0 needs pos=rope (here learned)" in line
+
+
+def test_a_run_goes_on_though_its_file_now_spells_out_what_its_start_left_to_defaults(cli, tiny_data):
+    config = GPTConfig(block_size=16, vocab_size=load_tokenizer(tiny_data).vocab_size, n_layer=2, n_head=2, n_embd=16,
+                       qk_norm=True, pos="rope", norm="rmsnorm", mlp="swiglu")
+    save_as_before(GPT(config), Path("base"))  # n_kv_head=0; a checkpoint in Qwen3's shape has it as 2
+    training = ("train", "--init_from=base", *TINY_RUN[:1], *TINY_RUN[5:])
+    assert cli(*training, "--max_iters=3").code == 0
+    assert json.loads(Path("out/tiny/checkpoints/best/config.json").read_text())["num_key_value_heads"] == 2
+    assert (done := cli(*training)).code == 0, done.err
+    assert "resuming out/tiny at step 3" in done.out
 
 
 def test_the_fine_tuning_config_goes_on_from_any_hugging_face_gpt2(cli, shakespeare, gpt2_tokenizer):

@@ -6,8 +6,9 @@
     generate.py        caches, the loop that streams tokens, the decoding step as a CUDA graph
     sampling.py        logits -> the next token
     baselines.py       bigram, MLP and recurrent models to measure a GPT against; build, which makes any model
-    weights.py         other people's layouts: Hugging Face's GPT-2 and Llama, nanoGPT's ckpt.pt
+    families.py        the models that transformers knows (GPT-2, Llama, Mistral, Qwen): options and tensors' names
+    weights.py         models in files: Hugging Face's folders, nanoGPT's ckpt.pt
     inference.py       a model that the options name, with its tokenizer, and what it is given to read
 
-model.py imports the first four, which do not import it; baselines.py and weights.py build on it.
+model.py imports the first four, which do not import it; baselines.py, families.py and weights.py build on it.
 """

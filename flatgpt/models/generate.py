@@ -56,31 +56,69 @@ class Cache:
 class LayerCache(NamedTuple):
     """One layer's part of a KVCache, for T new positions."""
 
-    k: torch.Tensor  # (B, K, S, D): keys of S positions; attention writes those of the T new ones
+    k: torch.Tensor  # (B, K, capacity, D)
     v: torch.Tensor
-    positions: torch.Tensor  # (T,): where the new ones are written
+    slots: torch.Tensor  # (T,): where the new ones belong
+    num_read: int  # slots that are read: with T = 1 after it was written, else before
+    key_positions: torch.Tensor  # (S,): of what `update` returns; negative in a slot that is not filled
+
+    def update(self, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
+        """Keep the new keys and values (B, K, T, D), and return all that their queries may see (B, K, S, D). Several
+        new ones are read beside what was kept: the last may overwrite what the first still sees."""
+        (T, capacity), pairs = (k.size(2), self.k.size(2)), ((self.k, k), (self.v, v))
+        seen = [torch.cat([kept[:, :, :self.num_read], new], dim=2) for kept, new in pairs if T > 1]
+        for kept, new in pairs:
+            kept.index_copy_(2, self.slots[-capacity:], new[:, :, -capacity:])
+        return seen or [kept[:, :, :self.num_read] for kept, _ in pairs]
 
 
 class KVCache(Cache):
-    """Keys and values, (n_layer, B, K, capacity, D) each; the first `length` positions are filled."""
+    """Keys and values (B, K, capacity, D) of each layer. Position p lies in slot p modulo the layer's capacity: a layer
+    with a sliding window keeps no more positions than it sees."""
 
     def __init__(self, config: GPTConfig, batch_size: int, capacity: int, device: torch.device, dtype: torch.dtype):
         super().__init__()
-        head_dim = config.n_embd // config.n_head
-        shape = (config.n_layer, batch_size, config.num_kv_heads, capacity, head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)  # zeros, because NaN would get through a mask
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.capacity = capacity
+        self.capacity = capacity  # positions, of a layer that sees all
+        shapes = [(batch_size, config.num_kv_heads, slots, config.head_size) for slots in cache_slots(config, capacity)]
+        # Zeros, because NaN would get through a mask.
+        self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for shape in shapes] for _ in range(2))
         self.decoder: Decoder | None = None
 
+    def mark(self, logits: torch.Tensor) -> None:
+        """Also copies what new positions may overwrite, in layers with a sliding window."""
+        self.state = [kept.clone() if kept.size(2) < self.capacity else None for kept in (*self.k, *self.v)]
+        super().mark(logits)
+
+    def rewind(self) -> torch.Tensor | None:
+        logits = super().rewind()
+        for kept, copy in zip((*self.k, *self.v), self.state or []):
+            if copy is not None:
+                kept.copy_(copy)
+        return logits
+
     def layers(self, positions: torch.Tensor, num_keys: int) -> list[LayerCache]:
-        """Each layer's first `num_keys` positions, for new ones at `positions` (T,)."""
-        return [LayerCache(k[:, :, :num_keys], v[:, :, :num_keys], positions) for k, v in zip(self.k, self.v)]
+        """Each layer's part, for new ones at `positions` (T,), the last of `num_keys`."""
+        parts = {kept.size(2): _read_slots(positions, num_keys, kept.size(2)) for kept in self.k}
+        return [LayerCache(k, v, positions % k.size(2), *parts[k.size(2)]) for k, v in zip(self.k, self.v)]
 
     def check_room(self, num_tokens: int) -> None:
         """Raises ValueError if so many more tokens do not fit."""
         if self.length + num_tokens > self.capacity:
             raise ValueError(f"the cache is full: it has room for {self.capacity} positions")
+
+
+def cache_slots(config: GPTConfig, num_tokens: int) -> list[int]:
+    """For how many of `num_tokens` positions each layer keeps keys and values."""
+    return [min(window or num_tokens, num_tokens) for window in config.windows]
+
+
+def _read_slots(positions: torch.Tensor, num_keys: int, capacity: int) -> tuple[int, torch.Tensor]:
+    """LayerCache's `num_read` and `key_positions` for new ones at `positions` (T,), the last of `num_keys`."""
+    T = positions.size(0)
+    num_read = min(num_keys if T == 1 else num_keys - T, capacity)
+    newest = positions if T == 1 else positions[:1] - 1  # that is kept when the slots are read
+    kept = newest - (newest - torch.arange(num_read, device=positions.device)) % capacity
+    return num_read, kept if T == 1 else torch.cat([kept, positions])
 
 
 @torch.no_grad()
@@ -96,7 +134,7 @@ def stream(model: LanguageModel, idx: torch.Tensor, max_new_tokens: int, sampler
     """
     if idx.size(1) == 0:
         raise ValueError("the prompt is empty: generation needs at least one token to start from")
-    limit, seen = model.config.max_positions, idx
+    limit, seen, is_kept = model.config.max_positions, idx, use_cache and cache is not None
     start = max(0, idx.size(1) - limit) if limit else 0  # of the window
     if not use_cache:
         cache = None
@@ -109,8 +147,8 @@ def stream(model: LanguageModel, idx: torch.Tensor, max_new_tokens: int, sampler
         for step in range(max_new_tokens):
             if step or logits is None:
                 logits = model.next_token_logits(unread, cache)
-            if cache and step == 0:
-                cache.mark(logits)
+                if is_kept and step == 0:
+                    cache.mark(logits)
             token = sampler(logits, seen)  # (B, 1)
             yield token.squeeze(1)
             seen = torch.cat([seen, token], dim=1)
@@ -144,8 +182,8 @@ class Decoder:
         cache.check_room(1)
         # The cache holds its decoder: in a circle both would keep their GPU memory until Python looks for circles.
         self.model, self.cache = model, weakref.proxy(cache)
-        device = cache.k.device
-        self.token = torch.zeros(cache.k.size(1), 1, dtype=torch.long, device=device)
+        device = cache.k[0].device
+        self.token = torch.zeros(cache.k[0].size(0), 1, dtype=torch.long, device=device)
         self.position = torch.full((1,), cache.length, dtype=torch.long, device=device)
         self.block_forward = eager = type(model.h[0]).forward
         if model.compile_decoding:
@@ -171,9 +209,8 @@ class Decoder:
                 generator.graphsafe_set_state(random_state)
 
     def _logits(self) -> torch.Tensor:
-        context = self.model.attention_context(self.position, self.cache.capacity, need_mask=True)
         layer_caches = self.cache.layers(self.position, self.cache.capacity)
-        x = self.model.forward_blocks(self.token, self.position, context, layer_caches, self.block_forward)
+        x = self.model.forward_blocks(self.token, self.position, layer_caches, True, self.block_forward)
         return self.model.compute_logits(x[:, -1])
 
     def _record(self) -> None:

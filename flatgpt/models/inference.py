@@ -21,10 +21,12 @@ from flatgpt.data.loader import MixedOrder, Mixture, TrainOrder, open_mixture
 from flatgpt.data.shards import DATA_DIR, UNKNOWN_VOCAB_SIZE, folder_tokenizer
 from flatgpt.data.tokenizer import GPT2_VOCAB_SIZE, GPT2Tokenizer, Tokenizer, load_tokenizer, no_tokenizer
 from flatgpt.models import weights
+from flatgpt.options import check_options
 from model import GPTConfig, LanguageModel
 
 NANOGPT_VOCAB_SIZE = 50304  # GPT-2's 50,257 tokens, rounded up
 SHAPE = tuple(field.name for field in fields(GPTConfig) if field.name not in ("vocab_size", "dropout"))
+STRETCH = ("rope_scaling", "rope_factor", "rope_original_block_size")  # may be chosen for a model from elsewhere
 
 
 def find_model(init_from: str, out_dir: str) -> tuple[Path, str]:
@@ -51,7 +53,7 @@ def load_for_training(init_from: str, shape: GPTConfig, given: Mapping[str, str]
     Raises ValueError for what it contradicts."""
     model = load_model(init_from, dropout=shape.dropout)
     faults = [f"{key}={getattr(shape, key)} was asked for, and it has {getattr(model.config, key)}"
-              for key in SHAPE if key != "block_size" and key in given
+              for key in SHAPE if key not in ("block_size", *STRETCH) and key in given
               and getattr(shape, key) != getattr(model.config, key)]
     names = ",".join(data.datasets)
     if model.config.vocab_size < data.vocab_size:
@@ -62,16 +64,28 @@ def load_for_training(init_from: str, shape: GPTConfig, given: Mapping[str, str]
                       f"--tokenizer={weights.full_name(init_from)}")
     if faults:
         raise ValueError(f"init_from={init_from} does not fit: {'; '.join(faults)}")
+    _stretch(model.config, shape, given)
     if "block_size" in given:
         model.crop_block_size(shape.block_size)
     return model
 
 
-def adopt_shape(shape: GPTConfig, given: Mapping[str, str], found: GPTConfig) -> None:
+def _stretch(config: GPTConfig, shape: GPTConfig, given: Mapping[str, str]) -> None:
+    """Slow a model's rotations down as the options say, for a longer context than it was trained on. That was its
+    block_size, unless it says or the options say otherwise. Raises ValueError, for a model without rotations too."""
+    for key in STRETCH:
+        if key in given:
+            setattr(config, key, getattr(shape, key))
+    if "rope_factor" in given and config.rope_scaling != "linear":
+        config.rope_original_block_size = config.rope_original_block_size or config.block_size
+    check_options(config)
+
+
+def adopt_shape(shape: GPTConfig, given: Mapping[str, str], found: Mapping[str, Any]) -> None:
     """Make the options that nobody set say what a model from elsewhere is: the batch and a resume go by them."""
     for key in SHAPE:
         if key not in given:
-            setattr(shape, key, getattr(found, key))
+            setattr(shape, key, found[key])
 
 
 def read(prompt: str) -> str:

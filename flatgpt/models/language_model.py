@@ -125,9 +125,10 @@ class LanguageModel(nn.Module):
 
     @staticmethod
     def from_pretrained(source: str, **overrides: Any) -> LanguageModel:
-        """Load a model: a hub id (`gpt2` ... `gpt2-xl`, `owner/name`) or Hugging Face folder of a GPT-2 or Llama, a
-        checkpoint or run folder of ours, or nanoGPT's ckpt.pt. `overrides` replace fields of the configuration that do
-        not change the weights' shapes (dropout). Raises ValueError or OSError in words for a user."""
+        """Load a model: a hub id (`gpt2` ... `gpt2-xl`, `owner/name`) or Hugging Face folder of a family that
+        families.py knows, a checkpoint or run folder of ours, or nanoGPT's ckpt.pt. `overrides` replace fields of the
+        configuration that do not change the weights' shapes (dropout). Raises ValueError or OSError in words for a
+        user."""
         from flatgpt.models import baselines, weights
 
         config, state = weights.load_pretrained(source)

@@ -16,23 +16,43 @@ import math
 import torch
 
 LOW_FREQ_FACTOR, HIGH_FREQ_FACTOR = 1, 4  # config.json's names; every Llama 3 that Meta has published has these values
+BETA_FAST, BETA_SLOW = 32, 1  # likewise, of YaRN: the paper's values, which published models have
 
 
-def rope_cos_sin(positions: torch.Tensor, head_dim: int, theta: float, factor: float = 1.0,
-                 original: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_cos_sin(positions: torch.Tensor, head_dim: int, theta: float, factor: float = 1.0, original: int = 0,
+                 scaling: str = "llama3") -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines (T, D) of RoPE's angles at positions (T,). Channels i and i + D/2 are a pair, which turns by
     position * theta^(-2i/D) (Su et al. 2021, arXiv:2104.09864; paired as in Llama's published weights).
 
-    A `factor` slows the pairs that turn less than once in `original` positions by this factor. Pairs that turn more
-    than 4 times keep their speed, and between the two the speed changes smoothly (Llama 3.1's: apply_scaling in Meta's
-    llama-models, rope_type=llama3 in transformers)."""
+    A `factor` slows pairs down for a context longer than the `original` (see kept_speed). With `scaling` yarn it also
+    makes queries and keys longer, each by 1 + ln(factor) / 10, so that attention stays as sharp."""
     speed = theta ** (-torch.arange(0, head_dim, 2, device=positions.device) / head_dim)
     if factor != 1:
-        turns = original * speed / (2 * math.pi)
-        kept = ((turns - LOW_FREQ_FACTOR) / (HIGH_FREQ_FACTOR - LOW_FREQ_FACTOR)).clamp(0, 1)
+        kept = kept_speed(speed, theta, original, scaling)
         speed = speed * (kept + (1 - kept) / factor)
     angle = (positions[:, None] * speed).repeat(1, 2)
-    return angle.cos(), angle.sin()
+    length = 1 + math.log(factor) / 10 if scaling == "yarn" else 1
+    return angle.cos() * length, angle.sin() * length
+
+
+def kept_speed(speed: torch.Tensor, theta: float, original: int, scaling: str) -> torch.Tensor:
+    """Which share of its speed (D/2,) a pair keeps; the rest is divided by the factor. It depends on how often the pair
+    turns in `original` positions.
+
+    linear: none (Chen et al. 2023, arXiv:2306.15595). llama3: all with more than 4 turns, none with less than one, and
+    between them in proportion to the turns (apply_scaling in Meta's llama-models). yarn: all with more than 32 turns,
+    none with less than one, and between them in proportion to the pair's number, whose limits are rounded outwards
+    (Peng et al. 2023, arXiv:2309.00071)."""
+    if scaling == "linear":
+        return torch.zeros_like(speed)
+    if scaling == "llama3":
+        turns = original * speed / (2 * math.pi)
+        return ((turns - LOW_FREQ_FACTOR) / (HIGH_FREQ_FACTOR - LOW_FREQ_FACTOR)).clamp(0, 1)
+    num_pairs = speed.size(0)
+    first, last = (num_pairs * math.log(original / (2 * math.pi * turns), theta) for turns in (BETA_FAST, BETA_SLOW))
+    first, last = max(math.floor(first), 0), min(math.ceil(last), 2 * num_pairs - 1)
+    pair = torch.arange(num_pairs, device=speed.device)
+    return 1 - ((pair - first) / (last - first or 0.001)).clamp(0, 1)  # as transformers avoids a division by zero
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,11 @@
-"""Other people's names and layouts: Hugging Face's GPT-2 and Llama, folders and hub ids, nanoGPT's ckpt.pt.
+"""Models in files: Hugging Face's folders and hub ids, nanoGPT's ckpt.pt.
 
-Owns the translation between `(GPTConfig, state dict)` of model.py and files. It returns no model, and nothing it
-loads can run code: safetensors hold numbers only, and ckpt.pt goes through torch's weights-only unpickler.
+Owns how `(GPTConfig, state dict)` of model.py gets into files and out of them; families.py has the names and options
+of each kind of model. It returns no model, and nothing it loads can run code: safetensors hold numbers only, and
+ckpt.pt goes through torch's weights-only unpickler.
+
+A file is mapped into memory, and its tensors keep their own number type until a parameter is made of them, one at a
+time. So loading takes the memory of the parameters, and no second copy.
 
 A parameter's way, taking the first MLP matrix of GPT-2 small:
 
@@ -10,7 +14,7 @@ A parameter's way, taking the first MLP matrix of GPT-2 small:
     nanoGPT        _orig_mod.transformer.h.0.mlp.c_fc.weight  (3072, 768)  nn.Linear: x @ W.T
     here                       h.0.mlp.c_fc.weight            (3072, 768)
 
-A model that is shaped as neither GPT-2 nor Llama is written under our own names, and only flatGPT reads it.
+A model that no family fits is written under our own names, and only flatGPT reads it.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import contextlib
 import re
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,28 +34,15 @@ from safetensors.torch import load_file, save_file
 from flatgpt.data.tokenizer import TOKENIZER_FILES
 from flatgpt.files import HUB_ID, broken, fetch_snapshot, read_json, reading_values, refuse_pointer, write_json
 from flatgpt.models.baselines import build_empty
-from flatgpt.models.positions import HIGH_FREQ_FACTOR, LOW_FREQ_FACTOR
+from flatgpt.models.families import FAMILIES, State, family_of, without_prefixes
 from flatgpt.options import check_options
 from flatgpt.pickles import STAND_INS
 from flatgpt.run_folder import best_checkpoint, follow_link, newest_checkpoint
 from model import GPTConfig
 
 HUB_ALIASES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
-ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
-               "relu2": "relu2"}  # Hugging Face's names for GPT-2's activation -> ours
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # Conv1D
-ATTENTION_MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # buffers in old files, not parameters
-LLAMA = {  # ours -> Llama's
-    "wte.weight": "model.embed_tokens.weight", "ln_f.weight": "model.norm.weight", "lm_head.weight": "lm_head.weight"}
-LLAMA_BLOCK = {  # of a block, and where there are several their rows lie below each other in ours
-    "ln_1.weight": ["input_layernorm.weight"], "ln_2.weight": ["post_attention_layernorm.weight"],
-    "attn.c_attn.weight": ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
-    "attn.c_proj.weight": ["self_attn.o_proj.weight"], "mlp.c_proj.weight": ["mlp.down_proj.weight"],
-    "mlp.c_fc.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"]}
-
 WEIGHT_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json"]  # of a hub repository
 TABLES = ("wte.weight", "lm_head.weight")  # a row a token: padded here, not in files
-State = dict[str, torch.Tensor]
 
 
 def load_pretrained(source: str) -> tuple[GPTConfig, State]:
@@ -91,99 +82,24 @@ def full_name(source: str) -> str:
 
 
 def load_huggingface(folder: Path) -> tuple[GPTConfig, State]:
-    """A Hugging Face GPT-2 or Llama folder, or one of our own: config.json and model.safetensors (one file, or shards
-    with an index). Raises ValueError for a model of another type, or with a part that model.py does not have."""
+    """A Hugging Face folder of one of FAMILIES, or one of our own: config.json and model.safetensors (one file, or
+    shards with an index). Raises ValueError for a model of another type, or with a part that model.py does not have."""
     path = folder / "config.json"
     with reading_values(path):
         settings = read_json(path)
         kind = settings.get("model_type")
-        own = {field.name: settings[field.name] for field in fields(GPTConfig) if field.name in settings}
-        readers = {"gpt2": (_gpt2_config, _from_gpt2), "llama": (_llama_config, _from_llama),
-                   "flatgpt": (lambda settings: (own, []), lambda config, state: state)}
-        if kind not in readers:
-            raise ValueError(f"{folder}: model_type is {kind!r}, and only gpt2 and llama can be loaded")
-        read_config, rename = readers[kind]
-        values, faults = read_config(settings)
+        if kind == "flatgpt":
+            own = {field.name: settings[field.name] for field in fields(GPTConfig) if field.name in settings}
+            config = _make_config(path, own)
+            return config, _finish(config, _read_safetensors(folder), folder)
+        if kind not in FAMILIES:
+            *names, last = FAMILIES
+            raise ValueError(f"{folder}: model_type is {kind!r}, and only {', '.join(names)} and {last} can be loaded")
+        values, faults = FAMILIES[kind].read_config(settings)
         if faults:
             raise ValueError(f"{path} asks for features that flatGPT does not have: {', '.join(faults)}")
         config = _make_config(path, values)
-        state = rename(config, _read_safetensors(folder))
-        if kind == "gpt2":
-            config.bias = (settings.get("flatgpt") or {}).get("bias", True) or any(
-                name.endswith(".bias") and bool(tensor.any()) for name, tensor in state.items())
-            if not config.bias:
-                state = {name: tensor for name, tensor in state.items() if not name.endswith(".bias")}
-        return config, _finish(config, state, folder)
-
-
-def _gpt2_config(settings: dict) -> tuple[dict[str, Any], list[str]]:
-    """The values of our configuration, and what model.py does not have. The fall-backs are transformers' defaults for
-    keys that config.json may leave out."""
-    activation = str(settings.get("activation_function", "gelu_new"))
-    faults = [key for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention") if settings.get(key)]
-    if not settings.get("scale_attn_weights", True):
-        faults.append("scale_attn_weights=False")
-    if activation not in ACTIVATIONS:
-        faults.append(f"activation_function={activation}")
-    return {"block_size": settings.get("n_positions", 1024), "vocab_size": settings.get("vocab_size", 50257),
-            "n_layer": settings.get("n_layer", 12), "n_head": settings.get("n_head", 12),
-            "n_embd": settings.get("n_embd", 768), "mlp_hidden": settings.get("n_inner") or 0,
-            "dropout": settings.get("resid_pdrop", 0.1), "norm_eps": settings.get("layer_norm_epsilon", 1e-5),
-            "tie_embeddings": settings.get("tie_word_embeddings", True), "mlp": ACTIVATIONS.get(activation, "gelu"),
-            "pos": (settings.get("flatgpt") or {}).get("pos", "learned")}, faults
-
-
-def _llama_config(settings: dict) -> tuple[dict[str, Any], list[str]]:
-    rope, faults = _llama_rope(settings)
-    width, n_head = settings.get("hidden_size", 4096), settings.get("num_attention_heads", 32)
-    head_dim = settings.get("head_dim") or width // n_head
-    activation = settings.get("hidden_act", "silu")
-    faults += [key for key in ("attention_bias", "mlp_bias") if settings.get(key)]
-    if activation != "silu":
-        faults.append(f"hidden_act={activation}")
-    if head_dim * n_head != width:
-        faults.append(f"head_dim={head_dim} with {n_head} heads of {width} channels")
-    return {"block_size": settings.get("max_position_embeddings", 2048),
-            "vocab_size": settings.get("vocab_size", 32000), "n_layer": settings.get("num_hidden_layers", 32),
-            "n_head": n_head, "n_kv_head": settings.get("num_key_value_heads") or 0, "n_embd": width,
-            "mlp_hidden": settings.get("intermediate_size", 11008), "norm_eps": settings.get("rms_norm_eps", 1e-6),
-            "tie_embeddings": settings.get("tie_word_embeddings", False), "dropout": 0.0, "bias": False,
-            "pos": "rope", "norm": "rmsnorm", "mlp": "swiglu", **rope}, faults
-
-
-def _llama_rope(settings: dict) -> tuple[dict[str, Any], list[str]]:
-    """As `_llama_config`, of the rotations alone. Where a file has both names, transformers takes `rope_scaling`."""
-    rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    values = {"rope_theta": rope.get("rope_theta") or settings.get("rope_theta") or 10000.0}
-    if kind != "llama3":
-        return values, [] if kind == "default" else [f"rope_type={kind}"]
-    values |= {"rope_factor": rope.get("factor"),
-               "rope_original_block_size": rope.get("original_max_position_embeddings")}
-    return values, [f"{key}={rope.get(key)} (every published Llama 3 has {bound})" for key, bound in (
-        ("low_freq_factor", LOW_FREQ_FACTOR), ("high_freq_factor", HIGH_FREQ_FACTOR)) if rope.get(key) != bound]
-
-
-def _without_prefixes(theirs: State) -> State:
-    """GPT-2's parameters without what transformers and torch.compile put before their names."""
-    state = {name.removeprefix("_orig_mod.").removeprefix("transformer."): tensor for name, tensor in theirs.items()}
-    return {name: tensor.float() for name, tensor in state.items() if not ATTENTION_MASKS.fullmatch(name)}
-
-
-def _from_gpt2(config: GPTConfig, theirs: State) -> State:
-    return {name: tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor
-            for name, tensor in _without_prefixes(theirs).items()}
-
-
-def _from_llama(config: GPTConfig, theirs: State) -> State:
-    theirs = {name: tensor for name, tensor in theirs.items() if not name.endswith("rotary_emb.inv_freq")}  # a buffer
-    state = {ours: theirs.pop(name) for ours, name in LLAMA.items() if name in theirs}
-    for layer in range(config.n_layer):
-        for ours, names in LLAMA_BLOCK.items():
-            names = [f"model.layers.{layer}.{name}" for name in names]
-            if all(name in theirs for name in names):
-                state[f"h.{layer}.{ours}"] = torch.cat([theirs.pop(name) for name in names])
-    return state | theirs  # what is left over is named as unknown
+        return config, _finish(config, FAMILIES[kind].read_state(config, _read_safetensors(folder)), folder)
 
 
 def _make_config(path: Path, values: dict) -> GPTConfig:
@@ -204,7 +120,7 @@ def load_nanogpt(path: Path) -> tuple[GPTConfig, State]:
         args = checkpoint["model_args"]
         config = _make_config(path, {"mlp": "gelu"} | {key: args[key] for key in (
             "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias") if key in args})
-        return config, _finish(config, _without_prefixes(checkpoint["model"]), path)
+        return config, _finish(config, without_prefixes(checkpoint["model"]), path)
 
 
 def read_nanogpt(path: Path) -> dict:
@@ -233,7 +149,7 @@ def read_nanogpt(path: Path) -> dict:
 
 
 def _read_safetensors(folder: Path) -> State:
-    """All tensors, as float32."""
+    """All tensors, mapped from the files."""
     files = [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if not files[0].is_file() and index.is_file():
@@ -241,7 +157,7 @@ def _read_safetensors(folder: Path) -> State:
     state = {}
     for file in files:
         try:
-            state |= {name: tensor.float() for name, tensor in load_file(file).items()}
+            state |= load_file(file)
         except FileNotFoundError:
             raise FileNotFoundError(f"{folder} has no {file.name}: weights are read from safetensors only") from None
         except SafetensorError as error:
@@ -250,23 +166,33 @@ def _read_safetensors(folder: Path) -> State:
 
 
 def _finish(config: GPTConfig, state: State, path: Path) -> State:
-    """Drop a tied head, pad the vocabulary, and check that every parameter is there in its shape, and no other."""
+    """Drop a tied head, check that every parameter is there in its shape, and no other, and make the parameters,
+    float32 and with a padded vocabulary. Empties `state`."""
     if config.tie_embeddings:
         head = state.pop("lm_head.weight", None)
         if head is not None and not torch.equal(head, state.setdefault("wte.weight", head)):
             raise ValueError(f"{path}: the head differs from the token table, but config.json says that they are tied")
     wanted = shapes(config)
-    for name in TABLES:
-        if name in state and name in wanted:
-            padding = max(0, wanted[name][0] - state[name].size(0))
-            state[name] = torch.nn.functional.pad(state[name], (0, 0, 0, padding))
+    in_files = {name: torch.Size([config.vocab_size, *shape[1:]]) if name in TABLES else shape
+                for name, shape in wanted.items()}
     missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    misshapen = sorted(name for name in wanted.keys() & state.keys() if state[name].shape != wanted[name])
+    misshapen = sorted(name for name in wanted.keys() & state.keys() if state[name].shape != in_files[name])
     faults = [f"{what}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}" for what, names in (
         ("missing", missing), ("unknown", unknown), ("of another shape than config.json says", misshapen)) if names]
     if faults:
         raise ValueError(f"{path}: parameters {'; '.join(faults)}")
-    return state
+    return {name: _make_parameter(state.pop(name), shape) for name, shape in wanted.items()}
+
+
+def _make_parameter(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """The tensor as float32 of this shape, with rows of zeros at its end where it has fewer. What is so already stays
+    where it is, in the mapped file: memory is taken when someone writes to it."""
+    if tensor.shape == shape and tensor.dtype == torch.float32 and tensor.is_contiguous():
+        return tensor
+    parameter = torch.empty(shape)
+    parameter[:len(tensor)] = tensor
+    parameter[len(tensor):] = 0
+    return parameter
 
 
 def shapes(config: GPTConfig) -> dict[str, torch.Size]:
@@ -276,79 +202,24 @@ def shapes(config: GPTConfig) -> dict[str, torch.Size]:
 
 def save_pretrained(config: GPTConfig, state: Mapping[str, torch.Tensor], folder: str | Path,
                     eot_id: int | None = None, token_ids: Mapping[str, Mapping[str, Any]] | None = None) -> None:
-    """Write config.json, generation_config.json and model.safetensors, which transformers loads as GPT2LMHeadModel or
-    LlamaForCausalLM where the model has that shape. `eot_id` becomes the begin- and end-of-text id, None means none;
-    `token_ids` says more of them: see Tokenizer."""
+    """Write config.json, generation_config.json and model.safetensors, which transformers loads where the model fits
+    one of FAMILIES. `eot_id` becomes the begin- and end-of-text id, None means none; `token_ids` says more of them: see
+    Tokenizer."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     ids = {"bos_token_id": eot_id, "eos_token_id": eot_id}
     token_ids = token_ids or {"config.json": ids, "generation_config.json": ids}
     state = {name: tensor.detach().float().cpu()[:config.vocab_size if name in TABLES else None]
              for name, tensor in state.items()}
-    if is_gpt2(config) or is_llama(config):
-        settings, tensors = (_to_gpt2 if is_gpt2(config) else _to_llama)(config, state)
+    kind = family_of(config)
+    if kind:
+        family, is_a = FAMILIES[kind], {"architectures": [FAMILIES[kind].architecture], "model_type": kind}
+        settings, tensors = is_a | family.write_config(config), family.write_state(config, state)
     else:
         settings, tensors = {"architectures": ["FlatGPT"], "model_type": "flatgpt", **asdict(config)}, state
     write_json(folder / "config.json", settings | token_ids["config.json"] | {"torch_dtype": "float32"})
     write_json(folder / "generation_config.json", token_ids["generation_config.json"])
     save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
-
-
-def is_gpt2(config: GPTConfig) -> bool:
-    return (config.model == "gpt" and config.pos.startswith("learned") and config.mlp in ACTIVATIONS.values()
-            and config.num_kv_heads == config.n_head
-            and (config.norm, config.norm_position, config.qk_norm) == ("layernorm", "pre", False))
-
-
-def is_llama(config: GPTConfig) -> bool:
-    return (config.model == "gpt" and (config.pos, config.mlp, config.bias) == ("rope", "swiglu", False)
-            and (config.norm, config.norm_position, config.qk_norm) == ("rmsnorm", "pre", False))
-
-
-def _to_gpt2(config: GPTConfig, state: State) -> tuple[dict[str, Any], State]:
-    """GPT-2 always has biases there: absent ones are written as zeros, and `flatgpt.bias` remembers them."""
-    activation = {"gelu_tanh": "gelu_new"}.get(config.mlp, config.mlp)
-    with_biases = shapes(replace(config, bias=True))
-    state = {name: state[name] if name in state else torch.zeros(shape) for name, shape in with_biases.items()}
-    settings = {
-        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": config.vocab_size,
-        "n_positions": config.block_size, "n_ctx": config.block_size, "n_embd": config.n_embd,
-        "n_layer": config.n_layer, "n_head": config.n_head, "n_inner": config.mlp_hidden or None,
-        "activation_function": activation, "resid_pdrop": config.dropout, "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout, "layer_norm_epsilon": config.norm_eps, "initializer_range": 0.02,
-        "scale_attn_weights": True, "use_cache": True, "tie_word_embeddings": config.tie_embeddings,
-        "flatgpt": {"bias": config.bias, "pos": config.pos}}
-    return settings, {name if name == "lm_head.weight" else f"transformer.{name}":
-                      tensor.t() if name.endswith(TRANSPOSED) else tensor for name, tensor in state.items()}
-
-
-def _to_llama(config: GPTConfig, state: State) -> tuple[dict[str, Any], State]:
-    head_dim = config.n_embd // config.n_head
-    rows = {"attn.c_attn.weight": [head_dim * heads for heads in (config.n_head, *[config.num_kv_heads] * 2)],
-            "mlp.c_fc.weight": [config.hidden] * 2}
-    tensors = {theirs: state[ours] for ours, theirs in LLAMA.items() if ours in state}
-    for layer in range(config.n_layer):
-        for ours, names in LLAMA_BLOCK.items():
-            tensor = state[f"h.{layer}.{ours}"]
-            for name, part in zip(names, tensor.split(rows.get(ours, [tensor.size(0)]))):
-                tensors[f"model.layers.{layer}.{name}"] = part
-    rope = {"rope_type": "default"}
-    if config.rope_original_block_size:
-        rope = {"rope_type": "llama3", "factor": float(config.rope_factor), "low_freq_factor": float(LOW_FREQ_FACTOR),
-                "high_freq_factor": float(HIGH_FREQ_FACTOR),
-                "original_max_position_embeddings": config.rope_original_block_size}
-    settings = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.block_size, "hidden_size": config.n_embd, "head_dim": head_dim,
-        "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
-        "num_key_value_heads": config.num_kv_heads, "intermediate_size": config.hidden, "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
-        "rope_parameters": rope | {"rope_theta": config.rope_theta}, "attention_bias": False, "mlp_bias": False,
-        "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True,
-        "tie_word_embeddings": config.tie_embeddings}
-    if config.rope_original_block_size:
-        settings["rope_scaling"] = rope  # transformers 4's name; it warns of a rope_theta in there
-    return settings, tensors
 
 
 def save_tensors(tensors: State, path: Path) -> None:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from flatgpt import run_folder
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.models import inference, weights
-from flatgpt.models.generate import Cache
+from flatgpt.models.generate import Cache, cache_slots
 from flatgpt.models.language_model import LanguageModel
 from flatgpt.models.sampling import Candidates, Sampler, Stage, candidates, draw
 from flatgpt.training import distributed
@@ -143,7 +143,9 @@ class Loaded:
                              f"{MAX_TOKENS:,} are allowed: shorten the prompt, or ask for fewer tokens")
         c = self.model.config
         positions = min(num_tokens, c.max_positions or num_tokens)
-        row_bytes = 2 * c.n_layer * c.num_kv_heads * (c.n_embd // c.n_head) * positions * self.model.head.itemsize
+        # KVCache.mark copies what a layer with a sliding window keeps.
+        kept = sum(slots if slots == positions else 2 * slots for slots in cache_slots(c, positions))
+        row_bytes = 2 * c.num_kv_heads * c.head_size * kept * self.model.head.itemsize
         if c.pos == "alibi":
             row_bytes += 4 * c.n_head * positions**2  # its mask
         if row_bytes > 4 * CACHE_BYTES:

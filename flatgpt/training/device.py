@@ -149,7 +149,8 @@ def _try(model: LanguageModel, choices: list[Numerics], rows: int, training: boo
     T = min(rows, config.block_size)
     tokens = torch.zeros(rows // T, T, dtype=torch.long)
     inputs = torch.linspace(-1, 1, rows // T * T * config.n_embd).view(rows // T, T, config.n_embd)
-    context = model.attention_context(torch.arange(T), T) if model.h else None
+    positions = torch.arange(T)
+    context = model.attention_context(positions, positions, model.config.windows[0]) if model.h else None
 
     def run(choice: Numerics) -> None:
         model.set_attention(choice.attention)

@@ -33,6 +33,7 @@ from tqdm import tqdm
 from flatgpt.data.loader import EvalOrder, pin, prefetch, to_device
 from flatgpt.data.shards import Split
 from flatgpt.data.tokenizer import Tokenizer
+from flatgpt.models.generate import cache_slots
 from flatgpt.models.sampling import Sampler
 from flatgpt.options import failed_rules
 from flatgpt.run_folder import EVENTS, read_records, write_records
@@ -71,10 +72,11 @@ class LogConfig:
 
 
 def flops_per_token(model: LanguageModel) -> int:
-    """Forward and backward: 6 N for the matrices, 12 L H Q T for attention (PaLM, arXiv:2204.02311, appendix B); the
-    models of baselines.py have none. (A bigram multiplies nothing: its MFU is of a product with its whole table.)"""
+    """Forward and backward: 6 N for the matrices, 12 L H Q T for attention (PaLM, arXiv:2204.02311, appendix B), where
+    T is at most the window in a layer that has one; the models of baselines.py have no attention. (A bigram multiplies
+    nothing: its MFU is of a product with its whole table.)"""
     c = model.config
-    attention = 12 * c.n_layer * c.n_embd * c.block_size if model.h else 0
+    attention = 12 * c.n_head * c.head_size * sum(cache_slots(c, c.block_size)) if model.h else 0
     looked_up = model.wte.weight.numel() if model.lm_head is not None else 0  # a table that is not the head as well
     return 6 * (model.num_params() - looked_up) + attention
 

@@ -8,7 +8,6 @@ Invariant: tensors that leave this module for a checkpoint are whole, whatever l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -21,9 +20,9 @@ from flatgpt.models.baselines import build_empty
 from flatgpt.training.distributed import Job
 
 
-def materialize(model: nn.Module, state: Mapping[str, torch.Tensor] | None, job: Job) -> nn.Module:
+def materialize(model: nn.Module, state: dict[str, torch.Tensor] | None, job: Job) -> nn.Module:
     """Give a model made on the meta device its memory and rank 0's weights (`state`; None elsewhere): whole on every
-    rank, or, with FSDP, each rank's part of it, so that no GPU ever holds it whole."""
+    rank, or, with FSDP, each rank's part of it, so that no GPU ever holds it whole. Empties `state`, as `fill` does."""
     if job.shard_size > 1:
         _shard(model, _mesh(job), job)
     model.to_empty(device=job.device)
@@ -31,11 +30,12 @@ def materialize(model: nn.Module, state: Mapping[str, torch.Tensor] | None, job:
     return model
 
 
-def fill(model: nn.Module, state: Mapping[str, torch.Tensor] | None, job: Job) -> None:
-    """Overwrite a model, however it lies over the ranks, with rank 0's weights (`state`; None elsewhere)."""
+def fill(model: nn.Module, state: dict[str, torch.Tensor] | None, job: Job) -> None:
+    """Overwrite a model, however it lies over the ranks, with rank 0's weights (`state`; None elsewhere). Each is taken
+    out of `state`, so that rank 0 does not hold all of them twice."""
     with torch.no_grad():
         for name, p in model.named_parameters():
-            value = torch.empty(p.shape) if state is None else state[name]
+            value = torch.empty(p.shape) if state is None else state.pop(name)
             p.copy_(from_rank0(value.to(job.device), p, job))
 
 

@@ -186,10 +186,10 @@ def activation_bytes(model: LanguageModel, micro_batch: int, job: Job) -> int:
     rows = micro_batch * c.block_size
     if not model.h:
         return _activation_bytes_without_blocks(model, rows, job)
-    # A block keeps the inputs of both norms (float32), and in the type of the products 7 C values a position (both
-    # norms' outputs, q, k and v, attention's output twice) and the MLP's hidden layer before its activation.
-    hidden = c.hidden * (2 if c.mlp == "swiglu" else 1)
-    block = rows * (2 * 4 * c.n_embd + (7 * c.n_embd + hidden) * (4 if job.dtype == torch.float32 else 2))
+    # A block keeps the inputs of both norms (float32), and in the type of the products 2 C values a position (both
+    # norms' outputs), 5 H D (q, k and v, attention's output twice) and the MLP's hidden layer before its activation.
+    heads, hidden = 5 * c.n_head * c.head_size, c.hidden * (2 if c.mlp == "swiglu" else 1)
+    block = rows * (2 * 4 * c.n_embd + (2 * c.n_embd + heads + hidden) * (4 if job.dtype == torch.float32 else 2))
     blocks = c.n_layer * block
     if model.activation_checkpointing:
         blocks = c.n_layer * rows * c.n_embd * 4 + block

@@ -68,6 +68,6 @@ def build_model(make: Callable[[], LanguageModel], where: DeviceConfig, attentio
     if job.world_size == 1:
         model = made[0].to(job.device)
     else:
-        model = parallel.materialize(build_empty(model_config), made[0].state_dict() if made else None, job)
+        model = parallel.materialize(build_empty(model_config), made.pop().state_dict() if made else None, job)
     model.set_attention(numerics.attention)
     return model, numerics

@@ -45,6 +45,38 @@ def test_cached_and_uncached_sampling_draw_the_same_tokens(seed, prompt_tokens, 
     assert torch.equal(with_cache, without)
 
 
+WINDOWS = {"pos": "rope", "n_layer": 3, "sliding_window": 5, "window_pattern": "SL"}
+
+
+def test_a_layer_with_a_sliding_window_keeps_no_more_than_it_sees():
+    cache = make_model(**WINDOWS).make_cache(2, 45)
+    assert [tuple(kept.shape) for kept in cache.k] == [(2, 2, slots, 4) for slots in (5, 45, 5)]
+    short = make_model(**WINDOWS).make_cache(2, 4)
+    assert [kept.size(2) for kept in short.v] == [4, 4, 4]
+
+
+@pytest.mark.parametrize("parts", [[12], [1] * 12, [3, 1, 1, 7], [7, 4, 1]])
+@pytest.mark.parametrize("pos", ["rope", "alibi"])
+def test_a_prompt_read_in_parts_past_the_window_gives_the_same_output(parts, pos):
+    model = make_model(**WINDOWS | {"pos": pos}).eval()
+    idx = torch.randint(37, (2, 12))
+    cache = model.make_cache(2, 20)
+    with torch.no_grad():
+        read = [model.hidden_states(part, cache) for part in idx.split(parts, dim=1)]
+        torch.testing.assert_close(torch.cat(read, 1), model.hidden_states(idx), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fixed_shapes", [False, True])
+def test_a_prompt_is_continued_again_though_new_tokens_took_its_slots(monkeypatch, fixed_shapes):
+    monkeypatch.setattr("torch.compile", lambda function: function)
+    model, idx = make_model(**WINDOWS), torch.randint(37, (2, 7))
+    model.compile_decoding = fixed_shapes
+    cache = model.make_cache(2, 7 + 30)
+    expected = torch.stack(list(model.stream(idx, 30, seeded(), use_cache=False)), dim=1)
+    for _ in range(3):
+        assert torch.equal(torch.stack(list(model.stream(idx, 30, seeded(), cache=cache)), dim=1), expected)
+
+
 def seeded() -> Sampler:
     return Sampler(generator=torch.Generator().manual_seed(1))
 

@@ -22,7 +22,7 @@ def test_alibi_is_the_papers_formula_and_blooms_slopes(n_head, backend):
     q, k, v = (torch.randn(2, n_head, T, 8) for _ in range(3))
     scores = q @ k.transpose(2, 3) / math.sqrt(8) + theirs[:, None, :]  # their softmax does not see what a row adds
     wanted = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf).softmax(-1) @ v
-    context = model.attention_context(torch.arange(T), T)
+    context = model.attention_context(torch.arange(T), torch.arange(T))
     torch.testing.assert_close(attend(q, k, v, context.mask, 0.0, backend), wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -60,6 +60,26 @@ def test_slow_rotations_are_scaled_as_llama_3_scales_them():
     assert bands == {"kept", "between", "slowed"}
     by_one = rope_cos_sin(torch.arange(50), 64, 500_000.0, 1.0, 8192)
     assert all(torch.equal(*pair) for pair in zip(rope_cos_sin(torch.arange(50), 64, 500_000.0), by_one))
+
+
+def test_linear_scaling_is_the_same_as_positions_closer_together():
+    scaled = rope_cos_sin(torch.arange(0, 400, 4), 16, 100.0, 4.0, scaling="linear")
+    for ours, wanted in zip(scaled, rope_cos_sin(torch.arange(100), 16, 100.0)):
+        torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=0)
+
+
+def test_yarn_slows_what_the_paper_says():
+    """Of heads of 64 channels, theta 10,000, 2,048 positions stretched 4 times: the pairs by their turns."""
+    cos, sin = rope_cos_sin(torch.tensor([1]), 64, 10_000.0, 4.0, 2048, "yarn")
+    length = 1 + math.log(4) / 10
+    turns = [2048 * 10_000 ** (-i / 32) / (2 * math.pi) for i in range(32)]
+    first, last = sum(t > 32 for t in turns) - 1, sum(t >= 1 for t in turns)  # rounded outwards
+    assert (first, last) == (8, 21)
+    for i in range(32):
+        plain, kept = 10_000 ** (-i / 32), 1 - min(1, max(0, (i - first) / (last - first)))
+        angle = plain * kept + plain / 4 * (1 - kept)
+        assert cos[0, i].item() == pytest.approx(length * math.cos(angle), abs=1e-6)
+        assert sin[0, i + 32].item() == pytest.approx(length * math.sin(angle), abs=1e-6)
 
 
 def test_sinusoids_are_the_papers_and_as_large_as_a_token():

@@ -108,15 +108,15 @@ def test_llamas_travel_both_ways_and_generate_the_same(tmp_path, changes):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope_type=yarn"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type=linear"),
+    ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0}}, "rope_type=longrope"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type=dynamic"),
     ({"rope_parameters": LLAMA3 | {"low_freq_factor": 2.0}}, r"low_freq_factor=2.0 \(every published Llama 3 has 1\)"),
     ({"rope_scaling": LLAMA3_ROPE | {"high_freq_factor": 8}}, r"high_freq_factor=8 \(every published Llama 3 has 4\)"),
     ({"rope_parameters": {"rope_type": "llama3"}}, "low_freq_factor=None .*high_freq_factor=None"),
     ({"rope_parameters": LLAMA3 | {"factor": None}}, r"config\.json: rope_factor is None"),
     ({"attention_bias": True}, "attention_bias"), ({"hidden_act": "gelu"}, "hidden_act=gelu"),
-    ({"head_dim": 16}, "head_dim=16 with 4 heads of 32 channels"), ({"num_hidden_layers": 3}, "missing"),
-    ({"num_hidden_layers": 1}, "unknown: model.layers.1")])
+    ({"head_dim": 16}, "of another shape than config.json says: h.0.attn.c_attn.weight"),
+    ({"num_hidden_layers": 3}, "missing"), ({"num_hidden_layers": 1}, "unknown: model.layers.1")])
 def test_a_llama_with_what_we_lack_says_why(tmp_path, change, message):
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -365,7 +365,7 @@ def test_files_that_are_something_else_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"model_type": "bert"}, "only gpt2 and llama"), ({"n_inner": 20}, "of another shape"),
+    ({"model_type": "bert"}, "only gpt2, llama, mistral, qwen2 and qwen3"), ({"n_inner": 20}, "of another shape"),
     ({"activation_function": "tanh"}, "activation_function=tanh"), ({"n_embd": 32}, "of another shape"),
     ({"n_layer": 3}, "missing"), ({"n_layer": 1}, "unknown"),
     ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn")])
