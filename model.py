@@ -370,7 +370,7 @@ class GPT(LanguageModel):
         """Tokens (B, T) at `positions` (T,) -> what the head reads (B, T, C). See attention_context for `need_mask`."""
         windows, caches = self.config.windows, layer_caches or [None] * len(self.h)
         contexts = {window: self.attention_context(positions, cache.key_positions if cache else positions, window,
-                                                   need_mask) for window, cache in zip(windows, caches)}
+                                                   need_mask) for window, cache in dict(zip(windows, caches)).items()}
         x = self.wte(idx)  # (B, T, C)
         if self.wpe is not None:
             x = x + self.wpe(positions)

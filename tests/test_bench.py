@@ -79,7 +79,7 @@ def test_the_ways_that_were_replaced_compute_the_same():
         assert torch.equal(kernels.two_chunks(h), swiglu(h))
         torch.manual_seed(0)
         config = TINY_KERNELS.config(pos="rope", qk_norm=True)
-        context, x = GPT(config).attention_context(torch.arange(16), 16), torch.randn(2, 16, 24)
+        context, x = GPT(config).attention_context(*2 * [torch.arange(16)]), torch.randn(2, 16, 24)
         attn, before = CausalSelfAttention(config), kernels.TransposedFirst(config)
         before.load_state_dict(attn.state_dict())
         torch.testing.assert_close(attn(x, context), before(x, context))
