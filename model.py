@@ -352,16 +352,16 @@ class GPT(LanguageModel):
 
     def attention_context(self, positions: torch.Tensor, key_positions: torch.Tensor, window: int = 0,
                           need_mask: bool = False) -> AttentionContext:
-        """For queries at `positions` (T,), keys at `key_positions` (S,), negative where there is none, and a sliding
-        window (0: none). `need_mask` where `attend` cannot know by itself which keys a query sees."""
+        """For queries at `positions` (T,), keys at `key_positions` (S,), and a sliding window (0: none), with which a
+        negative position means no key. `need_mask` where `attend` cannot know by itself which keys a query sees."""
         c, cos_sin, mask = self.config, None, None
         if c.pos == "rope":
             cos_sin = rope_cos_sin(positions, c.head_size, c.rope_theta, c.rope_factor, c.rope_original_block_size,
                                    c.rope_scaling)
         if need_mask or c.pos == "alibi" or 0 < window < positions.size(0):
-            distance = positions[:, None] - key_positions  # (T, S), and -1 for keys out of sight
-            out_of_sight = (key_positions < 0) | (distance >= window if window else False)
-            distance = distance.masked_fill(out_of_sight, -1)
+            distance = positions[:, None] - key_positions  # (T, S); negative for keys that are not seen
+            if window:
+                distance = distance.masked_fill((distance >= window) | (key_positions < 0), -1)
             mask = alibi_bias(c.n_head, distance).to(self.compute_dtype()) if c.pos == "alibi" else distance >= 0
         return AttentionContext(cos_sin, mask)
 

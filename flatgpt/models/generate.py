@@ -60,7 +60,7 @@ class LayerCache(NamedTuple):
     v: torch.Tensor
     slots: torch.Tensor  # (T,): where the new ones belong
     num_read: int  # slots that are read: with T = 1 after it was written, else before
-    key_positions: torch.Tensor  # (S,): of what `update` returns; negative in a slot that is not filled
+    key_positions: torch.Tensor  # (S,): of what `update` returns
 
     def update(self, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
         """Keep the new keys and values (B, K, T, D), and return all that their queries may see (B, K, S, D). Several
@@ -98,8 +98,8 @@ class KVCache(Cache):
 
     def layers(self, positions: torch.Tensor, num_keys: int) -> list[LayerCache]:
         """Each layer's part, for new ones at `positions` (T,), the last of `num_keys`."""
-        parts = {kept.size(2): _read_slots(positions, num_keys, kept.size(2)) for kept in self.k}
-        return [LayerCache(k, v, positions % k.size(2), *parts[k.size(2)]) for k, v in zip(self.k, self.v)]
+        parts = {capacity: _slots(positions, num_keys, capacity) for capacity in {kept.size(2) for kept in self.k}}
+        return [LayerCache(k, v, *parts[k.size(2)]) for k, v in zip(self.k, self.v)]
 
     def check_room(self, num_tokens: int) -> None:
         """Raises ValueError if so many more tokens do not fit."""
@@ -112,13 +112,15 @@ def cache_slots(config: GPTConfig, num_tokens: int) -> list[int]:
     return [min(window or num_tokens, num_tokens) for window in config.windows]
 
 
-def _read_slots(positions: torch.Tensor, num_keys: int, capacity: int) -> tuple[int, torch.Tensor]:
-    """LayerCache's `num_read` and `key_positions` for new ones at `positions` (T,), the last of `num_keys`."""
+def _slots(positions: torch.Tensor, num_keys: int, capacity: int) -> tuple[torch.Tensor, int, torch.Tensor]:
+    """LayerCache's `slots`, `num_read` and `key_positions` for new ones at `positions` (T,), the last of `num_keys`."""
     T = positions.size(0)
     num_read = min(num_keys if T == 1 else num_keys - T, capacity)
+    if num_keys <= capacity:  # nothing was or is overwritten
+        return positions, num_read, torch.arange(num_keys, device=positions.device)
     newest = positions if T == 1 else positions[:1] - 1  # that is kept when the slots are read
-    kept = newest - (newest - torch.arange(num_read, device=positions.device)) % capacity
-    return num_read, kept if T == 1 else torch.cat([kept, positions])
+    kept = newest - (newest - torch.arange(num_read, device=positions.device)) % capacity  # negative where none is
+    return positions % capacity, num_read, kept if T == 1 else torch.cat([kept, positions])
 
 
 @torch.no_grad()

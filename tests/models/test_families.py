@@ -9,6 +9,7 @@ import transformers
 from conftest import TEXT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from flatgpt.models.baselines import build_empty
 from flatgpt.models.families import FAMILIES, family_of
 from flatgpt.models.weights import save_tensors
 from model import GPT, GPTConfig
@@ -120,6 +121,43 @@ def test_what_we_wrote_under_our_own_names_before_a_family_was_known_loads(tmp_p
     again, idx = GPT.from_pretrained(str(tmp_path)).eval(), torch.randint(101, (2, 16))
     assert again.config == config
     assert torch.equal(again(idx)[0], model(idx)[0])
+
+
+def published(family: str, hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocab: int, **more) -> dict:
+    return {"model_type": family, "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocab, "hidden_act": "silu",
+            "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "torch_dtype": "bfloat16"} | more
+
+
+# What is in their config.json, and the number of parameters that their cards give.
+PUBLISHED = {
+    "Qwen3-0.6B": (596_049_920, published(
+        "qwen3", 1024, 3072, 28, 16, 8, 151936, head_dim=128, tie_word_embeddings=True, max_position_embeddings=40960,
+        attention_bias=False, max_window_layers=28, rope_scaling=None, rope_theta=1000000, sliding_window=None,
+        use_sliding_window=False)),
+    "Qwen2.5-0.5B": (494_032_768, published(
+        "qwen2", 896, 4864, 24, 14, 2, 151936, tie_word_embeddings=True, max_position_embeddings=32768,
+        max_window_layers=24, rope_theta=1000000.0, sliding_window=32768, use_mrope=False, use_sliding_window=False)),
+    "Mistral-7B-v0.1": (7_241_732_096, published(
+        "mistral", 4096, 14336, 32, 32, 8, 32000, max_position_embeddings=32768, rms_norm_eps=1e-5, rope_theta=10000.0,
+        sliding_window=4096)),
+    "TinyLlama-1.1B": (1_100_048_384, published(
+        "llama", 2048, 5632, 22, 32, 4, 32000, max_position_embeddings=2048, rms_norm_eps=1e-5, pretraining_tp=1,
+        rope_scaling=None, rope_theta=10000.0, attention_bias=False)),
+    "SmolLM2-135M": (134_515_008, published(
+        "llama", 576, 1536, 30, 9, 3, 49152, tie_word_embeddings=True, max_position_embeddings=8192, rms_norm_eps=1e-5,
+        rope_interleaved=False, rope_scaling=None, rope_theta=100000, is_llama_config=True, mlp_bias=False))}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_as_many_parameters_as_their_cards_say(name):
+    count, settings = PUBLISHED[name]
+    values, faults = FAMILIES[settings["model_type"]].read_config(settings)
+    assert not faults
+    config = GPTConfig(**values)
+    assert build_empty(config).num_params(non_embedding=False) == count
+    assert family_of(config) == settings["model_type"]
+    assert set(config.windows) == {4096 if name.startswith("Mistral") else 0}
 
 
 @pytest.mark.parametrize("family", CLASSES)

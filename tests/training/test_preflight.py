@@ -75,6 +75,13 @@ def test_activations_are_about_what_autograd_keeps(checkpointing, dtype):
     assert estimate - head - again == pytest.approx(really - weights_cast, rel=0.2)
 
 
+@pytest.mark.parametrize("options", [{"head_dim": 96}, {"head_dim": 8}, {"sliding_window": 16}])
+def test_activations_grow_with_the_width_of_the_heads_and_not_with_a_window(options):
+    model = make_model(n_layer=6, **options)
+    head = 4 * model.head.numel() + 2 * 4 * 64 * model.config.padded_vocab_size
+    assert preflight.activation_bytes(model, 1, HERE) - head == pytest.approx(kept_bytes(model), rel=0.2)
+
+
 @pytest.mark.parametrize("kind", ["bigram", "mlp", "rnn", "lstm", "gru"])
 def test_activations_of_the_baselines_are_about_what_autograd_keeps(kind):
     model = build(GPTConfig(model=kind, block_size=512, vocab_size=1000, n_layer=3, n_embd=64))
