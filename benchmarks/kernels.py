@@ -140,6 +140,7 @@ def forward_and_backward(do: Callable[[torch.Tensor], torch.Tensor], x: torch.Te
 
 
 def whole_model(size: Size, dtype: torch.dtype) -> Iterator[Row]:
+    """A micro-batch through GPT-2 small and back, as train.py runs it; nothing beside it."""
     model, tokens = GPT(size.config()), torch.randint(size.V, (size.B, size.T))
     if torch.cuda.is_available():
         compile_in_place(model)
@@ -233,6 +234,7 @@ def attention_flops(size: Size) -> float:
 
 
 def recomputation(size: Size, dtype: torch.dtype) -> Iterator[Row]:
+    """The compiler keeps the MLP's activation, which is its default, or computes it again in the backward pass."""
     import torch._functorch.config as config  # a switch that has no public name
 
     x, blocks = torch.randn(size.B, size.T, size.C), [Block(size.config()) for _ in range(2)]
@@ -248,6 +250,7 @@ def recomputation(size: Size, dtype: torch.dtype) -> Iterator[Row]:
 
 
 def attentions(size: Size, dtype: torch.dtype) -> Iterator[Row]:
+    """The kernel that torch chooses, and cuDNN's, each beside FlashAttention-2."""
     qkv = torch.randn(3, size.B, size.T, size.H, size.C // size.H, dtype=dtype)
     flops = attention_flops(size)
 
@@ -264,6 +267,7 @@ def attentions(size: Size, dtype: torch.dtype) -> Iterator[Row]:
 
 
 def muon_update(size: Size, dtype: torch.dtype) -> Iterator[Row]:
+    """The update of GPT-2 small, AdamW's part included, from gradients that are there."""
     model = GPT(size.config())
     for p in model.parameters():
         p.grad = torch.randn_like(p)
