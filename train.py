@@ -158,9 +158,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     tokens_per_step = plan.seqs_per_step * block_size
     options = flatten(config)
     identity = {"data_fingerprint": data.fingerprint, "data_vocab_size": data.vocab_size,
-                "seqs_per_step": plan.seqs_per_step}
-    if config.optim.optimizer == "muon":
-        identity["muon_version"] = 2
+                "seqs_per_step": plan.seqs_per_step, **optim.version(config.optim)}
     if trainer["folder"]:
         resume.check_same_run(trainer, options | identity, flatten(TrainConfig()), report.log)
     train_order = loader.MixedOrder([loader.TrainOrder(split, block_size, config.seed)

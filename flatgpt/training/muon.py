@@ -30,6 +30,7 @@ from flatgpt.training import distributed
 from flatgpt.training.distributed import Job
 from flatgpt.training.parallel import local
 
+VERSION = 2  # of what it makes of given gradients; 1 took queries, keys and values for one matrix
 STACK_ELEMENTS = 2**24  # of a stack at most: GPT-2 small has six, which is few launches and work for six ranks
 # a, b, c of each step x <- a x + b (x x^T) x + c (x x^T)^2 x, by Polar Express (arXiv:2505.16932): the best four of
 # this kind for singular values from 0.0042 to 1. They are the paper's second to fifth, which go on from what its first

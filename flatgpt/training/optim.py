@@ -16,8 +16,8 @@ import torch
 import torch.nn as nn
 
 from flatgpt.options import failed_rules
+from flatgpt.training import muon
 from flatgpt.training.distributed import Job
-from flatgpt.training.muon import MuonAndAdamW
 
 
 @dataclass
@@ -154,7 +154,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, job: Job | None = Non
         return adamw
     group = {"params": list(muons), "lr": config.muon_lr, "weight_decay": config.weight_decay,
              "momentum": config.muon_momentum, "lr_ratio": config.muon_lr / config.learning_rate}
-    return MuonAndAdamW(group, muons, adamw, job or Job(0, 1, device, torch.float32))
+    return muon.MuonAndAdamW(group, muons, adamw, job or Job(0, 1, device, torch.float32))
 
 
 def muon_params(model: nn.Module) -> dict[nn.Parameter, list[int]]:
@@ -167,6 +167,11 @@ def muon_params(model: nn.Module) -> dict[nn.Parameter, list[int]]:
                 width = owner.hidden_size if isinstance(owner, nn.RNNBase) else p.size(0)
                 found[p] = getattr(owner, "widths", [width] * (p.size(0) // width))
     return found
+
+
+def version(config: OptimConfig) -> dict[str, int]:
+    """What a checkpoint records of how the updates are computed; a resumed run says when that has changed."""
+    return {"muon_version": muon.VERSION} if config.optimizer == "muon" else {}
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
