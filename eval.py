@@ -42,7 +42,8 @@ from tqdm import tqdm
 
 from flatgpt import run_folder
 from flatgpt.data import local_files, records
-from flatgpt.data.loader import EvalOrder, Mixture
+from flatgpt.data.loader import Mixture, separator
+from flatgpt.data.order import EvalOrder
 from flatgpt.data.shards import Split
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.models import inference
@@ -61,6 +62,7 @@ class EvalConfig:
     out_dir: Annotated[str, "path"] = "out"  # run folder; its best checkpoint is measured
     dataset: Annotated[str, "paths"] = ""  # data set or mixture; empty, as text and tasks: the run's own
     split: Literal["train", "val", "test"] = "val"  # of the data set
+    documents: Literal["auto", "stream", "mask"] = "auto"  # mask: attend within documents; auto: as in the model's run
     text: Annotated[str, "path"] = ""  # a text file, read whole as one text
     tasks: str = ""  # multiple-choice questions: hellaswag
     hellaswag_file: Annotated[str, "path"] = ""  # HellaSwag's, a JSON object a line; empty: the hub's validation
@@ -106,10 +108,15 @@ def evaluate(config: EvalConfig, job: Job) -> None:
         data = inference.open_data(path, config.dataset, model.config.vocab_size, tokenizer)
         tokenizer = tokenizer or data.tokenizer
     splits = find_splits(config, model, tokenizer, data)
+    documents = config.documents
+    if documents == "auto":
+        documents = "stream" if inference.options_of(path).get("documents", "stream") == "stream" else "mask"
+    model.check_documents(documents)
+    eot_id = None if documents == "stream" else separator(tokenizer, config.text or ",".join(data.datasets))
     block_size, stride = model.config.block_size, config.stride or model.config.block_size
     report: dict[str, Any] = {"model": called, "parameters": model.num_params(non_embedding=False),
                               "dtype": str(job.dtype).removeprefix("torch."), "block_size": block_size,
-                              "stride": stride}
+                              "stride": stride, "documents": documents}
 
     def say(line: str) -> None:
         if job.rank == 0 and not config.json:
@@ -119,7 +126,7 @@ def evaluate(config: EvalConfig, job: Job) -> None:
         + (f", windows of {block_size} tokens every {stride}" if splits else ""))
     results = report["results"] = {}
     for name, split in splits.items():
-        results[name] = measure(model, split, tokenizer, config, job)
+        results[name] = measure(model, split, tokenizer, eot_id, config, job)
         in_bytes = ", {bits_per_byte:.4f} bits per byte" if tokenizer else ""
         say(("{}: loss {loss:.4f} nats per token, perplexity {perplexity:.4f}" + in_bytes
              + " ({tokens:,} tokens, {bytes:,} bytes)").format(name, **results[name]))
@@ -170,15 +177,15 @@ def find_splits(config: EvalConfig, model: LanguageModel, tokenizer: Tokenizer |
     return splits
 
 
-def measure(model: LanguageModel, split: Split, tokenizer: Tokenizer | None, config: EvalConfig,
+def measure(model: LanguageModel, split: Split, tokenizer: Tokenizer | None, eot_id: int | None, config: EvalConfig,
             job: Job) -> dict[str, float]:
     """Loss (nats a token), perplexity and, with a tokenizer, bits per byte; with the tokens and bytes they are of."""
-    order = EvalOrder(split, model.config.block_size, config.eval_iters * config.batch_size, config.stride)
+    order = EvalOrder(split, model.config.block_size, config.eval_iters * config.batch_size, config.stride, eot_id)
     known = tokenizer.byte_lengths() if tokenizer else {}  # a model may have ids that its tokenizer never makes
     lengths = np.array([known.get(i, 0) for i in range(model.config.vocab_size)], dtype=np.int64)
     num_tokens = num_bytes = 0
     for first in range(0, len(order), 64):
-        y = order.batch(first, 64)[1]
+        y = order.batch(first, 64).targets
         targets = y[y >= 0]
         num_tokens += len(targets)
         num_bytes += int(lengths[targets].sum())

@@ -8,7 +8,8 @@ a Qwen3.
 
 This file owns the layers and how they are put together. What every model has, a GPT or a baseline, is in
 flatgpt/models/language_model.py: `forward` with the loss, `generate`, `from_pretrained`, `num_params`. Beside it,
-positions.py has the formulas of positions, fused.py the loss in chunks, and generate.py the cache of keys and values.
+attention.py has the kernels of attention, positions.py the formulas of positions, fused.py the loss in chunks, and
+generate.py the cache of keys and values.
 nanoGPT's `configure_optimizers` is flatgpt.training.optim.build_optimizer, and what its `estimate_mfu` counts is
 flatgpt.training.metrics.flops_per_token. Nothing here knows about files, devices or processes.
 
@@ -16,7 +17,8 @@ Letters: B sequences, T positions, S positions that can be seen (those in a cach
 (n_embd), H heads, K heads of keys and values, D channels a head, V vocabulary, N = B * T rows.
 
 Invariants:
-- A position sees itself and those before it, never a later one, with a cache or without.
+- A position sees itself and those before it, never a later one, with a cache or without; in a batch that says which
+  documents it holds, only those of its own document.
 - Parameters have the names and shapes that checkpoints have. An option that is not used changes neither.
 """
 
@@ -25,13 +27,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args, get_type_hints
+from typing import Literal, get_args, get_type_hints
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from flatgpt.models.attention import (
+    AttentionBackend,
+    AttentionContext,
+    Documents,
+    VarlenMask,
+    attend,
+    has_varlen_kernel,
+)
 from flatgpt.models.fused import activated_linear, activation
 from flatgpt.models.generate import KVCache, LayerCache
 from flatgpt.models.language_model import LanguageModel
@@ -40,8 +50,6 @@ from flatgpt.models.positions import alibi_bias, apply_rope, rope_cos_sin, sinus
 VOCAB_MULTIPLE = 128  # matrix units like it
 LARGEST = {"n_layer": 10**4, "n_head": 10**5, "head_dim": 10**5, "n_embd": 10**6, "mlp_hidden": 10**7,
            "block_size": 10**9, "sliding_window": 10**9, "vocab_size": 2**32, "window": 10**5}  # beyond is a mistake
-
-AttentionBackend = Literal["sdpa", "math", "flash3"]  # torch's fused kernels; the formula; FlashAttention-3 (Hopper)
 
 
 @dataclass
@@ -181,55 +189,6 @@ class FusedLinear(nn.Linear):
         self.widths = widths
 
 
-class AttentionContext(NamedTuple):
-    """Where T queries stand and what they see. It is the same in all layers with the same window."""
-
-    cos_sin: tuple[torch.Tensor, torch.Tensor] | None = None  # (T, D) each: the rotation of pos=rope
-    mask: torch.Tensor | None = None  # true where a query sees a key (T, S); or is added to the scores (1, H, T, S)
-
-
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, dropout: float,
-           backend: AttentionBackend) -> torch.Tensor:
-    """softmax(q k^T / sqrt(D)) v, for queries (B, H, T, D), keys and values (B, K, S, D) -> (B, H, T, D). Each head of
-    keys and values serves H/K neighbouring heads of queries.
-
-    A query sees the keys for which `mask` (T, S) is true, or a mask of numbers (1, H, T, S) is added to its scores.
-    Without a mask the T queries are the last of the S positions, each sees all keys up to its own, and T is S or 1."""
-    (B, H, T, _), K = q.shape, k.size(1)
-    is_causal = mask is None and T > 1
-    if backend == "flash3" and is_causal and not dropout and q.dtype != torch.float32:
-        from flash_attn_interface import flash_attn_func
-
-        y = flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), causal=True)  # its layout is (B, T, H, D)
-        return (y[0] if isinstance(y, tuple) else y).transpose(1, 2)
-    if is_causal and backend != "math":
-        has_grouped_kernel = q.device.type == "cpu" or (q.is_cuda and q.dtype == torch.bfloat16)
-        if not has_grouped_kernel:  # enable_gqa would take a kernel that makes all scores
-            k, v = (t.repeat_interleave(H // K, dim=1) for t in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True,
-                                              enable_gqa=has_grouped_kernel and K < H)
-    if is_causal:
-        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-    if K < H:  # the queries of all heads that share their keys: (B, K, H/K T, D)
-        q = q.reshape(B, K, -1, q.size(3))
-        if mask is not None:
-            mask = mask.repeat(H // K, 1) if mask.dim() == 2 else mask.reshape(1, K, q.size(2), -1)
-    return _masked_attention(q, k, v, mask, dropout, backend).reshape(B, H, T, -1)
-
-
-def _masked_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, dropout: float,
-                      backend: AttentionBackend) -> torch.Tensor:
-    """As `attend`, for H = K, and a query sees all keys where there is no mask."""
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask.to(q.dtype)
-    if backend != "math":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    scores = (q / math.sqrt(q.size(3))) @ k.transpose(2, 3)  # (B, H, T, S)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    return F.dropout(scores.softmax(dim=-1), dropout) @ v
-
-
 class CausalSelfAttention(nn.Module):
     """Every position reads from itself and from those before it: (B, T, C) -> (B, T, C)."""
 
@@ -335,7 +294,8 @@ class GPT(LanguageModel):
         for table in {self.wte.weight, self.head}:
             table[self.config.vocab_size:] = 0.0
 
-    def hidden_states(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+    def hidden_states(self, idx: torch.Tensor, cache: KVCache | None = None,
+                      documents: Documents | None = None) -> torch.Tensor:
         """Tokens (B, T), which follow those in the cache -> what the head reads (B, T, C). Raises ValueError for more
         positions than were learned, or than the cache has room for."""
         start = cache.length if cache is not None else 0
@@ -345,33 +305,50 @@ class GPT(LanguageModel):
                              "--pos=rope, alibi, sinusoidal or none have no such limit")
         positions = torch.arange(start, end, device=idx.device)
         if cache is None:
-            return self.forward_blocks(idx, positions)
+            if documents is None and self.config.sliding_window and self.has_varlen_kernel():
+                documents = Documents(positions.expand_as(idx), len(idx))  # each row: that kernel takes windows too
+            return self.forward_blocks(idx, positions, documents=documents)
         cache.check_room(idx.size(1))
         cache.length = end
         return self.forward_blocks(idx, positions, cache.layers(positions, end), start > 0 and idx.size(1) > 1)
 
+    def has_varlen_kernel(self) -> bool:
+        """Whether a kernel for sequences of different lengths can be used in all blocks."""
+        drops = self.training and self.config.dropout > 0
+        return self.config.pos != "alibi" and not drops and has_varlen_kernel(
+            self.h[0].attn.backend, self.head.device, self.compute_dtype(), self.config.head_size)
+
     def attention_context(self, positions: torch.Tensor, key_positions: torch.Tensor, window: int = 0,
-                          need_mask: bool = False) -> AttentionContext:
+                          need_mask: bool = False, documents: Documents | None = None) -> AttentionContext:
         """For queries at `positions` (T,), keys at `key_positions` (S,), and a sliding window (0: none), with which a
         negative position means no key. `need_mask` where `attend` cannot know by itself which keys a query sees."""
-        c, cos_sin, mask = self.config, None, None
+        c, T, cos_sin = self.config, positions.size(0), None
         if c.pos == "rope":
-            cos_sin = rope_cos_sin(positions, c.head_size, c.rope_theta, c.rope_factor, c.rope_original_block_size,
-                                   c.rope_scaling)
-        if need_mask or c.pos == "alibi" or 0 < window < positions.size(0):
-            distance = positions[:, None] - key_positions  # (T, S); negative for keys that are not seen
-            if window:
-                distance = distance.masked_fill((distance >= window) | (key_positions < 0), -1)
-            mask = alibi_bias(c.n_head, distance).to(self.compute_dtype()) if c.pos == "alibi" else distance >= 0
+            cos_sin = rope_cos_sin(positions if documents is None else documents.positions, c.head_size, c.rope_theta,
+                                   c.rope_factor, c.rope_original_block_size, c.rope_scaling)
+        if documents is not None and self.has_varlen_kernel():
+            return AttentionContext(cos_sin, VarlenMask(documents.cu_seqlens(), T, window))
+        if not (need_mask or documents is not None or c.pos == "alibi" or 0 < window < T):
+            return AttentionContext(cos_sin)
+        distance = (positions[:, None] - key_positions)[None, None]  # (1, 1, T, S); negative for keys not seen
+        if window:
+            distance = distance.masked_fill((distance >= window) | (key_positions < 0), -1)
+        if documents is not None:
+            distance = distance.where(documents.share()[:, None], -1)  # (B, 1, T, T)
+        mask = alibi_bias(c.n_head, distance).to(self.compute_dtype()) if c.pos == "alibi" else distance >= 0
         return AttentionContext(cos_sin, mask)
 
     def forward_blocks(self, idx: torch.Tensor, positions: torch.Tensor, layer_caches: list[LayerCache] | None = None,
-                       need_mask: bool = False, block_forward: Callable = Block.__call__) -> torch.Tensor:
+                       need_mask: bool = False, block_forward: Callable = Block.__call__,
+                       documents: Documents | None = None) -> torch.Tensor:
         """Tokens (B, T) at `positions` (T,) -> what the head reads (B, T, C). See attention_context for `need_mask`."""
         windows, caches = self.config.windows, layer_caches or [None] * len(self.h)
         contexts = {window: self.attention_context(positions, cache.key_positions if cache else positions, window,
-                                                   need_mask) for window, cache in dict(zip(windows, caches)).items()}
+                                                   need_mask, documents)
+                    for window, cache in dict(zip(windows, caches)).items()}
         x = self.wte(idx)  # (B, T, C)
+        if documents is not None:
+            positions = documents.positions
         if self.wpe is not None:
             x = x + self.wpe(positions)
         elif self.config.pos == "sinusoidal":

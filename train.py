@@ -43,6 +43,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from flatgpt import files
 from flatgpt.data import loader
 from flatgpt.data.loader import DataConfig
+from flatgpt.data.order import Batch, derive_seed
 from flatgpt.models import inference, weights
 from flatgpt.training import compiling, distributed, optim, parallel, preflight, resume, setup
 from flatgpt.training.checkpoint import RunConfig, RunFolder
@@ -134,7 +135,6 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     """One run, from the options to the last checkpoint; returns what stopped it before that, or ""."""
     # 1) The data. What is wrong with it, the options or the run folder is said before anything is written.
     data = setup.open_data(config.data, config.model.vocab_size, config.log.sample_interval, report.log)
-    train_splits, val_splits = data.splits("train"), data.splits("val")
     distributed.check_agreement(flatten(config) | {
         "the code": files.code_fingerprint(), "the data": data.fingerprint, "torch": torch.__version__,
         "device": job.device.type}, job)  # whatever it is called on each rank
@@ -149,6 +149,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
                    config.bigram_k if config.bigram_counts else None, report.log)
     model, numerics = setup.build_model(make, config.where, config.attention, config.data.batch_size,
                                         trainer["options"], report.log, job)
+    model.check_documents(config.data.documents)
     model.activation_checkpointing = config.activation_checkpointing
     record_choices(config, given, model, numerics, trainer, job)
     block_size = model.config.block_size
@@ -161,9 +162,8 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
                 "seqs_per_step": plan.seqs_per_step, **optim.version(config.optim)}
     if trainer["folder"]:
         resume.check_same_run(trainer, options | identity, flatten(TrainConfig()), report.log)
-    train_order = loader.MixedOrder([loader.TrainOrder(split, block_size, config.seed)
-                                     for split in train_splits.values()], data.shares)
-    validation = Validation(model, val_splits, data.shares, config.eval_iters * config.data.batch_size,
+    train_order = loader.train_order(data, config.data.documents, block_size, config.seed)
+    validation = Validation(model, data, config.data.documents, config.eval_iters * config.data.batch_size,
                             plan.micro_batch, job)  # in rows of a micro-batch, a shape that compiled blocks know
     if config.eval_only:
         losses = describe_losses(validation.losses(whole=True))
@@ -235,8 +235,8 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
                 break
 
             # Every step: gradients of this rank's part of the next S sequences, which a thread has read ahead.
-            first_seq, *parts = next(batches)
-            *batch, sums = (loader.to_device(tensor, job.device) for tensor in parts)
+            first_seq, batch, sums = next(batches)
+            batch, sums = loader.batch_to_device(batch, job.device), loader.to_device(sums, job.device)
             num_targets, batch_hash = distributed.sum_over_ranks(sums, job)
             step_loss = accumulate(config, wrapped, batch, num_targets, first_seq, plan.micro_batch, scaler, job)
             scaler.unscale_(optimizer)
@@ -295,19 +295,17 @@ def record_choices(config: TrainConfig, given: Mapping[str, str], model: Languag
         config.init_from = trainer["options"]["init_from"]
 
 
-def accumulate(config: TrainConfig, wrapped: nn.Module, batch: list[torch.Tensor], num_targets: torch.Tensor,
-               first_seq: int, micro_batch: int, scaler: torch.amp.GradScaler, job: Job) -> torch.Tensor:
-    """Add up the gradients of this rank's rows of a step, (seqs_per_rank, T) inputs and targets, a micro-batch at a
-    time. Their share of the step's loss."""
-    step_loss = torch.zeros((), device=job.device)
-    inputs, targets = batch
-    for start in range(0, len(inputs), micro_batch):
-        rows = slice(start, start + micro_batch)
+def accumulate(config: TrainConfig, wrapped: nn.Module, batch: Batch, num_targets: torch.Tensor, first_seq: int,
+               micro_batch: int, scaler: torch.amp.GradScaler, job: Job) -> torch.Tensor:
+    """Add up the gradients of this rank's rows of a step, a micro-batch at a time. Their share of the step's loss."""
+    step_loss, num_rows = torch.zeros((), device=job.device), len(batch.inputs)
+    for start in range(0, num_rows, micro_batch):
+        x, y, *documents = batch.rows(start, start + micro_batch)
         if config.model.dropout:
-            torch.manual_seed(loader.derive_seed(config.seed, "dropout", first_seq + start))
-        parallel.set_gradient_sync(wrapped, rows.stop >= len(inputs), job)
+            torch.manual_seed(derive_seed(config.seed, "dropout", first_seq + start))
+        parallel.set_gradient_sync(wrapped, start + micro_batch >= num_rows, job)
         with job.autocast():
-            _, loss = wrapped(inputs[rows], targets[rows], num_targets)
+            _, loss = wrapped(x, y, num_targets, *documents)
         # The loss is this micro-batch's share of the global mean; times W, because the ranks' gradients are averaged
         # where they should be summed.
         scaler.scale(loss * job.world_size).backward()

@@ -22,13 +22,14 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.scripts import Figures
+from flatgpt.models.attention import AttentionContext, attend
 from flatgpt.models.fused import ChunkLoss, add_product, swiglu
 from flatgpt.models.positions import rope_cos_sin
 from flatgpt.training.compiling import compile_in_place
 from flatgpt.training.device import one_line, pick_device, pick_dtype
 from flatgpt.training.distributed import Job
 from flatgpt.training.optim import OptimConfig, build_optimizer, muon_params
-from model import GPT, AttentionContext, Block, CausalSelfAttention, GPTConfig, attend
+from model import GPT, Block, CausalSelfAttention, GPTConfig
 
 REPEATS = 20  # of which the median counts
 BLOCK_BYTES, FAST_BLOCK_BYTES = 128, 152  # that a compiled block moves for each value of its input: BENCHMARKS.md
@@ -301,7 +302,7 @@ def decoding(size: Size, dtype: torch.dtype) -> Iterator[Row]:
     K, D = size.H // 3, size.C // size.H
     q, k, v = (torch.randn(size.B, heads, length, D, dtype=dtype)
                for heads, length in ((size.H, 1), (K, size.T), (K, size.T)))
-    mask = torch.ones(1, size.T, dtype=torch.bool)
+    mask = torch.ones(1, 1, 1, size.T, dtype=torch.bool)
 
     def before() -> torch.Tensor:
         return attend(q, *(t.repeat_interleave(3, dim=1) for t in (k, v)), mask, 0.0, "sdpa")

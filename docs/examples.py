@@ -18,9 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from flatgpt.data.loader import TrainOrder
+from flatgpt.data.order import TrainOrder
 from flatgpt.data.shards import open_dataset
 from flatgpt.data.tokenizer import Tokenizer, make_tokenizer, train_bpe
+from flatgpt.models.attention import attend
 from flatgpt.models.baselines import build as build_model
 from flatgpt.models.baselines import count_pairs, fit_bigram
 from flatgpt.models.fused import activation
@@ -29,7 +30,7 @@ from flatgpt.models.language_model import LanguageModel
 from flatgpt.models.positions import alibi_slopes, apply_rope, rope_cos_sin
 from flatgpt.models.sampling import Sampler
 from flatgpt.training.optim import OptimConfig, build_optimizer, learning_rate
-from model import GPT, GPTConfig, attend, make_norm
+from model import GPT, GPTConfig, make_norm
 
 TEXT = """\
 the sea is wide and the sea is deep.

@@ -23,8 +23,9 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from flatgpt.models.attention import AttentionContext
 from flatgpt.models.fused import ChunkLoss
-from model import AttentionContext, Block, GPTConfig
+from model import Block, GPTConfig
 
 SEQS, TOKENS, CHUNK_ROWS = 64, 1024, 4096
 SHAPES = {"gpt2": {}, "llama": {"pos": "rope", "norm": "rmsnorm", "mlp": "swiglu"},

@@ -58,8 +58,8 @@ def plant(env: Mapping[str, str], put: Callable[[Any, str, Any], None] = setattr
     steps_done = 0
     asked: list[str] = []  # the loop's own list of signals
 
-    def planted_forward(model, idx, targets=None, num_targets=None):
-        logits, loss = forward(model, idx, targets, num_targets)
+    def planted_forward(model, idx, targets=None, num_targets=None, *documents):
+        logits, loss = forward(model, idx, targets, num_targets, *documents)
         is_training = model.training and num_targets is not None  # no evaluation, no trial run
         if is_training and is_last and within(steps_done + 1, env.get("NAN_STEPS")):
             loss = loss * math.nan

@@ -24,6 +24,7 @@ from conftest import ROOT, TINY_RUN, Result, records_of, run_process, torchrun
 from safetensors.torch import load_file
 
 from flatgpt.data.loader import pin
+from flatgpt.models.attention import attend
 from flatgpt.models.baselines import build
 from flatgpt.models.generate import Decoder
 from flatgpt.models.language_model import LanguageModel
@@ -35,7 +36,7 @@ from flatgpt.training.device import pick_attention, pick_dtype
 from flatgpt.training.distributed import Job
 from flatgpt.training.optim import OptimConfig, build_optimizer, optimizer_state
 from flatgpt.training.resume import Progress, read_optimizer
-from model import GPT, Block, GPTConfig, attend
+from model import GPT, Block, GPTConfig
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

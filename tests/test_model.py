@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, GPTConfig, attend
+from flatgpt.models.attention import attend
+from model import GPT, GPTConfig
 
 SHAPE = {"block_size": 16, "vocab_size": 37, "n_layer": 2, "n_head": 2, "n_embd": 8}
 
@@ -87,10 +88,10 @@ def test_heads_that_share_keys_see_what_they_would_see_of_copies(backend):
     """A group of neighbouring heads of queries has the same head of keys: causal, masked, biased, a single query."""
     q, k, v = torch.randn(2, 6, 8, 4), torch.randn(2, 2, 8, 4), torch.randn(2, 2, 8, 4)
     copies = [t.repeat_interleave(3, dim=1) for t in (k, v)]
-    for queries, mask in ((q, None), (q[:, :, -1:], None), (q[:, :, :3], torch.rand(3, 8) < 0.7),
+    for queries, mask in ((q, None), (q[:, :, -1:], None), (q[:, :, :3], torch.rand(1, 1, 3, 8) < 0.7),
                           (q[:, :, :3], torch.randn(1, 6, 3, 8)), (q[:, :, :1], torch.randn(1, 6, 1, 8))):
         if mask is not None and mask.dtype == torch.bool:
-            mask[:, 0] = True
+            mask[..., 0] = True
         torch.testing.assert_close(attend(queries, k, v, mask, 0.0, backend),
                                    attend(queries, *copies, mask, 0.0, backend))
 
@@ -106,7 +107,7 @@ def test_flash3_gets_what_it_takes_and_sdpa_the_rest(monkeypatch):
     q = torch.randn(2, 3, 8, 16, dtype=torch.bfloat16)
     torch.testing.assert_close(attend(q, q, q, None, 0.0, "flash3"), attend(q, q, q, None, 0.0, "sdpa"))
     assert calls == [((2, 8, 3, 16), True)]
-    mask = torch.ones(8, 8, dtype=torch.bool)
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool)
     for args in ((q.float(), q.float(), q.float(), None, 0.0), (q, q, q, None, 0.1), (q, q, q, mask, 0.0),
                  (q[:, :, -1:], q, q, None, 0.0)):  # float32, dropout, a mask, a single query
         attend(*args, "flash3")

@@ -19,7 +19,7 @@ from test_weights import Planted, save_hf, save_nanogpt
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from flatgpt.data.loader import TrainOrder
+from flatgpt.data.order import TrainOrder
 from flatgpt.data.shards import open_dataset
 from flatgpt.data.tokenizer import ByteTokenizer, load_tokenizer
 from flatgpt.run_folder import read_trainer

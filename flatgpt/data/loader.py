@@ -1,19 +1,13 @@
-"""The data order: (seed, position) -> batch, over one data set or a mixture of several.
+"""The batches of a run: (seed, position) -> tensors, over one data set or a mixture of several.
 
-Owns the arithmetic of batches, and the thread that reads ahead. It knows shards only as arrays of tokens (shards.py
-opens them), and no model.
+Owns the options of the data, how a step's sequences fall on the ranks, and the thread that reads ahead. Which window
+a sequence reads is order.py's to say, or packing.py's; this module knows no model.
 
-Letters: T = block_size, S = sequences an optimizer step over the whole job, W = ranks, q = a sequence's number since
-the run began. Invariants:
+Letters: T = block_size, S = sequences an optimizer step over the whole job, W = ranks. Invariants:
 - What a step trains on is a function of (data, T, seed, S, step): neither W nor the micro-batch changes it, and no
   state is kept but the number of the next sequence.
-- Each epoch cuts the shards anew into windows of T tokens and reads every window once, in an order of its own.
-- A mixture gives each q a data set, by a pattern that repeats; each data set counts its own sequences.
 
-Example: T = 4, one shard of 14 tokens a b c ... n, and an epoch whose offset is 1. The windows' inputs are bcde, fghi
-and jklm, their targets cdef, ghij and klmn: N = 3. Sequence q at place p of the epoch reads window permute(p, 3, key),
-say 2, 0, 1 for p = 0, 1, 2. With S = 2 and W = 2 the first step gives rank 0 jklm and rank 1 bcde; the second step
-takes fghi, and its other sequence is the first of the next epoch.
+Example: with S = 2 and W = 2 the first step gives rank 0 sequence 0, and rank 1 sequence 1.
 """
 
 from __future__ import annotations
@@ -25,20 +19,21 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 import torch
 
+from flatgpt.data.documents import open_index
+from flatgpt.data.order import PERIOD, Batch, MixedOrder, TrainOrder, quotas
+from flatgpt.data.packing import PackedOrder
 from flatgpt.data.shards import DATA_DIR, Dataset, Split, open_dataset
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.options import check_options, failed_rules
 
 T = TypeVar("T")
-BLOCK_SEQS = 1024  # sequences whose windows are found together
-PERIOD = 10_000  # sequences after which a mixture's pattern repeats
+TOKENS_PER_DOCUMENT = 128  # at the least, in most batches
 
 
 @dataclass
@@ -46,6 +41,7 @@ class DataConfig:
     """Data and batch"""
 
     dataset: Annotated[str, "paths"] = "openwebtext"  # folder in data/, or its path; a mixture: a:0.7,b:0.3
+    documents: Literal["stream", "mask", "pack"] = "stream"  # mask: attend within a document; pack: whole ones
     tokenizer: Literal["auto", "gpt2"] = "auto"  # gpt2: say that shards without dataset.json hold GPT-2's tokens
     gradient_accumulation_steps: int = 40  # micro-batches a step, summed over the ranks
     batch_size: int = 12  # sequences a micro-batch, the most that a device takes at a time; 0 = as many as fit it
@@ -133,6 +129,13 @@ class Mixture:
         mixed = repr((prints, quotas(self.shares)))
         return prints[0] if len(prints) == 1 else hashlib.sha256(mixed.encode()).hexdigest()
 
+    def eot_id(self, documents: str) -> int | None:
+        """The token that a document begins with, where it matters: None for documents=stream. Raises ValueError for
+        data that does not say where documents begin."""
+        if documents == "stream":
+            return None
+        return separator(self.tokenizer, ",".join(self.datasets))
+
     def splits(self, name: str) -> dict[str, Split]:
         """A split of each data set. Raises ValueError for one that lacks it."""
         for dataset in self.datasets.values():
@@ -169,6 +172,17 @@ def open_mixture(spec: str, vocab_size: int = 0, tokenizer: str = "auto") -> Mix
     return mixture
 
 
+def separator(tokenizer: Tokenizer | None, name: str) -> int:
+    """The end-of-text token, with which documents of `name` begin. Raises ValueError if it is not known."""
+    if tokenizer is None:
+        raise ValueError(f"where the documents of {name} begin is not known, because its tokenizer is not: "
+                         "--tokenizer=gpt2 says that it is GPT-2's; or use --documents=stream")
+    if tokenizer.eot_id is None:
+        raise ValueError(f"nothing separates the documents of {name}, because its tokenizer has no end-of-text token: "
+                         "use --documents=stream")
+    return tokenizer.eot_id
+
+
 def _is_folder(name: str) -> bool:
     """Whether a data set has this very name, even if it looks like a mixture."""
     return (DATA_DIR / name).is_dir() or Path(name).is_dir()
@@ -177,183 +191,24 @@ def _is_folder(name: str) -> bool:
 # The order
 
 
-def derive_seed(*key: int | str) -> int:
-    """63 random bits that are a function of the key, the same on every machine."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
-
-
-@lru_cache(maxsize=64)
-def _round_keys(seed: int, epoch: int) -> np.ndarray:
-    return np.array([derive_seed(seed, "permute", epoch, r) for r in range(6)], dtype=np.uint64)
-
-
-def _feistel(p: np.ndarray, half_bits: int, keys: np.ndarray) -> np.ndarray:
-    """A balanced Feistel network on [0, 4**half_bits): a bijection whatever the round function is."""
-    mask = np.uint64((1 << half_bits) - 1)
-    left, right = p >> np.uint64(half_bits), p & mask
-    for key in keys:
-        # The round function: the finaliser of SplitMix64 (Steele et al. 2014), which mixes all bits of right ^ key.
-        z = (right ^ key) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        left, right = right, left ^ ((z ^ (z >> np.uint64(31))) & mask)
-    return (left << np.uint64(half_bits)) | right
-
-
-def permute(p: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """The image of places p (int array, 0 <= p < n) in a random permutation of [0, n) keyed by (seed, epoch).
-
-    O(1) memory whatever n is: a Feistel network on the next power of four, walked along its cycles until it is back
-    below n (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"); under four rounds a place on average."""
-    keys = _round_keys(seed, epoch)
-    half_bits = max(1, (int(n - 1).bit_length() + 1) // 2)
-    out = _feistel(np.atleast_1d(p).astype(np.uint64), half_bits, keys)
-    while (outside := out >= n).any():
-        out[outside] = _feistel(out[outside], half_bits, keys)
-    return out.astype(np.int64)
-
-
-class TrainOrder:
-    """Sequence number q -> window, without end: epoch after epoch over a split."""
-
-    def __init__(self, split: Split, block_size: int, seed: int):
-        """Raises ValueError when no shard of the split holds a single window."""
-        self.split, self.block_size, self.seed = split, block_size, seed
-        self._epoch_starts = [0]  # the first sequence of each epoch met so far, and of the next
-        self._block = lru_cache(maxsize=4)(self._find_block)
-        longest = int(split.lengths.max(initial=0))
-        if longest < block_size + 1:
-            raise ValueError(f"the train split of {split.paths[0].parent} has {longest} tokens in its longest shard, "
-                             f"and one window takes block_size + 1 = {block_size + 1}: lower block_size, or add text")
-
-    def cut(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's offset into each shard, and the number of windows in it; both (shards,)."""
-        slack = np.maximum(self.split.lengths - 1 - self.block_size, 0)  # a larger offset would lose a short shard
-        offset = np.minimum(derive_seed(self.seed, "offset", epoch) % self.block_size, slack)
-        return offset, np.maximum(self.split.lengths - 1 - offset, 0) // self.block_size
-
-    def windows(self, first_seq: int, count: int) -> list[tuple[int, int]]:
-        """(shard, start) of the windows that sequences first_seq ... first_seq + count - 1 read."""
-        found: list[tuple[int, int]] = []
-        while len(found) < count:
-            index, skip = divmod(first_seq + len(found), BLOCK_SEQS)
-            found += self._block(index)[skip:skip + count - len(found)]
-        return found
-
-    def _find_block(self, index: int) -> list[tuple[int, int]]:
-        """The windows of the sequences [index * BLOCK_SEQS, (index + 1) * BLOCK_SEQS), found together because that
-        takes hardly longer than finding one."""
-        found: list[tuple[int, int]] = []
-        starts = self._epoch_starts
-        while len(found) < BLOCK_SEQS:
-            q = index * BLOCK_SEQS + len(found)
-            while starts[-1] <= q:
-                starts.append(starts[-1] + int(self.cut(len(starts) - 1)[1].sum()))
-            epoch = int(np.searchsorted(starts, q, side="right")) - 1
-            offset, per_shard = self.cut(epoch)
-            ends = per_shard.cumsum()
-            places = np.arange(q, min((index + 1) * BLOCK_SEQS, starts[epoch + 1])) - starts[epoch]
-            window = permute(places, int(ends[-1]), self.seed, epoch)
-            shard = np.searchsorted(ends, window, side="right")
-            start = offset[shard] + (window - ends[shard] + per_shard[shard]) * self.block_size
-            found.extend(zip(shard.tolist(), start.tolist()))
-        return found
-
-    def rows(self, first_seq: int, count: int) -> np.ndarray:
-        """The T + 1 tokens of `count` sequences, (count, T + 1) int64: inputs, and shifted by one the targets."""
-        rows = np.empty((count, self.block_size + 1), dtype=np.int64)
-        self.split.read(self.windows(first_seq, count), rows)
-        return rows
-
-
-def quotas(shares: list[float]) -> list[int]:
-    """Places of each share in a PERIOD, by largest remainders; one data set needs no more than one place."""
-    period = PERIOD if len(shares) > 1 else 1
-    exact = [share * period for share in shares]
-    counts = [int(e) for e in exact]
-    by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - exact[i])
-    for i in by_remainder[:period - sum(counts)]:
-        counts[i] += 1
-    return counts
-
-
-class MixedOrder:
-    """Sequence number q -> data set and that one's own sequence number, by a pattern that repeats after a period.
-
-    The pattern gives each place to the data set that is furthest behind its share, so that a step's sequences are
-    mixed as evenly as whole numbers allow. Of one data set it is the order itself."""
-
-    def __init__(self, orders: list[TrainOrder], shares: list[float]):
-        self.orders, self._quotas = orders, np.array(quotas(shares))
-        period = int(self._quotas.sum())
-        self._pattern = np.zeros(period, dtype=np.int64)  # data set of each place
-        self._nth = np.zeros(period, dtype=np.int64)  # how many places of its own come before it
-        given = np.zeros(len(orders), dtype=np.int64)
-        for place in range(period):
-            source = int(np.argmax(self._quotas * (place + 1) - given * period))
-            self._pattern[place], self._nth[place] = source, given[source]
-            given[source] += 1
-
-    def sources(self, first_seq: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The data set and its own sequence number for each of `count` sequences; both (count,) int64."""
-        periods, places = np.divmod(np.arange(first_seq, first_seq + count), len(self._pattern))
-        source = self._pattern[places]
-        return source, periods * self._quotas[source] + self._nth[places]
-
-    def batch(self, first_seq: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets of `count` sequences, (count, T) int64 each."""
-        source, own = self.sources(first_seq, count)
-        rows = np.empty((count, self.orders[0].block_size + 1), dtype=np.int64)
-        for i, order in enumerate(self.orders):
-            mine = source == i
-            if mine.any():  # a data set's own numbers follow on each other
-                rows[mine] = order.rows(int(own[mine][0]), int(mine.sum()))
-        return rows[:, :-1], rows[:, 1:]
+def train_order(data: Mixture, documents: str, block_size: int, seed: int) -> MixedOrder:
+    """The order in which a run reads its data. Raises ValueError for data of which it cannot be made."""
+    eot_id = data.eot_id(documents)
+    splits = data.splits("train").values()
+    if documents == "pack":
+        orders = [PackedOrder(split, open_index(split, eot_id), block_size, seed) for split in splits]
+    else:
+        orders = [TrainOrder(split, block_size, seed, eot_id) for split in splits]
+    return MixedOrder(orders, data.shares)
 
 
 def describe_epochs(data: Mixture, order: MixedOrder) -> str:
     """Returns "has 12,000 sequences", or the share and the length of an epoch of each data set of a mixture."""
-    lengths = [f"{int(each.cut(0)[1].sum()):,} sequences" for each in order.orders]
+    lengths = [f"{each.epoch_seqs(0):,} sequences" + (f", {each.padding:.2%} of them padding"
+                                                       if isinstance(each, PackedOrder) else "")
+               for each in order.orders]
     return f"has {lengths[0]}" if len(lengths) == 1 else "has, of " + "; of ".join(
         f"{name} ({share:.1%}), {length}" for name, share, length in zip(data.datasets, data.shares, lengths))
-
-
-class EvalOrder:
-    """`num_seqs` windows evenly spaced over a split, 0 = all of them: the same for any W, micro-batch and step.
-
-    Unlike in training every token but the first of a shard is a target once: a shard's last window may be short, and
-    is filled up with inputs 0 and targets -1. With a `stride` below T windows overlap, each beginning so many tokens
-    behind the one before; those that an earlier one has as targets it only reads, at least T - stride of them.
-
-    Example: the targets of 9 tokens in windows of T = 4, those only read in brackets, by stride 4 are 1 2 3 4, 5 6 7 8;
-    by stride 2 they are 1 2 3 4, (3 4) 5 6, (5 6) 7 8."""
-
-    def __init__(self, split: Split, block_size: int, num_seqs: int = 0, stride: int = 0):
-        self.split, self.block_size, self.stride = split, block_size, stride or block_size
-        more = np.maximum(-(-(split.lengths - 1 - block_size) // self.stride), 0)  # windows behind a shard's first
-        self._ends = np.where(split.lengths > 1, 1 + more, 0).cumsum()
-        total = int(self._ends[-1]) if len(self._ends) else 0
-        if total == 0:
-            raise ValueError(f"{split.paths[0]} is too short: an evaluation takes two tokens, and it has "
-                             f"{int(split.lengths.max(initial=0))}; prepare the data again under another --name, "
-                             "from more text or with a larger --val_fraction")
-        count = min(num_seqs, total) or total
-        self.is_whole = count == total
-        self._chosen = np.arange(count, dtype=np.int64) * total // count
-
-    def __len__(self) -> int:
-        return len(self._chosen)
-
-    def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets of the chosen windows [first, first + count), (count, T) int64 each; rows beyond the last
-        window are padding."""
-        chosen = self._chosen[first:first + count]
-        rows = np.full((count, self.block_size + 1), -1, dtype=np.int64)
-        shards = np.searchsorted(self._ends, chosen, side="right")
-        before = np.where(shards > 0, self._ends[shards - 1], 0)
-        self.split.read(zip(shards.tolist(), ((chosen - before) * self.stride).tolist()), rows)
-        x, y = np.maximum(rows[:, :-1], 0), rows[:, 1:]
-        y[:len(chosen)][chosen > before, :self.block_size - self.stride] = -1
-        return x, y
 
 
 # Loading
@@ -375,14 +230,29 @@ def prefetch(make: Callable[[int], T], arguments: Iterable[int], depth: int = 2)
 
 
 def read_step(order: MixedOrder, plan: BatchPlan, rank: int, device: torch.device,
-              next_seq: int) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A rank's part of the step whose S sequences begin at `next_seq`: the first one's number, inputs and targets,
-    (S / W, T) int64 each, and two int64 that add up over the ranks: the number of targets, and a hash of which window
-    was read as which sequence."""
+              next_seq: int) -> tuple[int, Batch, torch.Tensor]:
+    """A rank's part of the step whose S sequences begin at `next_seq`: the first one's number, S / W rows, and two
+    int64 that add up over the ranks: the number of targets, and a hash of which window was read as which sequence."""
     first = plan.first_seq(next_seq, rank)
-    x, y = order.batch(first, plan.seqs_per_rank)
+    batch = order.batch(first, plan.seqs_per_rank)
+    y = batch.targets
     sums = np.array([(y >= 0).sum(), sum(zlib.crc32(row.tobytes(), first + i) for i, row in enumerate(y))])
-    return first, pin(x, device), pin(y, device), pin(sums, device)
+    return first, pin_batch(batch, plan.micro_batch, device), pin(sums, device)
+
+
+def max_documents(positions: np.ndarray, num_rows: int) -> int:
+    """A number that is not below that of the documents in any `num_rows` rows of positions (n, T) on, and that seldom
+    changes: one for each TOKENS_PER_DOCUMENT, or else the next power of two."""
+    in_rows = (positions == 0).sum(axis=1)
+    most = max(int(in_rows[start:start + num_rows].sum()) for start in range(0, len(in_rows), num_rows))
+    return max(num_rows * positions.shape[1] // TOKENS_PER_DOCUMENT, 1 << (most - 1).bit_length())
+
+
+def pin_batch(batch: Batch, num_rows: int, device: torch.device) -> Batch:
+    """A batch as tensors, of which the device takes `num_rows` rows at a time; see `pin`."""
+    if batch.positions is None:
+        return Batch(pin(batch.inputs, device), pin(batch.targets, device))
+    return Batch(*(pin(values, device) for values in batch[:3]), max_documents(batch.positions, num_rows))
 
 
 def pin(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -395,3 +265,8 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A batch's copy on `device`. From pinned memory nobody waits for it; MPS, which knows none, would read memory that
     another batch has taken meanwhile (github.com/pytorch/pytorch/issues/189690)."""
     return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+def batch_to_device(batch: Batch, device: torch.device) -> Batch:
+    tensors = [None if values is None else to_device(values, device) for values in batch[:3]]
+    return Batch(*tensors, batch.max_documents)

@@ -4,6 +4,7 @@ Owns the shard format and what a dataset folder is, be it ours, nanoGPT's or llm
 (pipeline.py does) and draws no batches (loader.py does). Our folder, data/<name>/:
 
     train_000000.bin ... val_000000.bin ...    256 header words (int32: magic, version, token count), then the tokens
+    train_000000.documents.npy ...             where documents begin (documents.py)
     tokenizer.json  tokenizer_config.json      the tokenizer, in Hugging Face's format
     dataset.json                               what made it, and per shard its split, tokens and SHA-256
 
@@ -31,6 +32,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from flatgpt import files, machine
+from flatgpt.data.documents import index_fault
 from flatgpt.data.nanogpt import MAX_VOCAB_SIZE, characters_of, read_meta, refuse_foreign_bin
 from flatgpt.data.tokenizer import GPT2_VOCAB_SIZE, CharTokenizer, GPT2Tokenizer, Tokenizer, load_tokenizer
 
@@ -285,8 +287,8 @@ def list_shards(folder: Path) -> tuple[dict[str, list[Path]], dict[str, Any]]:
 def verify(folder: Path) -> Iterator[tuple[str, list[str]]]:
     """(file, what is wrong with it and where) for every shard of a folder as it has been read, then for the folder.
 
-    Checked are headers, sizes, token ids and, where dataset.json speaks of them, checksums, counts of tokens and
-    documents, and the tokenizer. Raises as `list_shards` does.
+    Checked are headers, sizes, token ids, document indexes and, where dataset.json speaks of them, checksums, counts
+    of tokens and documents, and the tokenizer. Raises as `list_shards` does.
     """
     paths, manifest = list_shards(folder)
     listed = {shard["file"]: shard for shard in manifest.get("shards", [])}
@@ -344,6 +346,8 @@ def _verify_shard(path: Path, vocab_size: int, eot_id: int | None, manifest: dic
             faults.append(f"{path} holds {tokens.dtype}, and dataset.json says {manifest['dtype']}")
         if digest.hexdigest() != listed["sha256"]:
             faults.append(f"{path} has changed since it was written: its SHA-256 differs from that in dataset.json")
+    if eot_id is not None and (fault := index_fault(path, tokens, eot_id)):
+        faults.append(fault)
     return faults, num_eot
 
 

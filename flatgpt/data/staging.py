@@ -29,10 +29,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from flatgpt import files
+from flatgpt.data.documents import open_index
 from flatgpt.data.local_files import describe_skipped
 from flatgpt.data.pipeline import Cursor
 from flatgpt.data.records import MAX_NAMED_FILES
-from flatgpt.data.shards import shard_dtype
+from flatgpt.data.shards import Split, shard_dtype
 from flatgpt.data.splits import SPLITS
 from flatgpt.data.tokenizer import has_tokenizer, load_tokenizer
 
@@ -157,6 +158,8 @@ class StagingFolder:
         for path in self.tokenizer.glob("*"):
             os.replace(path, self.folder / path.name)
         files.sync(self.folder)
+        if (eot_id := load_tokenizer(self.folder).eot_id) is not None:
+            open_index(Split([self.folder / shard["file"] for shard in listed], states[0]["vocab_size"]), eot_id)
         vocab_size = states[0]["vocab_size"]
         named = {what: sorted(item for state in states for item in state.get("files", {}).get(what, {}).items())
                  for what in FILES if counts[what]}

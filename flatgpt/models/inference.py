@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from flatgpt import files, run_folder
-from flatgpt.data.loader import MixedOrder, Mixture, TrainOrder, open_mixture
+from flatgpt.data.loader import Mixture, open_mixture
+from flatgpt.data.order import MixedOrder, TrainOrder
 from flatgpt.data.shards import DATA_DIR, UNKNOWN_VOCAB_SIZE, folder_tokenizer
 from flatgpt.data.tokenizer import GPT2_VOCAB_SIZE, GPT2Tokenizer, Tokenizer, load_tokenizer, no_tokenizer
 from flatgpt.models import weights
@@ -177,4 +178,4 @@ def draw_windows(data: Mixture, split: str, num_seqs: int, num_tokens: int, seed
             raise ValueError(f"the {split} split of {name} has {longest} tokens in its longest shard, but a prompt "
                              f"with its continuation takes {num_tokens}: lower --max_new_tokens or --prompt_tokens")
     orders = [TrainOrder(held, num_tokens, seed) for held in splits.values()]
-    return MixedOrder(orders, data.shares).batch(0, num_seqs)[0]
+    return MixedOrder(orders, data.shares).batch(0, num_seqs).inputs

@@ -20,6 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from flatgpt.models import generate as generation
+from flatgpt.models.attention import Documents
 from flatgpt.models.fused import ChunkLoss, LinearCrossEntropy
 from flatgpt.models.generate import Cache
 from flatgpt.models.sampling import Sampler
@@ -67,19 +68,33 @@ class LanguageModel(nn.Module):
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.head.dtype
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None,
-                num_targets: torch.Tensor | int | None = None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+                num_targets: torch.Tensor | int | None = None,
+                positions: torch.Tensor | None = None,
+                max_documents: int = 0) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Logits (B, T, V) of tokens idx (B, T), or, with targets (B, T), the loss: (logits, None) or (None, loss).
 
         Targets of -1 are ignored. The loss, float32, is the summed cross-entropy divided by `num_targets`: by default
         the number of targets in this batch (a mean); a training step split over micro-batches and ranks passes the
-        number in the whole of it. Raises ValueError when T is more than the model has positions.
+        number in the whole of it.
+
+        With the `positions` (B, T) of the tokens in their documents, of which each begins with 0, as does each row, a
+        GPT's attention stays within documents. A kernel is compiled for `max_documents`, by default as many as there
+        can be. Raises ValueError when T is more than the model has positions.
         """
-        x = self.hidden_states(idx)
+        if positions is None:
+            x = self.hidden_states(idx)
+        else:
+            x = self.hidden_states(idx, documents=Documents(positions, max_documents or idx.numel()))
         if targets is None:
             return self.compute_logits(x), None
         if num_targets is None:
             num_targets = (targets >= 0).sum().clamp(min=1)
         return None, self.summed_loss(x, targets) / num_targets
+
+    def check_documents(self, documents: str) -> None:
+        """Raises ValueError if the model cannot keep within documents, as --documents=mask and pack ask for."""
+        if documents != "stream" and self.config.model != "gpt":
+            raise ValueError(f"documents={documents} is for model=gpt: a {self.config.model} reads on across documents")
 
     def num_params(self, non_embedding: bool = True) -> int:
         """Parameters without padding rows; `non_embedding` leaves out the position table (a tied token table is the
@@ -90,7 +105,7 @@ class LanguageModel(nn.Module):
         return total - (self.wpe.weight.numel() if non_embedding and getattr(self, "wpe", None) else 0)
 
     def set_attention(self, backend: str) -> None:
-        """Use one of the kernels in model.AttentionBackend in all blocks."""
+        """Use one of the kernels in attention.AttentionBackend in all blocks."""
         for block in self.h:
             block.attn.backend = backend
 

@@ -21,8 +21,8 @@ BETA_FAST, BETA_SLOW = 32, 1  # likewise, of YaRN: the paper's values, which pub
 
 def rope_cos_sin(positions: torch.Tensor, head_dim: int, theta: float, factor: float = 1.0, original: int = 0,
                  scaling: str = "llama3") -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines (T, D) of RoPE's angles at positions (T,). Channels i and i + D/2 are a pair, which turns by
-    position * theta^(-2i/D) (Su et al. 2021, arXiv:2104.09864; paired as in Llama's published weights).
+    """Cosines and sines (..., T, D) of RoPE's angles at positions (..., T). Channels i and i + D/2 are a pair, which
+    turns by position * theta^(-2i/D) (Su et al. 2021, arXiv:2104.09864; paired as in Llama's published weights).
 
     A `factor` slows pairs down for a context longer than the `original` (see kept_speed). With `scaling` yarn it also
     makes queries and keys longer, each by 1 + ln(factor) / 10, so that attention stays as sharp."""
@@ -30,7 +30,8 @@ def rope_cos_sin(positions: torch.Tensor, head_dim: int, theta: float, factor: f
     if factor != 1:
         kept = kept_speed(speed, theta, original, scaling)
         speed = speed * (kept + (1 - kept) / factor)
-    angle = (positions[:, None] * speed).repeat(1, 2)
+    angle = positions[..., None] * speed
+    angle = torch.cat([angle, angle], dim=-1)
     length = 1 + math.log(factor) / 10 if scaling == "yarn" else 1
     return angle.cos() * length, angle.sin() * length
 
@@ -56,8 +57,8 @@ def kept_speed(speed: torch.Tensor, theta: float, original: int, scaling: str) -
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x (B, T, H, D) with each pair of channels turned by its angle; cos and sin (T, D)."""
-    cos, sin = (t.unsqueeze(1).to(x.dtype) for t in (cos, sin))  # (T, 1, D)
+    """x (B, T, H, D) with each pair of channels turned by its angle; cos and sin (T, D) or (B, T, D)."""
+    cos, sin = (t.unsqueeze(-2).to(x.dtype) for t in (cos, sin))  # (..., T, 1, D)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
@@ -71,15 +72,16 @@ def alibi_slopes(n_head: int, device: torch.device | None = None) -> torch.Tenso
 
 
 def alibi_bias(n_head: int, distance: torch.Tensor) -> torch.Tensor:
-    """(1, H, T, S): what ALiBi adds to the scores of keys that stand `distance` (T, S) before the query; -inf for later
-    keys."""
+    """(B, H, T, S): what ALiBi adds to the scores of keys that stand `distance` (B, 1, T, S) before the query; -inf for
+    negative distances."""
     penalty = alibi_slopes(n_head, distance.device)[:, None, None] * distance
-    return (-penalty).masked_fill(distance < 0, -math.inf)[None]
+    return (-penalty).masked_fill(distance < 0, -math.inf)
 
 
 def sinusoids(positions: torch.Tensor, width: int) -> torch.Tensor:
-    """(T, C): sines and cosines of positions (T,), wavelengths from 2 pi to 2 pi * 10,000 (Vaswani et al. 2017,
-    arXiv:1706.03762). They are as large as the token table at the start: both are of size 1 in the paper, 0.02 here."""
+    """(..., T, C): sines and cosines of positions (..., T), wavelengths from 2 pi to 2 pi * 10,000 (Vaswani et al.
+    2017, arXiv:1706.03762). They are as large as the token table at the start: both are of size 1 in the paper, 0.02
+    here."""
     speed = 10000 ** (-torch.arange(0, width, 2, device=positions.device) / width)
-    angle = positions[:, None] * speed
-    return 0.02 * math.sqrt(2) * torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
+    angle = positions[..., None] * speed
+    return 0.02 * math.sqrt(2) * torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)

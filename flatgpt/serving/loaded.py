@@ -4,8 +4,8 @@ Owns how a model is loaded, how large a request may be, and which numbers are co
 long is an iterator, a step at a time, so that the engine's thread can do other work between. It is the only module of
 the server that imports torch.
 
-Attention is what the model itself computes: the layer's queries and keys, given to `model.attend` with the identity in
-place of the values, so that what comes out is the weights.
+Attention is what the model itself computes: the layer's queries and keys, given to `attention.attend` with the
+identity in place of the values, so that what comes out is the weights.
 
 Letters: as in model.py.
 """
@@ -24,13 +24,13 @@ import torch.nn.functional as F
 from flatgpt import run_folder
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.models import inference, weights
+from flatgpt.models.attention import attend
 from flatgpt.models.generate import Cache, cache_slots
 from flatgpt.models.language_model import LanguageModel
 from flatgpt.models.sampling import Candidates, Sampler, Stage, candidates, draw
 from flatgpt.training import distributed
 from flatgpt.training.device import DeviceConfig, pick_numerics
 from flatgpt.training.distributed import Job
-from model import attend
 
 MAX_TOKENS = 2**14  # a prompt's and those written behind it
 CACHE_BYTES = 2**29  # of keys and values that the rows of a batch may take; one row may take four times as much

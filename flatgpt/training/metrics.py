@@ -30,8 +30,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from flatgpt.data.loader import EvalOrder, pin, prefetch, to_device
-from flatgpt.data.shards import Split
+from flatgpt.data.loader import Mixture, batch_to_device, pin_batch, prefetch
+from flatgpt.data.order import Batch, EvalOrder
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.models.generate import cache_slots
 from flatgpt.models.sampling import Sampler
@@ -105,15 +105,16 @@ def validation_loss(model: LanguageModel, order: EvalOrder, batch_size: int, job
     # As many batches on each rank, if need be of padding: FSDP's ranks run a model together.
     num_batches = math.ceil(math.ceil(len(order) / job.world_size) / batch_size)
 
-    def load(start: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-        x, y = order.batch(start, batch_size)
+    def load(start: int) -> tuple[Batch, int]:
+        batch = order.batch(start, batch_size)
+        y = batch.targets
         y[max(0, end - start):] = -1  # the next rank's; whole batches all the same, so compiled blocks meet one shape
-        return pin(x, job.device), pin(y, job.device), int((y >= 0).sum())
+        return pin_batch(batch, batch_size, job.device), int((y >= 0).sum())
 
-    for x, y, num_targets in prefetch(load, range(first, first + num_batches * batch_size, batch_size)):
-        x, y = to_device(x, job.device), to_device(y, job.device)
+    for batch, num_targets in prefetch(load, range(first, first + num_batches * batch_size, batch_size)):
+        x, y, *documents = batch_to_device(batch, job.device)
         with job.autocast():
-            loss_sum += model(x, y, num_targets=1)[1]
+            loss_sum += model(x, y, 1, *documents)[1]
         count += num_targets
     reshard(model)
     model.train(training)
@@ -142,13 +143,14 @@ class Validation:
     """The validation losses of a run: of the same sample of the split each time, so that its checkpoints can be
     compared, and of the whole split."""
 
-    def __init__(self, model: LanguageModel, splits: Mapping[str, Split], shares: list[float], num_seqs: int,
-                 batch_size: int, job: Job):
-        """`num_seqs` windows are the sample, spaced evenly; 0 means all."""
-        self._sample, self._whole = ({name: EvalOrder(split, model.config.block_size, count)
-                                      for name, split in splits.items()} for count in (num_seqs, 0))
+    def __init__(self, model: LanguageModel, data: Mixture, documents: str, num_seqs: int, batch_size: int, job: Job):
+        """`num_seqs` windows are the sample, spaced evenly; 0 means all. A run with documents=pack is measured as one
+        with mask: on the windows of a stream, in which attention stays within documents."""
+        self._sample, self._whole = (
+            {name: EvalOrder(split, model.config.block_size, count, eot_id=data.eot_id(documents))
+             for name, split in data.splits("val").items()} for count in (num_seqs, 0))
         self.sample_is_whole = all(order.is_whole for order in self._sample.values())
-        self._loss, self._shares = partial(validation_loss, model, batch_size=batch_size, job=job), shares
+        self._loss, self._shares = partial(validation_loss, model, batch_size=batch_size, job=job), data.shares
 
     def losses(self, whole: bool = False) -> dict[str, float]:
         """As metrics.jsonl has them: {"val/loss": loss}, in a mixture the mean weighted by the data sets' shares, with

@@ -23,6 +23,7 @@ from model import GPTConfig, LanguageModel
 def open_data(config: DataConfig, vocab_size: int, sample_interval: int, log: Callable[[str], None]) -> Mixture:
     """The data sets of a run. Raises ValueError if a run cannot train on them, or cannot show samples as text."""
     data = open_mixture(config.dataset, vocab_size, config.tokenizer)
+    _ = data.splits("train"), data.splits("val"), data.eot_id(config.documents)
     if data.vocab_size == UNKNOWN_VOCAB_SIZE:
         raise ValueError(f"{config.dataset} holds 32-bit tokens and does not say how large the vocabulary is: add "
                          "--vocab_size=N")

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from test_files import POINTER
 
 from flatgpt.data import shards
-from flatgpt.data.loader import EvalOrder, TrainOrder
+from flatgpt.data.order import EvalOrder, TrainOrder
 from flatgpt.data.shards import ShardWriter, Split, list_shards, open_dataset, open_shard, shard_dtype
 from flatgpt.data.staging import plural
 

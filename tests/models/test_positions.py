@@ -6,8 +6,9 @@ import pytest
 import torch
 from test_model import SHAPE, make_model
 
+from flatgpt.models.attention import attend
 from flatgpt.models.positions import alibi_slopes, apply_rope, rope_cos_sin, sinusoids
-from model import GPT, GPTConfig, attend
+from model import GPT, GPTConfig
 
 
 @pytest.mark.parametrize("n_head", [8, 6])

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from conftest import ROOT, TINY_RUN, on_ranks, torchrun
 
-from flatgpt.data.loader import EvalOrder
+from flatgpt.data.order import EvalOrder
 from flatgpt.data.shards import Split
 from flatgpt.models.baselines import build_empty
 from flatgpt.training import compiling, distributed, parallel, preflight

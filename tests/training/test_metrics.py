@@ -18,7 +18,7 @@ from conftest import ROOT, TEXT, TINY_RUN, records_of, write_shard
 from faults import LAYOUTS, start_ranks
 
 from flatgpt import run_folder
-from flatgpt.data.loader import EvalOrder
+from flatgpt.data.order import EvalOrder
 from flatgpt.data.shards import Split
 from flatgpt.data.tokenizer import CharTokenizer, load_tokenizer
 from flatgpt.models.baselines import build

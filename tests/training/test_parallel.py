@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from conftest import on_ranks, write_shard
 
-from flatgpt.data.loader import EvalOrder
+from flatgpt.data.order import EvalOrder
 from flatgpt.data.shards import Split
 from flatgpt.models.baselines import build_empty
 from flatgpt.training import distributed, parallel
