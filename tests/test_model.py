@@ -1,8 +1,6 @@
 """model.py against naive oracles: attention, causality, gradients, options and their configuration."""
 
 import math
-import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,44 +72,6 @@ def test_attention_by_the_formula_equals_torchs_kernels(dropout):
     model.set_attention("math")
     torch.testing.assert_close(model(idx)[0], fused, atol=1e-5, rtol=1e-5)
     assert torch.equal(model.generate(idx[:, :4], 30, temperature=0), fused_text)
-
-
-def test_attention_dropout_by_the_formula_drops_and_keeps_the_mean():
-    q, k, v = (torch.randn(1, 1, 8, 4) for _ in range(3))
-    torch.manual_seed(0)
-    mean = torch.stack([attend(q, k, v, None, 0.3, "math") for _ in range(20_000)]).mean(0)
-    torch.testing.assert_close(mean, attend(q, k, v, None, 0.0, "math"), atol=0.05, rtol=0)
-
-
-@pytest.mark.parametrize("backend", ["sdpa", "math"])
-def test_heads_that_share_keys_see_what_they_would_see_of_copies(backend):
-    """A group of neighbouring heads of queries has the same head of keys: causal, masked, biased, a single query."""
-    q, k, v = torch.randn(2, 6, 8, 4), torch.randn(2, 2, 8, 4), torch.randn(2, 2, 8, 4)
-    copies = [t.repeat_interleave(3, dim=1) for t in (k, v)]
-    for queries, mask in ((q, None), (q[:, :, -1:], None), (q[:, :, :3], torch.rand(1, 1, 3, 8) < 0.7),
-                          (q[:, :, :3], torch.randn(1, 6, 3, 8)), (q[:, :, :1], torch.randn(1, 6, 1, 8))):
-        if mask is not None and mask.dtype == torch.bool:
-            mask[..., 0] = True
-        torch.testing.assert_close(attend(queries, k, v, mask, 0.0, backend),
-                                   attend(queries, *copies, mask, 0.0, backend))
-
-
-def test_flash3_gets_what_it_takes_and_sdpa_the_rest(monkeypatch):
-    calls = []
-
-    def flash_attn_func(q, k, v, causal):  # the real one's layout: (B, T, H, D)
-        calls.append((q.shape, causal))
-        return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=causal).transpose(1, 2)
-
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_func=flash_attn_func))
-    q = torch.randn(2, 3, 8, 16, dtype=torch.bfloat16)
-    torch.testing.assert_close(attend(q, q, q, None, 0.0, "flash3"), attend(q, q, q, None, 0.0, "sdpa"))
-    assert calls == [((2, 8, 3, 16), True)]
-    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool)
-    for args in ((q.float(), q.float(), q.float(), None, 0.0), (q, q, q, None, 0.1), (q, q, q, mask, 0.0),
-                 (q[:, :, -1:], q, q, None, 0.0)):  # float32, dropout, a mask, a single query
-        attend(*args, "flash3")
-    assert len(calls) == 1
 
 
 def test_all_blocks_share_one_compilation():
