@@ -111,7 +111,7 @@ def evaluate(config: EvalConfig, job: Job) -> None:
     documents = config.documents
     if documents == "auto":
         documents = "stream" if inference.options_of(path).get("documents", "stream") == "stream" else "mask"
-    model.check_documents(documents)
+    model.set_documents(documents)
     eot_id = None if documents == "stream" else separator(tokenizer, config.text or ",".join(data.datasets))
     block_size, stride = model.config.block_size, config.stride or model.config.block_size
     report: dict[str, Any] = {"model": called, "parameters": model.num_params(non_embedding=False),

@@ -149,7 +149,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
                    config.bigram_k if config.bigram_counts else None, report.log)
     model, numerics = setup.build_model(make, config.where, config.attention, config.data.batch_size,
                                         trainer["options"], report.log, job)
-    model.check_documents(config.data.documents)
+    model.set_documents(config.data.documents)
     model.activation_checkpointing = config.activation_checkpointing
     record_choices(config, given, model, numerics, trainer, job)
     block_size = model.config.block_size

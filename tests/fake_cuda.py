@@ -3,7 +3,8 @@
 
 Tensors are fake: they have shapes, types and a device, and no content. An operation that mixes devices raises, and so
 does whatever waits for the device to learn a number. LIBRARY is fake_cuda.cpp, compiled. Prints one JSON object: for
-each case what went wrong, and for the parts of a step how many operations they launch.
+each case what went wrong, the cases that take the kernel for sequences of different lengths, and for the parts of a
+step how many operations they launch.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import math
 import sys
 import traceback
 from pathlib import Path
+from unittest.mock import create_autospec
 
 TORCH = Path(importlib.util.find_spec("torch").submodule_search_locations[0], "lib")
 for library in (*TORCH.glob("libgomp*.so*"), TORCH / "libc10.so", TORCH / "libtorch_cpu.so", Path(sys.argv[1])):
@@ -21,6 +23,7 @@ for library in (*TORCH.glob("libgomp*.so*"), TORCH / "libc10.so", TORCH / "libto
 
 import torch
 import torch.nn as nn
+import torch.nn.attention.varlen as varlen
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -79,11 +82,12 @@ def make(dtype: torch.dtype = torch.float32, **shape) -> GPT:
         torch.set_default_dtype(torch.float32)
 
 
-def step(model: GPT, optimizer: torch.optim.Optimizer, job: Job) -> dict[str, int]:
+def step(model: GPT, optimizer: torch.optim.Optimizer, job: Job, documents: bool = False) -> dict[str, int]:
     """A training step as train.py makes it; the launches of its last parts."""
     tokens = torch.zeros(4, 64, dtype=torch.long, device=CUDA)
+    where = (torch.zeros(4, 64, dtype=torch.int32, device=CUDA), 16) if documents else ()
     with job.autocast():
-        _, loss = model(tokens, tokens, torch.ones((), dtype=torch.long, device=CUDA))
+        _, loss = model(tokens, tokens, torch.ones((), dtype=torch.long, device=CUDA), *where)
     loss.backward()
     launches = {}
     for part, do in (("clip", lambda: nn.utils.clip_grad_norm_(model.parameters(), 1.0)), ("update", optimizer.step),
@@ -101,8 +105,8 @@ def everything(dtype: torch.dtype, **shape) -> None:
         model = make(**shape)
         model.activation_checkpointing = checkpointing
         optimizer = build_optimizer(model, OptimConfig())
-        for _ in range(2):
-            step(model, optimizer, job)
+        for documents in (False, True):
+            step(model, optimizer, job, documents)
     tokens = torch.zeros(2, 5, dtype=torch.long, device=CUDA)
     with torch.no_grad(), job.autocast():
         model.eval()(tokens, tokens, num_targets=1)
@@ -159,6 +163,7 @@ def put_in_place() -> None:
     """What a card would be asked."""
     F.scaled_dot_product_attention = attention
     torch.cuda.device = lambda device: contextlib.nullcontext()
+    torch.cuda.get_device_capability = lambda *args: (9, 0)
     torch.cuda.is_bf16_supported = lambda *args, **kwargs: True
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
 
@@ -167,14 +172,16 @@ def main() -> None:
     put_in_place()
     Recorder().put_in_place()  # there is nothing to record
     torch.nn.utils.clip_grad._has_foreach_support = lambda *args: True  # which looks for plain tensors
-    found = {"cases": {}}
+    found, varlen_attn = {"cases": {}, "varlen": []}, varlen.varlen_attn
     for name, (dtype, shape) in CASES.items():
+        varlen.varlen_attn = create_autospec(varlen_attn, side_effect=varlen_attn)
         try:
             with FakeTensorMode():
                 everything(dtype, **shape)
             found["cases"][name] = ""
         except Exception:
             found["cases"][name] = traceback.format_exc(limit=-4)
+        found["varlen"] += [name] if varlen.varlen_attn.called else []
     with FakeTensorMode():
         model = make(n_layer=12)
         optimizer, job = build_optimizer(model, OptimConfig()), Job(0, 1, CUDA, torch.bfloat16)

@@ -41,6 +41,11 @@ def test_no_operation_mixes_devices_or_waits_for_the_card(traced):
     assert [f"{name}: {failure}" for name, failure in traced["cases"].items() if failure] == []
 
 
+def test_documents_and_windows_take_the_kernel_for_sequences_of_different_lengths(traced):
+    """Not in float32, with dropout within attention, or with numbers that are added to the scores."""
+    assert traced["varlen"] == ["bfloat16", "float16", "llama", "mistral", "fast", "post-norm"]
+
+
 def test_the_end_of_a_step_takes_few_launches(traced):
     """Budgets for 12 blocks, of 75 tensors: nothing grows with the model but Muon's number of stacks, which are six for
     GPT-2 small."""

@@ -255,6 +255,13 @@ def pin_batch(batch: Batch, num_rows: int, device: torch.device) -> Batch:
     return Batch(*(pin(values, device) for values in batch[:3]), max_documents(batch.positions, num_rows))
 
 
+def empty_batch(num_rows: int, block_size: int, has_documents: bool, device: torch.device) -> Batch:
+    """Rows of zeros, for a trial: in everything that a compiler looks at like a run's."""
+    zeros = np.zeros((num_rows, block_size), np.int64)
+    positions = np.tile(np.arange(block_size, dtype=np.int32), (num_rows, 1)) if has_documents else None
+    return batch_to_device(pin_batch(Batch(zeros, zeros, positions), num_rows, device), device)
+
+
 def pin(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """A batch as a tensor that `device` can copy from without anyone waiting: in pinned memory if that is a GPU."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))

@@ -38,6 +38,7 @@ class LanguageModel(nn.Module):
         check_options(config)
         self.config = config
         self.activation_checkpointing = False  # keep only the blocks' inputs, and run the blocks again in backward
+        self.keeps_within_documents = False  # batches come with positions in documents
         self.compile_decoding = False  # compile the step that generates a token
         self.is_compiled = False  # its parts, in place: see compiling.compile_in_place
         self.chunk_loss = ChunkLoss()
@@ -91,10 +92,12 @@ class LanguageModel(nn.Module):
             num_targets = (targets >= 0).sum().clamp(min=1)
         return None, self.summed_loss(x, targets) / num_targets
 
-    def check_documents(self, documents: str) -> None:
-        """Raises ValueError if the model cannot keep within documents, as --documents=mask and pack ask for."""
+    def set_documents(self, documents: str) -> None:
+        """Be ready for batches as --documents makes them. Raises ValueError for a model that cannot keep within
+        documents."""
         if documents != "stream" and self.config.model != "gpt":
             raise ValueError(f"documents={documents} is for model=gpt: a {self.config.model} reads on across documents")
+        self.keeps_within_documents = documents != "stream"
 
     def num_params(self, non_embedding: bool = True) -> int:
         """Parameters without padding rows; `non_embedding` leaves out the position table (a tied token table is the

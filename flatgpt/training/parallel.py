@@ -16,6 +16,7 @@ import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
+from flatgpt.data.loader import empty_batch
 from flatgpt.models.baselines import build_empty
 from flatgpt.training.distributed import Job
 
@@ -46,6 +47,7 @@ def stand_in(model: nn.Module, job: Job) -> nn.Module:
     So what is to be trained takes part in no trial, and what takes part is thrown away."""
     trial = build_empty(replace(model.config, n_layer=1) if model.h else model.config)
     trial.activation_checkpointing = model.activation_checkpointing
+    trial.keeps_within_documents = model.keeps_within_documents
     if job.shard_size > 1:
         shape, names = (job.world_size, 1), ("others", "alone")
         _shard(trial, init_device_mesh(job.device.type, shape, mesh_dim_names=names)["alone"], job)
@@ -102,10 +104,10 @@ def wrap(model: nn.Module, job: Job, batch_size: int) -> nn.Module:
 
 def try_pass(wrapped: nn.Module, model: nn.Module, job: Job, batch_size: int) -> None:
     """A forward and backward pass over zeros; its gradients are dropped."""
-    nothing = torch.zeros(batch_size, model.config.block_size, dtype=torch.long, device=job.device)
+    x, y, *documents = empty_batch(batch_size, model.config.block_size, model.keeps_within_documents, job.device)
     try:
         with job.autocast():
-            _, loss = wrapped(nothing, nothing)
+            _, loss = wrapped(x, y, None, *documents)
         loss.backward()
     finally:
         zero_grad(model, job)

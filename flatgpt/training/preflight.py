@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 
 from flatgpt import launcher
-from flatgpt.data.loader import BatchPlan
+from flatgpt.data.loader import BatchPlan, empty_batch
 from flatgpt.machine import free_memory_bytes, memory_bytes, resident_bytes
 from flatgpt.models import fused
 from flatgpt.training import compiling, distributed, parallel
@@ -120,10 +120,10 @@ def _fits_gpu(trial: LanguageModel, job: Job, micro_batch: int, num_bytes: int) 
     torch.cuda.set_per_process_memory_fraction(min(ROOM, allowed), job.device)
     try:
         others = torch.empty(max(0, num_bytes), dtype=torch.uint8, device=job.device)
-        tokens = torch.zeros(micro_batch, trial.config.block_size, dtype=torch.long, device=job.device)
+        x, y, *documents = empty_batch(micro_batch, trial.config.block_size, trial.keeps_within_documents, job.device)
         for _ in range(2):  # the second time beside gradients
             with job.autocast():
-                _, loss = trial(tokens, tokens)
+                _, loss = trial(x, y, None, *documents)
             loss.backward()
         del others
         return True

@@ -102,7 +102,7 @@ def alone(batch: Batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
 @pytest.mark.parametrize("options", OPTIONS, ids=NAMES)
 @pytest.mark.parametrize("documents", ["mask", "pack"])
 def test_gradients_are_those_of_each_document_alone(documents, options, backend):
-    model, batch = make_model(**options), batch_of(documents)
+    model, batch = make_model(**options).double(), batch_of(documents)  # in float32 they differ by 3e-6 of the largest
     model.set_attention(backend)
     assert len(alone(batch)) > 1.5 * len(batch.inputs)
     for found, wanted in zip(gradients(model, [batch[:3]]), gradients(model, alone(batch))):

@@ -217,7 +217,7 @@ def fit_and_train(layout: str, cases: list[tuple[str, int]]) -> list[tuple[int, 
     the micro-batch that is found by what a GPU's trial does, and the steps after it."""
     forward, found = GPT.forward, []
 
-    def overflow(model, idx, targets=None, num_targets=None):
+    def overflow(model, idx, targets=None, num_targets=None, *documents):
         loss = forward(model, idx, targets, num_targets)[1]
         if job.rank == 1 and len(idx) == full_at and num_targets is None:
             if where == "forward":
