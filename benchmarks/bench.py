@@ -4,6 +4,7 @@
     python -m benchmarks.bench train --config=config/gpt2_124m.py --steps=4 --options="--batch_size=4 ..."
     python -m benchmarks.bench sample --baseline                        sample.py on GPT-2 small
     python -m benchmarks.bench data                                     prepare_data.py and two plain ways
+    python -m benchmarks.bench read                                     batches of a stream, masked, packed
     python -m benchmarks.bench checkpoint                               what a save costs the loop
     python -m benchmarks.bench gpu --config=config/gpt2_124m.py         the rows of BENCHMARKS.md's GPU table
 
@@ -42,7 +43,10 @@ import torch
 from benchmarks import baselines, kernels
 from benchmarks.baselines import NEW_TOKENS, PROMPT_IDS
 from benchmarks.scripts import Figures, command, compare, run, run_training, show, spread
-from flatgpt.data.shards import open_dataset
+from flatgpt.data.documents import find_edges
+from flatgpt.data.order import Order, TrainOrder
+from flatgpt.data.packing import PackedOrder
+from flatgpt.data.shards import Split, open_dataset
 from flatgpt.data.tokenizer import GPT2Tokenizer
 from flatgpt.models.sampling import Sampler
 from flatgpt.options import parse_options, run_script
@@ -61,7 +65,7 @@ KERNEL_SIZE = kernels.Size()
 
 @dataclass
 class BenchConfig:
-    what: Literal["train", "sample", "data", "checkpoint", "gpu"] = "train"
+    what: Literal["train", "sample", "data", "read", "checkpoint", "gpu"] = "train"
     config: Annotated[str, "path"] = "config/shakespeare_char_cpu.py"  # configuration of the run
     options: str = ""  # more options for train.py, as on its command line
     steps: int = 0  # steps of a run; 0 = the configuration's max_iters, for gpu 10
@@ -74,8 +78,8 @@ class BenchConfig:
 def main(argv: list[str]) -> None:
     """Run the ways in turn and print the ratios."""
     bench, _ = parse_options(BenchConfig, argv, usage=__doc__, bare_word="what")
-    measures = {"train": bench_train, "sample": bench_sample, "data": bench_data, "checkpoint": bench_checkpoint,
-                "gpu": bench_gpu}
+    measures = {"train": bench_train, "sample": bench_sample, "data": bench_data, "read": bench_read,
+                "checkpoint": bench_checkpoint, "gpu": bench_gpu}
     bench.rounds = bench.rounds or (1 if bench.what == "gpu" else 3)
     measured = measures[bench.what](bench)
     if bench.json:
@@ -330,6 +334,35 @@ def bench_data(bench: BenchConfig) -> dict:
                 "datasets.map and memmap": partial(in_child, baselines.prepare_plainly, folder)}
         return compare(bench.rounds, {way: partial(with_speed, measure) for way, measure in ways.items()},
                        ("mb_per_sec", "seconds"))
+
+
+def bench_read(bench: BenchConfig) -> dict:
+    """Millions of tokens a second that one core reads, in steps of 512 windows of 1,024 tokens, from documents as long
+    as web pages (log-normal, half of them below 500 tokens); and what an order takes before its first batch."""
+    rng, num_tokens = np.random.default_rng(0), 100_000_000
+    tokens = rng.integers(0, 50256, num_tokens).astype(np.uint16)
+    lengths = rng.lognormal(np.log(500), 1.0, num_tokens // 500).astype(np.int64) + 1
+    tokens[lengths.cumsum()[lengths.cumsum() < num_tokens]] = 50256
+    split = Split([Path("train_000000.bin")], 50257, [tokens])
+    began = time.perf_counter()
+    edges = find_edges(tokens, 50256)
+    print(f"{len(edges) - 1:,} documents, found in {time.perf_counter() - began:.2f} s; their index takes "
+          f"{edges.nbytes / tokens.nbytes:.2%} of the shard")
+
+    def read(make: Callable[[], Order]) -> Figures:
+        began = time.perf_counter()
+        order = make()
+        order.batch(0, 1)
+        ready = time.perf_counter()
+        num_seqs = order.epoch_seqs(0) // 512 * 512
+        padding = sum(int((order.batch(first, 512).targets < 0).sum()) for first in range(0, num_seqs, 512))
+        return {"mtokens_per_sec": num_seqs * 1.024e-3 / (time.perf_counter() - ready), "start_s": ready - began,
+                "padding": padding / num_seqs / 1024}
+
+    ways = {"stream": partial(TrainOrder, split, 1024, 1337), "mask": partial(TrainOrder, split, 1024, 1337, 50256),
+            "pack": partial(PackedOrder, split, [edges], 1024, 1337)}
+    return compare(bench.rounds, {way: partial(read, make) for way, make in ways.items()},
+                   ("mtokens_per_sec", "start_s", "padding"))
 
 
 if __name__ == "__main__":

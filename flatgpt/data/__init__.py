@@ -12,5 +12,8 @@
     staging.py           a data set that is being made: how ranks share the work, and what a kill leaves
     shards.py            .bin files of tokens, and dataset folders: written, checked, opened
     nanogpt.py           nanoGPT's headerless train.bin and its meta.pkl
-    loader.py            (seed, position) -> batch: the order of the data
+    documents.py         where documents begin in a shard
+    order.py             a sequence's number -> a window, over an epoch or a mixture
+    packing.py           the same for windows of whole documents
+    loader.py            (seed, position) -> batch, on any number of ranks
 """

@@ -2,6 +2,7 @@
 
     language_model.py  what every model has: loss, generation, files
     fused.py           the head and its loss in chunks, the recomputed activation: less memory, the same results
+    attention.py       the kernels of attention, and what says which keys a query sees
     positions.py       positional encodings: the formulas of RoPE, ALiBi and sinusoids
     generate.py        caches, the loop that streams tokens, the decoding step as a CUDA graph
     sampling.py        logits -> the next token
@@ -10,5 +11,5 @@
     weights.py         models in files: Hugging Face's folders, nanoGPT's ckpt.pt
     inference.py       a model that the options name, with its tokenizer, and what it is given to read
 
-model.py imports the first four, which do not import it; baselines.py, families.py and weights.py build on it.
+model.py imports the first five, which do not import it; baselines.py, families.py and weights.py build on it.
 """

@@ -13,7 +13,20 @@ from conftest import write_shard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flatgpt.data.loader import DataConfig, open_mixture, pin, plan_batches, prefetch, to_device
+from flatgpt.data.loader import (
+    DataConfig,
+    empty_batch,
+    max_documents,
+    open_mixture,
+    pin,
+    pin_batch,
+    plan_batches,
+    prefetch,
+    to_device,
+)
+from flatgpt.data.order import Batch, positions_in_documents
+
+CPU = torch.device("cpu")
 
 # The batch plan
 
@@ -223,9 +236,42 @@ def test_an_error_is_raised_where_its_value_would_have_come():
     assert reading_threads() == []
 
 
+@given(lengths=st.lists(st.integers(1, 8), min_size=8, max_size=64), num_rows=st.integers(1, 8))
+def test_the_number_of_documents_has_a_bound_that_seldom_changes(lengths, num_rows):
+    begins = np.cumsum(lengths)[:-1]
+    tokens = np.isin(np.arange(64), begins).reshape(8, 8)
+    positions = positions_in_documents(tokens.astype(np.int64), 1)
+    bound = max_documents(positions, num_rows)
+    in_rows = (positions == 0).sum(axis=1)
+    most = max(in_rows[i:i + num_rows].sum() for i in range(0, 8, num_rows))
+    assert most <= bound < 2 * most
+    assert bound.bit_count() == 1
+
+
+def test_a_micro_batch_is_said_to_hold_a_document_for_each_128_tokens_unless_it_holds_more():
+    rows = np.zeros((64, 1024), dtype=np.int64)
+    rows[:, ::500] = 1
+    assert max_documents(positions_in_documents(rows, 1), 64) == 512
+    rows[:, ::100] = 1
+    assert max_documents(positions_in_documents(rows, 1), 64) == 1024
+
+
+def test_a_trial_meets_what_a_run_meets():
+    """Shapes, types and the number that a kernel is compiled for."""
+    rows = np.zeros((4, 512), dtype=np.int64)
+    rows[:, 100::150] = 1
+    for eot_id in (None, 1):
+        real = pin_batch(Batch(rows, rows, positions_in_documents(rows, eot_id)), 4, CPU)
+        empty = empty_batch(4, 512, eot_id is not None, CPU)
+        for ours, theirs in zip(empty[:3], real[:3]):
+            assert (ours is None) == (theirs is None)
+            assert ours is None or (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+        assert empty.max_documents == real.max_documents
+
+
 def test_a_batch_becomes_a_tensor_of_its_own_layout():
     rows = np.arange(12).reshape(3, 4)
-    tensor = pin(rows[:, 1:], torch.device("cpu"))
+    tensor = pin(rows[:, 1:], CPU)
     assert tensor.tolist() == rows[:, 1:].tolist()
     assert tensor.is_contiguous()
     assert tensor.dtype == torch.int64
