@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.scripts import Figures
-from flatgpt.models.attention import AttentionContext, attend
+from flatgpt.models.attention import AttentionContext, Documents, VarlenMask, attend
 from flatgpt.models.fused import ChunkLoss, add_product, swiglu
 from flatgpt.models.positions import rope_cos_sin
 from flatgpt.training.compiling import compile_in_place
@@ -71,7 +71,7 @@ def measure_all(size: Size) -> dict[str, Figures]:
           flush=True)
     seen: dict[str, Figures] = {}
     makers = (whole_model, chunk_loss, head_gradient, swiglus, orders_of_rotation, recomputation, attentions,
-              muon_update, zeroing, decoding)
+              attention_within_documents, muon_update, zeroing, decoding)
     for make in makers:
         with torch.device(device):
             for row in make(size, dtype):
@@ -265,6 +265,22 @@ def attentions(size: Size, dtype: torch.dtype) -> Iterator[Row]:
     flash, cudnn = by(SDPBackend.FLASH_ATTENTION), by(SDPBackend.CUDNN_ATTENTION)
     yield Row("attention, forward and backward: torch's choice, before FlashAttention-2", by(), flash, 0, flops)
     yield Row("attention, forward and backward: cuDNN's, before FlashAttention-2", cudnn, flash, 0, flops)
+
+
+def attention_within_documents(size: Size, dtype: torch.dtype) -> Iterator[Row]:
+    """Four documents a window, in the kernel for sequences of different lengths, where there is one."""
+    qkv = torch.randn(3, size.B, size.T, size.H, size.C // size.H, dtype=dtype)
+    positions = torch.arange(size.T) % (size.T // 4)
+    documents = Documents(positions.expand(size.B, -1), 4 * size.B)
+    with torch.autocast(qkv.device.type, dtype, enabled=dtype != torch.float32):
+        found = GPT(size.config()).attention_context(torch.arange(size.T), torch.arange(size.T), documents=documents)
+    mask = documents.share()[:, None] & torch.ones(size.T, size.T, dtype=torch.bool).tril()
+
+    def by(mask: torch.Tensor | VarlenMask) -> Callable[[], None]:
+        return forward_and_backward(lambda x: attend(*(t.transpose(1, 2) for t in x), mask, 0.0, "sdpa"), qkv, dtype)
+
+    yield Row("attention within documents: a kernel for lengths, before a mask", by(found.mask), by(mask), 0,
+              attention_flops(size) / 4)
 
 
 def muon_update(size: Size, dtype: torch.dtype) -> Iterator[Row]:

@@ -24,7 +24,7 @@ from conftest import ROOT, TINY_RUN, Result, records_of, run_process, torchrun
 from safetensors.torch import load_file
 
 from flatgpt.data.loader import pin
-from flatgpt.models.attention import attend
+from flatgpt.models.attention import attend, has_varlen_kernel
 from flatgpt.models.baselines import build
 from flatgpt.models.generate import Decoder
 from flatgpt.models.language_model import LanguageModel
@@ -172,6 +172,41 @@ def test_torch_takes_cudnns_attention_on_a_hopper_gpu_unless_it_must_be_determin
         attend(q, q, q, None, 0.0, "sdpa")
     called = {event.key for event in profile.key_averages()}
     assert f"aten::_scaled_dot_product_{kernel}_attention" in called, called
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or not has_varlen_kernel("sdpa", CUDA, torch.bfloat16, 64),
+                    reason="needs a GPU and a torch with a kernel for sequences of different lengths")
+@pytest.mark.parametrize("options", [{}, {"n_kv_head": 2}, {"sliding_window": 40, "window_pattern": "SL"}])
+def test_the_kernel_for_documents_does_what_the_mask_does(options, monkeypatch):
+    model = make_model(block_size=256, n_embd=256, n_head=4, pos="rope", **options).to(CUDA)
+    x = torch.randint(64, (8, 256), device=CUDA)
+    lengths = torch.randint(1, 90, (200,), generator=torch.Generator().manual_seed(0)).cumsum(0)
+    begins = torch.zeros(8 * 256, dtype=torch.int32)
+    begins[[*range(0, 8 * 256, 256), *lengths[lengths < 8 * 256].tolist()]] = 1
+    place = torch.arange(8 * 256)
+    positions = (place - torch.where(begins > 0, place, 0).cummax(0).values).view(8, 256).to(CUDA)
+    found = {}
+    for has_kernel in (True, False):
+        if not has_kernel:
+            monkeypatch.setattr("model.has_varlen_kernel", lambda *args: False)
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(x, x, 1, positions, 128)[1]
+        loss.backward()
+        found[has_kernel] = loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert found[True][0] == pytest.approx(found[False][0], rel=1e-3)
+    difference = (found[True][1] - found[False][1]).norm() / found[False][1].norm()
+    assert difference < 0.02, f"gradients differ by {difference:.1%}"
+
+
+@pytest.mark.parametrize("options", [(), ("--compile=True",), ("--dtype=float32",)])
+def test_a_packed_run_and_its_evaluation(cli, tmp_path, options):
+    (tmp_path / "lines.jsonl").write_text("".join(f'{{"text": "line {i} {"and so on " * (i % 5)}"}}\n'
+                                                  for i in range(200)))
+    run(cli, "prepare_data", "--input=lines.jsonl", "--tokenizer=byte", "--val_fraction=0.1")
+    run(cli, "train", *RUN, "--dataset=lines", "--documents=pack", "--pos=rope", *options)
+    losses = val_losses("out/tiny")
+    assert losses[-1] < losses[0]
 
 
 def test_a_step_waits_for_the_device_in_one_place(cli, tiny_data):
