@@ -200,7 +200,7 @@ def test_the_manifest_says_what_is_in_the_folder(prepare):
         assert path.name.startswith(f"{shard['split']}_0")
         assert shard["tokens"] == len(open_shard(path))
         assert shard["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert {path.suffix for path in folder.iterdir()} == {".bin", ".json"}
+    assert {path.suffix for path in folder.iterdir()} == {".bin", ".json", ".npy"}
 
 
 def test_the_same_command_again_touches_nothing_and_says_so(prepare, cli):
@@ -787,7 +787,8 @@ def test_two_ranks_of_torchrun_put_the_same_documents_in_the_same_splits(prepare
     names = [shard["file"] for shard in read_json(two / "dataset.json")["shards"]]
     assert names == sorted(names, key=lambda name: (["train", "test", "val"].index(name.split("_")[0]), name))
     assert sorted(path.name for path in two.iterdir()) == sorted(
-        [*names, "dataset.json", "tokenizer.json", "tokenizer_config.json"])
+        [*names, *(name.replace(".bin", ".documents.npy") for name in names), "dataset.json", "tokenizer.json",
+         "tokenizer_config.json"])
     assert {path.name for path in Path("data").iterdir()} == {"one", "two"}
     short = [shard for shard in read_json(two / "dataset.json")["shards"] if shard["tokens"] < 3000]
     assert len(short) == 6  # the last of each split and rank: both did their part
