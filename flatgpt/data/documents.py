@@ -8,7 +8,7 @@ A document is its end-of-text token and its text. What stands before the first e
 rest of a document that the shard before begins with, counts as a document.
 
 Invariant: an index is used only if it belongs to its shard: it ends with the number of tokens, and a sample of what it
-points at are end-of-text tokens. Any other is made again.
+points at are end-of-text tokens. Any other is made again, and so is one of a single document, which points at nothing.
 
 Example: the shard [eot a b c eot d e] has the index [0, 4, 7].
 """
@@ -57,14 +57,15 @@ def index_fault(path: Path, tokens: np.ndarray, eot_id: int) -> str:
 
 
 def _open(path: Path, tokens: np.ndarray, eot_id: int) -> np.ndarray:
-    edges = _read(path)
-    if _belongs(edges, tokens, eot_id):
-        return edges
+    there = _read(path)
+    if _belongs(there, tokens, eot_id):
+        return there
     edges = find_edges(tokens, eot_id)
-    content = io.BytesIO()
-    np.save(content, edges)
-    with contextlib.suppress(OSError):  # a folder that cannot be written: it is found anew each time
-        files.write_bytes(index_path(path), content.getvalue())
+    if not np.array_equal(edges, there):
+        content = io.BytesIO()
+        np.save(content, edges)
+        with contextlib.suppress(OSError):  # a folder that cannot be written: it is found anew each time
+            files.write_bytes(index_path(path), content.getvalue())
     return edges
 
 
@@ -77,7 +78,7 @@ def _read(path: Path) -> np.ndarray:
 
 
 def _belongs(edges: np.ndarray, tokens: np.ndarray, eot_id: int) -> bool:
-    if edges.ndim != 1 or edges.dtype not in (np.uint32, np.uint64) or len(edges) < 1 or edges[-1] != len(tokens):
+    if edges.ndim != 1 or edges.dtype not in (np.uint32, np.uint64) or len(edges) < 3 or edges[-1] != len(tokens):
         return False
     inner = edges[1:-1]
     sample = inner[np.linspace(0, len(inner) - 1, min(len(inner), SAMPLED_DOCUMENTS)).astype(np.int64)]

@@ -82,7 +82,7 @@ class Windows(NamedTuple):
 def pack(edges: np.ndarray, T: int, shard: int, filler: int) -> Windows:
     """The windows of the documents of one block, which lie in `shard`."""
     num_pieces = -(-np.diff(edges) // T)  # of each document
-    starts = np.repeat(edges[:-1], num_pieces) + T * count_up(num_pieces)
+    starts = np.repeat(edges[:-1], num_pieces) + T * count_up(num_pieces).astype(np.int64)
     lengths = np.minimum(np.repeat(edges[1:], num_pieces) - starts, T)
     longest_first = starts[np.argsort(-lengths, kind="stable")]
     counts = count_lengths(edges, T)
@@ -104,7 +104,7 @@ def pack(edges: np.ndarray, T: int, shard: int, filler: int) -> Windows:
 
 def count_lengths(edges: np.ndarray, T: int) -> np.ndarray:
     """How many pieces of each length, (T + 1,), documents with these edges are cut in."""
-    lengths = np.diff(edges)
+    lengths = np.diff(edges.astype(np.int64))
     counts = np.bincount(lengths % T, minlength=T + 1)
     counts[0], counts[T] = 0, (lengths // T).sum()
     return counts

@@ -67,6 +67,20 @@ def test_an_index_that_does_not_belong_to_its_shard_is_made_again(split, wrong):
     assert np.load(path).tolist() == EDGES
 
 
+def test_an_index_for_another_end_of_text_token_is_made_again(split):
+    for eot_id, edges in ((7, [0, 8]), (3, [0, 5, 8]), (9, EDGES)):
+        assert [found.tolist() for found in open_index(split, eot_id)] == [edges]
+    split.shards[0] = split.shards[0][:3]
+    assert open_index(split, 9)[0].tolist() == [0, 3]
+
+
+def test_a_single_document_is_found_anew_and_written_once(split):
+    open_index(split, 7)
+    written = index_path(split.paths[0]).stat()
+    open_index(split, 7)
+    assert index_path(split.paths[0]).stat() == written
+
+
 def test_a_torn_index_is_made_again(split):
     open_index(split, 9)
     path = index_path(split.paths[0])

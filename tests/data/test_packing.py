@@ -95,6 +95,14 @@ def test_best_fit_places_each_piece_once_and_as_one_by_one(counts):
     assert sorted(T - sum(lengths) for lengths, number in found for _ in range(number)) == sorted(rooms)
 
 
+def test_a_document_may_have_more_tokens_than_32_bits_count():
+    edges = np.array([0, 3, 5 * 2**30], dtype=np.uint64)
+    T = 2**20
+    windows = packing.pack(edges.astype(np.int64), T, 0, 1)
+    assert packing.count_lengths(edges, T)[T] == 5 * 2**10 - 1
+    assert sorted(windows.starts[windows.shards == 0].tolist()) == [0, *range(3, 5 * 2**30, T)]
+
+
 def test_epochs_and_seeds_differ_in_order():
     documents = [[3, 5, 8, 2, 6, 7, 1, 4] * 12]
     orders = [order_of(documents, seed=seed) for seed in (0, 1)]
