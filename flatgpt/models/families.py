@@ -69,7 +69,8 @@ def family_of(config: GPTConfig) -> str | None:
 
 def _is_gpt2(config: GPTConfig) -> bool:
     return (config.model == "gpt" and config.pos.startswith("learned") and config.mlp in ACTIVATIONS.values()
-            and config.num_kv_heads == config.n_head and not config.head_dim and not any(config.windows)
+            and config.num_kv_heads == config.n_head and not any(config.windows)
+            and config.head_size * config.n_head == config.n_embd
             and (config.norm, config.norm_position) == ("layernorm", "pre") and not (config.qk_norm or config.qkv_bias))
 
 

@@ -22,7 +22,7 @@ from flatgpt.data.shards import DATA_DIR, UNKNOWN_VOCAB_SIZE, folder_tokenizer
 from flatgpt.data.tokenizer import GPT2_VOCAB_SIZE, GPT2Tokenizer, Tokenizer, load_tokenizer, no_tokenizer
 from flatgpt.models import weights
 from flatgpt.options import check_options
-from model import GPTConfig, LanguageModel
+from model import MEANING, GPTConfig, LanguageModel
 
 NANOGPT_VOCAB_SIZE = 50304  # GPT-2's 50,257 tokens, rounded up
 SHAPE = tuple(field.name for field in fields(GPTConfig) if field.name not in ("vocab_size", "dropout"))
@@ -52,9 +52,9 @@ def load_for_training(init_from: str, shape: GPTConfig, given: Mapping[str, str]
     """A model from elsewhere, fitted to a run's data and to those options of its shape that are among the keys `given`.
     Raises ValueError for what it contradicts."""
     model = load_model(init_from, dropout=shape.dropout)
-    faults = [f"{key}={getattr(shape, key)} was asked for, and it has {getattr(model.config, key)}"
+    faults = [f"{key}={getattr(shape, key)} was asked for, and it has {getattr(model.config, MEANING.get(key, key))}"
               for key in SHAPE if key not in ("block_size", *STRETCH) and key in given
-              and getattr(shape, key) != getattr(model.config, key)]
+              and not model.config.means(key, getattr(shape, key))]
     names = ",".join(data.datasets)
     if model.config.vocab_size < data.vocab_size:
         faults.append(f"its vocabulary is {model.config.vocab_size}, and {names} has {data.vocab_size}")
@@ -76,9 +76,8 @@ def _stretch(config: GPTConfig, shape: GPTConfig, given: Mapping[str, str]) -> N
     for key in STRETCH:
         if key in given:
             setattr(config, key, getattr(shape, key))
-    if "rope_factor" in given and config.rope_scaling != "linear":
-        config.rope_original_block_size = config.rope_original_block_size or config.block_size
     check_options(config)
+    config.fix_rope_original()
 
 
 def adopt_shape(shape: GPTConfig, given: Mapping[str, str], found: Mapping[str, Any]) -> None:

@@ -75,7 +75,8 @@ def test_models_travel_both_ways_and_write_the_same_text(tmp_path, family, chang
 
 LIKE_LLAMA = {"pos": "rope", "norm": "rmsnorm", "mlp": "swiglu"}
 WINDOWED = {"sliding_window": 5}
-SHAPES = [({}, "gpt2"), ({"head_dim": 8}, None), ({"qkv_bias": True}, None), (WINDOWED, None), (LIKE_LLAMA, "llama"),
+SHAPES = [({}, "gpt2"), ({"head_dim": 4, "n_kv_head": 4, "mlp_hidden": 64}, "gpt2"), ({"head_dim": 8}, None),
+          ({"qkv_bias": True}, None), (WINDOWED, None), (LIKE_LLAMA, "llama"),
           (LIKE_LLAMA | WINDOWED, "mistral"), (LIKE_LLAMA | WINDOWED | {"window_pattern": "SL"}, None),
           (LIKE_LLAMA | {"qk_norm": True, "head_dim": 8}, "qwen3"), (LIKE_LLAMA | {"qkv_bias": True}, "qwen2"),
           (LIKE_LLAMA | WINDOWED | {"qkv_bias": True, "window_pattern": "SL"}, "qwen2"),
