@@ -43,6 +43,7 @@ from model import GPTConfig
 HUB_ALIASES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 WEIGHT_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json"]  # of a hub repository
 TABLES = ("wte.weight", "lm_head.weight")  # a row a token: padded here, not in files
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # others hold parts of a number, without scale
 
 
 def load_pretrained(source: str) -> tuple[GPTConfig, State]:
@@ -176,9 +177,12 @@ def _finish(config: GPTConfig, state: State, path: Path) -> State:
     in_files = {name: torch.Size([config.vocab_size, *shape[1:]]) if name in TABLES else shape
                 for name, shape in wanted.items()}
     missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    misshapen = sorted(name for name in wanted.keys() & state.keys() if state[name].shape != in_files[name])
+    found = sorted(wanted.keys() & state.keys())
+    misshapen = [name for name in found if state[name].shape != in_files[name]]
+    quantized = [name for name in found if state[name].dtype not in DTYPES]
     faults = [f"{what}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}" for what, names in (
-        ("missing", missing), ("unknown", unknown), ("of another shape than config.json says", misshapen)) if names]
+        ("missing", missing), ("unknown", unknown), ("of another shape than config.json says", misshapen),
+        ("of other number types than float32, float16, bfloat16 and float64", quantized)) if names]
     if faults:
         raise ValueError(f"{path}: parameters {'; '.join(faults)}")
     return {name: _make_parameter(state.pop(name), shape) for name, shape in wanted.items()}
