@@ -20,7 +20,7 @@ import torch
 from flatgpt.models.positions import BETA_FAST, BETA_SLOW, HIGH_FREQ_FACTOR, LOW_FREQ_FACTOR
 from model import GPTConfig
 
-State = dict[str, torch.Tensor]
+State = dict[str, torch.Tensor | list[torch.Tensor]]  # of a list, the rows lie below each other
 Read = tuple[dict[str, Any], list[str]]  # the values of our configuration, and what model.py does not have
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
@@ -195,8 +195,7 @@ def _read_llama_state(config: GPTConfig, theirs: State) -> State:
         for ours, names in LLAMA_BLOCK.items():
             names = [f"model.layers.{layer}.{name}" for name in names]
             if all(name in theirs for name in names):
-                parts = [theirs.pop(name) for name in names]
-                state[f"h.{layer}.{ours}"] = parts[0] if len(parts) == 1 else torch.cat(parts)
+                state[f"h.{layer}.{ours}"] = [theirs.pop(name) for name in names]
     return state | theirs  # what is left over is named as unknown
 
 

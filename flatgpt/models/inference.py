@@ -21,6 +21,7 @@ from flatgpt.data.loader import MixedOrder, Mixture, TrainOrder, open_mixture
 from flatgpt.data.shards import DATA_DIR, UNKNOWN_VOCAB_SIZE, folder_tokenizer
 from flatgpt.data.tokenizer import GPT2_VOCAB_SIZE, GPT2Tokenizer, Tokenizer, load_tokenizer, no_tokenizer
 from flatgpt.models import weights
+from flatgpt.models.families import State
 from flatgpt.options import check_options
 from model import MEANING, GPTConfig, LanguageModel
 
@@ -40,18 +41,23 @@ def find_model(init_from: str, out_dir: str) -> tuple[Path, str]:
     return path, f"{source} ({path.name})" if path.parent.name == "checkpoints" else source
 
 
-def load_model(source: str, **overrides: Any) -> LanguageModel:
+def load_model(source: str) -> LanguageModel:
     """LanguageModel.from_pretrained, after the checksums of a folder that has them were verified."""
+    return LanguageModel.from_pretrained(str(_verified(source)))
+
+
+def _verified(source: str) -> Path:
     path = weights.resolve(source)
     if (path / "SHA256SUMS").is_file():
         run_folder.verify(path)
-    return LanguageModel.from_pretrained(str(path), **overrides)
+    return path
 
 
-def load_for_training(init_from: str, shape: GPTConfig, given: Mapping[str, str], data: Mixture) -> LanguageModel:
-    """A model from elsewhere, fitted to a run's data and to those options of its shape that are among the keys `given`.
-    Raises ValueError for what it contradicts."""
-    model = load_model(init_from, dropout=shape.dropout)
+def open_for_training(init_from: str, shape: GPTConfig, given: Mapping[str, str],
+                      data: Mixture) -> tuple[LanguageModel, State]:
+    """A model from elsewhere, as weights.open_pretrained gives it, fitted to a run's data and to those options of its
+    shape that are among the keys `given`. Raises ValueError for what it contradicts."""
+    model, state = weights.open_pretrained(str(_verified(init_from)), dropout=shape.dropout)
     faults = [f"{key}={getattr(shape, key)} was asked for, and it has {getattr(model.config, MEANING.get(key, key))}"
               for key in SHAPE if key not in ("block_size", *STRETCH) and key in given
               and not model.config.means(key, getattr(shape, key))]
@@ -67,7 +73,7 @@ def load_for_training(init_from: str, shape: GPTConfig, given: Mapping[str, str]
     _stretch(model.config, shape, given)
     if "block_size" in given:
         model.crop_block_size(shape.block_size)
-    return model
+    return model, state
 
 
 def _stretch(config: GPTConfig, shape: GPTConfig, given: Mapping[str, str]) -> None:

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from flatgpt.models import weights
 from flatgpt.models.inference import SHAPE
 from flatgpt.training import distributed, optim, parallel
 from flatgpt.training.distributed import Job
@@ -102,7 +103,7 @@ def roll_back(run: RunFolder, now: Progress, fault: str, model: LanguageModel, o
               scaler: torch.amp.GradScaler, spike_detector: SpikeDetector, job: Job) -> Progress:
     """Go back to the last good checkpoint, and continue with the data after the bad steps. Raises as `_last_good`."""
     trainer = distributed.on_rank0(partial(_last_good, run, now, fault), job)
-    state = LanguageModel.from_pretrained(trainer["folder"]).state_dict() if job.rank == 0 else None
+    _, state = weights.open_pretrained(trainer["folder"]) if job.rank == 0 else (None, None)
     distributed.on_rank0(lambda: None, job)  # reading may take longer than a rank waits for tensors
     parallel.fill(model, state, job)
     load_training_state(trainer, model, optimizer, scaler, spike_detector, job)

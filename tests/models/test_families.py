@@ -9,6 +9,8 @@ import transformers
 from conftest import TEXT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from flatgpt.data.hf_tokenizer import Tokenizer as ModelTokenizer
+from flatgpt.models import weights
 from flatgpt.models.baselines import build_empty
 from flatgpt.models.families import FAMILIES, family_of
 from flatgpt.models.weights import save_tensors
@@ -287,6 +289,19 @@ def save_tokenizer(folder: Path) -> None:
         chat_template="{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}").save_pretrained(folder)
 
 
+def test_a_qwen2_with_another_tokenizer_than_qwen2s_is_read_with_that_and_runs_no_code(tmp_path, gpt2_tokenizer):
+    config = GPTConfig(block_size=16, vocab_size=50257, n_layer=1, n_head=2, n_embd=8, qkv_bias=True, **LIKE_LLAMA)
+    GPT(config).save_pretrained(str(tmp_path))
+    qwens = transformers.Qwen2Tokenizer(vocab=gpt2_tokenizer.hf.get_vocab(), merges=[])
+    text, classes = "Don't 12345\n\n  cafe\u0301", []
+    for hf in (gpt2_tokenizer.hf, qwens.backend_tokenizer):
+        weights.save_tokenizer(config, ModelTokenizer(hf, 50256), tmp_path)
+        again = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        assert again(text).input_ids == hf.encode(text).ids
+        classes.append(type(again).__name__)
+    assert classes == ["TokenizersBackend", "Qwen2Tokenizer"]
+
+
 @pytest.mark.parametrize(("family", "title", "changes"), [
     ("gpt2", "GPT-2", {}), ("llama", "Llama", {"rope_parameters": LLAMA3 | {"rope_theta": 100.0}}),
     ("mistral", "Mistral", {"sliding_window": 6, "num_key_value_heads": 2}),
@@ -306,7 +321,6 @@ def test_a_model_of_the_hubs_cache_is_trained_further_exported_and_loaded(cli, m
     ids = {"eos_token_id": base.eos_token_id, "bos_token_id": base.pad_token_id, "pad_token_id": base.pad_token_id}
     changes = {"vocab_size": 320, "dtype": torch.bfloat16, "tie_word_embeddings": True} | changes
     save_theirs(folder, family, changes | ids, max_shard_size="30KB")
-    base = transformers.AutoTokenizer.from_pretrained(folder)  # now by the class of this model
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     Path("text.txt").write_text(TEXT)
     training = ("train", "--init_from=someone/small", "--dataset=more", "--out_dir=out/more", "--batch_size=2",
@@ -321,6 +335,8 @@ def test_a_model_of_the_hubs_cache_is_trained_further_exported_and_loaded(cli, m
     again = transformers.AutoTokenizer.from_pretrained("exported")
     assert type(theirs).__name__ == FAMILIES[family].architecture
     assert (again.special_tokens_map, again.chat_template) == (base.special_tokens_map, base.chat_template)
+    for text in ("Don't 12345\n\n  cafe\u0301<|im_end|>", TEXT[:300]):
+        assert again(text).input_ids == base(text).input_ids
     assert theirs.config.eos_token_id == base.eos_token_id
     prompt = torch.tensor([again("the quick").input_ids])
     wanted = theirs.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None)

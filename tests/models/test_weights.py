@@ -343,14 +343,14 @@ def test_a_git_lfs_pointer_is_called_one(tmp_path, name):
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     (tmp_path / name).write_bytes(POINTER)
     with pytest.raises(ValueError, match=rf"/{name} is a Git LFS pointer, not the file itself: `git lfs pull`"):
-        weights.load_pretrained(str(tmp_path / name if name == "ckpt.pt" else tmp_path))
+        weights.open_pretrained(str(tmp_path / name if name == "ckpt.pt" else tmp_path))
 
 
 def test_a_page_in_the_place_of_weights_is_called_one(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     (tmp_path / "model.safetensors").write_text("<!DOCTYPE html>")
     with pytest.raises(ValueError, match=r"model\.safetensors is an HTML page, probably from a failed download"):
-        weights.load_pretrained(str(tmp_path))
+        weights.open_pretrained(str(tmp_path))
 
 
 def test_files_that_are_something_else_are_named(tmp_path):
