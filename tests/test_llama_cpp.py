@@ -1,6 +1,7 @@
-"""llama.cpp reads what export.py makes, and writes the same text. What it needs, docs/evaluating.md says how to build:
-LLAMA_CPP names a folder of llama.cpp's source, with build/bin/llama-simple in it."""
+"""llama.cpp reads what export.py makes, and writes the same text. LLAMA_CPP names the folder of its source, in which
+llama-simple was built: CONTRIBUTING.md says how."""
 
+import importlib.util
 import os
 import subprocess
 from pathlib import Path
@@ -10,8 +11,9 @@ from conftest import TEXT, run_process
 
 TOOLS = Path(os.environ.get("LLAMA_CPP", "no_llama.cpp")).absolute()
 CONVERT, SIMPLE = TOOLS / "convert_hf_to_gguf.py", TOOLS / "build" / "bin" / "llama-simple"
-pytestmark = [pytest.mark.soak, pytest.mark.skipif(not (CONVERT.is_file() and SIMPLE.is_file()), reason=(
-    f"LLAMA_CPP names no folder with {CONVERT.name} and build/bin/{SIMPLE.name}"))]
+pytestmark = [pytest.mark.soak, pytest.mark.skipif(
+    not (CONVERT.is_file() and SIMPLE.is_file() and importlib.util.find_spec("sentencepiece")),
+    reason="needs llama.cpp, whose folder LLAMA_CPP names, and sentencepiece: see CONTRIBUTING.md")]
 TRAINING = ("--dataset=text", "--n_layer=2", "--n_head=4", "--n_embd=64", "--block_size=96", "--batch_size=4",
             "--gradient_accumulation_steps=1", "--max_iters=80", "--lr_decay_iters=80", "--warmup_iters=10",
             "--learning_rate=1e-2", "--eval_interval=80", "--eval_iters=2", "--device=cpu", "--dtype=float32",
