@@ -321,7 +321,8 @@ def test_a_model_of_the_hubs_cache_is_trained_further_exported_and_loaded(cli, m
     (repo / "refs" / "main").write_text(commit)
     save_tokenizer(folder)
     base = transformers.AutoTokenizer.from_pretrained(folder)
-    ids = {"eos_token_id": base.eos_token_id, "bos_token_id": base.pad_token_id, "pad_token_id": base.pad_token_id}
+    ids = {"eos_token_id": [base.eos_token_id, base.pad_token_id], "bos_token_id": base.pad_token_id,
+           "pad_token_id": base.pad_token_id}  # a list, as chat models have it
     changes = {"vocab_size": 320, "dtype": torch.bfloat16, "tie_word_embeddings": True} | changes
     save_theirs(folder, family, changes | ids, max_shard_size="30KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 1
@@ -340,7 +341,7 @@ def test_a_model_of_the_hubs_cache_is_trained_further_exported_and_loaded(cli, m
     assert (again.special_tokens_map, again.chat_template) == (base.special_tokens_map, base.chat_template)
     for text in ("Don't 12345\n\n  cafe\u0301<|im_end|>", TEXT[:300]):
         assert again(text).input_ids == base(text).input_ids
-    assert theirs.config.eos_token_id == base.eos_token_id
+    assert theirs.config.eos_token_id == theirs.generation_config.eos_token_id == ids["eos_token_id"]
     prompt = torch.tensor([again("the quick").input_ids])
     wanted = theirs.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None)
     assert torch.equal(GPT.from_pretrained("exported").generate(prompt, 20, temperature=0), wanted)
