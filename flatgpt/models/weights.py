@@ -1,8 +1,8 @@
 """Models in files: Hugging Face's folders and hub ids, nanoGPT's ckpt.pt.
 
 Owns how `(GPTConfig, state dict)` of model.py gets into files and out of them; families.py has the names and options
-of each kind of model. It returns no model, and nothing it loads can run code: safetensors hold numbers only, and
-ckpt.pt goes through torch's weights-only unpickler.
+of each kind of model. Nothing it loads can run code: safetensors hold numbers only, and ckpt.pt goes through torch's
+weights-only unpickler.
 
 A file is mapped into memory, and its tensors keep their own number type until a parameter is made of them, one at a
 time. So loading takes the memory of the parameters that are kept, and of one that is on its way, and no second copy.

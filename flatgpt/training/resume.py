@@ -104,7 +104,6 @@ def roll_back(run: RunFolder, now: Progress, fault: str, model: LanguageModel, o
     """Go back to the last good checkpoint, and continue with the data after the bad steps. Raises as `_last_good`."""
     trainer = distributed.on_rank0(partial(_last_good, run, now, fault), job)
     _, state = weights.open_pretrained(trainer["folder"]) if job.rank == 0 else (None, None)
-    distributed.on_rank0(lambda: None, job)  # reading may take longer than a rank waits for tensors
     parallel.fill(model, state, job)
     load_training_state(trainer, model, optimizer, scaler, spike_detector, job)
     return replace(Progress.of(trainer), next_seq=now.next_seq, skipped=now.skipped, rollbacks=now.rollbacks + 1)
