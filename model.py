@@ -26,8 +26,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, get_args, get_type_hints
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 import torch.nn as nn
@@ -51,6 +51,10 @@ VOCAB_MULTIPLE = 128  # matrix units like it
 LARGEST = {"n_layer": 10**4, "n_head": 10**5, "head_dim": 10**5, "n_embd": 10**6, "mlp_hidden": 10**7,
            "block_size": 10**9, "sliding_window": 10**9, "vocab_size": 2**32, "window": 10**5}  # beyond is a mistake
 
+MEANING = {  # options that can say the same in two ways -> what they come to
+    "n_kv_head": "num_kv_heads", "head_dim": "head_size", "mlp_hidden": "hidden", "window_pattern": "window_letters",
+    "rope_original_block_size": "rope_original"}
+
 
 @dataclass
 class GPTConfig:
@@ -71,7 +75,7 @@ class GPTConfig:
     rope_theta: float = 10000.0  # the slowest rotation of pos=rope turns once in about 2 pi theta positions
     rope_scaling: Literal["llama3", "linear", "yarn"] = "llama3"  # which rotations rope_factor slows; linear: all
     rope_factor: float = 1.0  # slows rotations by this factor, for a longer context (Llama 3.1: 8, 3.2: 32)
-    rope_original_block_size: int = 0  # context before rope_factor, in tokens; with init_from, 0 = that model's own
+    rope_original_block_size: int = 0  # context before rope_factor, in tokens; 0 = block_size, or init_from's own
     sliding_window: int = 0  # positions that a query sees in S blocks, its own among them; 0 = all before it
     window_pattern: str = "S"  # a letter a block, repeated over them: S has the sliding window, L sees all
     mlp: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"] = "gelu"  # gelu: exact; gelu_tanh: OpenAI's GPT-2's
@@ -108,10 +112,9 @@ class GPTConfig:
         return faults
 
     def _faults_together(self) -> list[str]:
-        faults, has_original = [], self.rope_original_block_size or self.rope_scaling == "linear"
-        if self.rope_factor != 1 and not (self.pos == "rope" and has_original):
-            faults.append(f"rope_factor={self.rope_factor} needs pos=rope (here {self.pos}) and the context length "
-                          f"before scaling, rope_original_block_size (here {self.rope_original_block_size})")
+        faults = []
+        if self.rope_factor != 1 and self.pos != "rope":
+            faults.append(f"rope_factor={self.rope_factor} needs pos=rope (here {self.pos})")
         if self.rope_scaling == "yarn" and self.rope_theta <= 1:
             faults.append(f"rope_scaling=yarn needs a rope_theta above 1, not {self.rope_theta}")
         if self.window_pattern != "S" and not self.sliding_window:
@@ -143,15 +146,34 @@ class GPTConfig:
         return self.head_dim or self.n_embd // self.n_head
 
     @property
+    def window_letters(self) -> str:
+        """A letter for each block, as in window_pattern."""
+        return (self.window_pattern * self.n_layer)[:self.n_layer]
+
+    @property
     def windows(self) -> list[int]:
         """How many positions a query sees in each block, at most; 0 for all."""
-        letters = self.window_pattern * self.n_layer
-        return [self.sliding_window if letter == "S" else 0 for letter in letters[:self.n_layer]]
+        return [self.sliding_window if letter == "S" else 0 for letter in self.window_letters]
 
     @property
     def hidden(self) -> int:
         """Width of the MLP; swiglu's, which has three matrices instead of two, is a multiple of 8."""
         return self.mlp_hidden or (round(self.n_embd / 3) * 8 if self.mlp == "swiglu" else 4 * self.n_embd)
+
+    @property
+    def rope_original(self) -> int:
+        """The context that rope_factor lengthens."""
+        return self.rope_original_block_size or self.block_size
+
+    def fix_rope_original(self) -> None:
+        """Keep the context that rope_factor lengthens, also where it is block_size, which may change later."""
+        if self.rope_factor != 1 and self.rope_scaling != "linear":
+            self.rope_original_block_size = self.rope_original
+
+    def means(self, key: str, value: Any) -> bool:
+        """Whether `value` for `key` would make the same model: 0 stands for a number that others give."""
+        meaning = MEANING.get(key, key)
+        return getattr(replace(self, **{key: value}), meaning) == getattr(self, meaning)
 
     @property
     def max_positions(self) -> int | None:
@@ -267,6 +289,7 @@ class GPT(LanguageModel):
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)
+        config.fix_rope_original()
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)  # tokens
         self.wpe = None  # positions
         if config.pos.startswith("learned"):

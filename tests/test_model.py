@@ -1,6 +1,7 @@
 """model.py against naive oracles: attention, causality, gradients, options and their configuration."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -259,13 +260,35 @@ def test_positions_that_go_on_read_more_than_block_size_and_learned_ones_say_tha
             make_model(pos=pos)(idx)
 
 
+@pytest.mark.parametrize(("scaling", "original"), [("llama3", 16), ("yarn", 16), ("linear", 0)])
+def test_the_context_that_is_lengthened_is_block_size_unless_one_is_named(scaling, original):
+    options = {"pos": "rope", "rope_theta": 10.0, "rope_factor": 4.0, "rope_scaling": scaling}
+    model, idx = make_model(**options), torch.randint(37, (2, 16))
+    assert model.config.rope_original_block_size == original
+    model.crop_block_size(8)
+    assert torch.equal(model(idx)[0], make_model(**options, rope_original_block_size=16)(idx)[0])
+    assert not torch.equal(model(idx)[0], make_model(**options | {"rope_factor": 1.0})(idx)[0])
+
+
+@pytest.mark.parametrize(("key", "same", "other"), [
+    ("n_kv_head", (0, 4), (1, 2)), ("head_dim", (0, 8), (4, 16)), ("mlp_hidden", (0, 128), (64, 129)),
+    ("window_pattern", ("SLL", "SLLS", "SLLSLL"), ("S", "SL", "SLLL")), ("n_head", (4,), (0, 2)),
+    ("rope_original_block_size", (0, 16), (8, 64))])
+def test_a_number_means_the_same_as_what_its_default_stands_for(key, same, other):
+    config = GPTConfig(**SHAPE | {"n_head": 4, "n_embd": 32, "n_layer": 4, "sliding_window": 5, "pos": "rope",
+                                  "window_pattern": "SLL"})
+    for value in same:
+        other_words = replace(config, **{key: value})
+        assert all(config.means(key, value) and other_words.means(key, again) for again in same)
+    assert not any(config.means(key, value) for value in other)
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     ({"n_kv_head": 3, "n_head": 4}, "n_head=4 is not divisible by n_kv_head=3"), ({"n_kv_head": -1}, "n_kv_head=-1"),
     ({"pos": "rotary"}, "pos='rotary' must be one of learned, sinusoidal"),
     ({"pos": "rope", "n_embd": 6}, "n_embd / n_head=3 is odd"), ({"rope_theta": 0.0}, "rope_theta=0.0"),
     ({"pos": "rope", "rope_factor": 0.5, "rope_original_block_size": 8}, "rope_factor=0.5 must be 1 or more"),
     ({"pos": "rope", "rope_factor": math.nan, "rope_original_block_size": 8}, "rope_factor=nan must be 1 or more"),
-    ({"pos": "rope", "rope_factor": 8.0}, r"rope_factor=8.0 needs .*rope_original_block_size \(here 0\)"),
     ({"rope_factor": 8.0, "rope_original_block_size": 8}, r"rope_factor=8.0 needs pos=rope \(here learned\)"),
     ({"pos": "rope", "rope_scaling": "ntk"}, "rope_scaling='ntk' must be one of llama3, linear, yarn"),
     ({"rope_scaling": "yarn", "rope_theta": 1.0}, "rope_scaling=yarn needs a rope_theta above 1, not 1.0"),

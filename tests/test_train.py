@@ -734,6 +734,34 @@ def test_a_model_of_ones_own_is_stretched_to_a_longer_context_and_the_run_goes_o
     assert config["rope_scaling"].items() >= (wanted | {"factor": 4.0}).items()
 
 
+@pytest.mark.parametrize("scaling", ["llama3", "yarn"])
+def test_a_fresh_model_is_made_for_a_longer_context_than_its_block_size(cli, tiny_data, scaling):
+    training = (*TINY_RUN, *LIKE_LLAMA, f"--rope_scaling={scaling}", "--rope_factor=4")
+    assert cli("train", *training, "--max_iters=2").code == 0
+    for more in ([], ["--rope_original_block_size=16"]):  # left to the default, or said
+        assert (done := cli("train", *training, "--max_iters=4", *more)).code == 0, done.err
+    config = json.loads(Path("out/tiny/checkpoints/step_00000004/config.json").read_text())
+    assert config["rope_scaling"].items() >= {"rope_type": scaling, "factor": 4.0,
+                                              "original_max_position_embeddings": 16}.items()
+
+
+def test_options_that_say_what_a_model_is_by_default_are_accepted_at_its_start_and_when_it_goes_on(
+        cli, tiny_data, refused):
+    assert cli("train", *TINY_RUN, "--max_iters=2").code == 0
+    said = ("--n_kv_head=2", "--head_dim=8", "--mlp_hidden=64")
+    assert (done := cli("train", *TINY_RUN, *said, "--max_iters=3")).code == 0, done.err
+    assert "resuming out/tiny at step 2" in done.out
+    line = refused("train", *TINY_RUN, "--n_kv_head=1", "--head_dim=4", "--max_iters=4")
+    assert "n_kv_head was 2, is 1; head_dim was 8, is 4" in line
+    start = ("train", "--init_from=out/tiny", TINY_RUN[0], *TINY_RUN[5:])
+    assert (done := cli(*start, *said, "--max_iters=2", "--out_dir=out/more")).code == 0, done.err
+    assert (done := cli(*start, "--max_iters=3", "--out_dir=out/more")).code == 0, done.err
+    line = refused(*start, "--n_kv_head=1", "--mlp_hidden=63", "--window_pattern=SL", "--out_dir=out/x")
+    for fault in ("n_kv_head=1 was asked for, and it has 2", "mlp_hidden=63 was asked for, and it has 64",
+                  "window_pattern=SL was asked for, and it has SS"):
+        assert fault in line
+
+
 def test_only_rotations_can_be_stretched(cli, tiny_data, refused):
     assert cli("train", *TINY_RUN, "--max_iters=1").code == 0
     line = refused("train", "--init_from=out/tiny", "--dataset=tiny", "--rope_factor=4", "--out_dir=out/x")

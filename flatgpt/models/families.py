@@ -20,7 +20,7 @@ import torch
 from flatgpt.models.positions import BETA_FAST, BETA_SLOW, HIGH_FREQ_FACTOR, LOW_FREQ_FACTOR
 from model import GPTConfig
 
-State = dict[str, torch.Tensor]
+State = dict[str, torch.Tensor | list[torch.Tensor]]  # of a list, the rows lie below each other
 Read = tuple[dict[str, Any], list[str]]  # the values of our configuration, and what model.py does not have
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
@@ -69,14 +69,16 @@ def family_of(config: GPTConfig) -> str | None:
 
 def _is_gpt2(config: GPTConfig) -> bool:
     return (config.model == "gpt" and config.pos.startswith("learned") and config.mlp in ACTIVATIONS.values()
-            and config.num_kv_heads == config.n_head and not config.head_dim and not any(config.windows)
+            and config.num_kv_heads == config.n_head and not any(config.windows)
+            and config.head_size * config.n_head == config.n_embd
             and (config.norm, config.norm_position) == ("layernorm", "pre") and not (config.qk_norm or config.qkv_bias))
 
 
 def _read_gpt2_config(settings: Mapping[str, Any]) -> Read:
     """The fall-backs are transformers' defaults for keys that config.json may leave out."""
     activation = str(settings.get("activation_function", "gelu_new"))
-    faults = [key for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention") if settings.get(key)]
+    faults = [key for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention", "quantization_config")
+              if settings.get(key)]
     if not settings.get("scale_attn_weights", True):
         faults.append("scale_attn_weights=False")
     if activation not in ACTIVATIONS:
@@ -161,18 +163,21 @@ def _read_llama_config(settings: Mapping[str, Any]) -> Read:
 
 
 def _read_rope(settings: Mapping[str, Any]) -> Read:
-    """Of the rotations alone. Where a file has both names, transformers takes `rope_scaling`."""
+    """Of the rotations alone. Where a file has both names, transformers takes `rope_scaling`, and of two original
+    lengths the one outside."""
     rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     values = {"rope_theta": rope.get("rope_theta") or settings["rope_theta"]}
     partial = rope.get("partial_rotary_factor", settings.get("partial_rotary_factor"))
     faults = [f"partial_rotary_factor={partial}"] if partial not in (None, 1) else []
+    faults += [f"rotations of {name} alone" for name, value in rope.items() if isinstance(value, dict)]
     if kind not in ("llama3", "linear", "yarn"):
         return values, faults if kind == "default" else [*faults, f"rope_type={kind}"]
     values |= {"rope_scaling": kind, "rope_factor": rope.get("factor")}
     if kind != "linear":
-        original = rope.get("original_max_position_embeddings")
+        original = settings.get("original_max_position_embeddings", rope.get("original_max_position_embeddings"))
         values["rope_original_block_size"] = settings["max_position_embeddings"] if original is None else original
+        faults += ["original_max_position_embeddings=0"] if original == 0 else []
     if kind == "llama3":
         faults += [f"{key}={rope.get(key)} (every published Llama 3 has {bound})" for key, bound in (
             ("low_freq_factor", LOW_FREQ_FACTOR), ("high_freq_factor", HIGH_FREQ_FACTOR)) if rope.get(key) != bound]
@@ -190,8 +195,7 @@ def _read_llama_state(config: GPTConfig, theirs: State) -> State:
         for ours, names in LLAMA_BLOCK.items():
             names = [f"model.layers.{layer}.{name}" for name in names]
             if all(name in theirs for name in names):
-                parts = [theirs.pop(name) for name in names]
-                state[f"h.{layer}.{ours}"] = parts[0] if len(parts) == 1 else torch.cat(parts)
+                state[f"h.{layer}.{ours}"] = [theirs.pop(name) for name in names]
     return state | theirs  # what is left over is named as unknown
 
 

@@ -22,8 +22,9 @@ from flatgpt.data.order import MixedOrder, TrainOrder
 from flatgpt.data.shards import DATA_DIR, UNKNOWN_VOCAB_SIZE, folder_tokenizer
 from flatgpt.data.tokenizer import GPT2_VOCAB_SIZE, GPT2Tokenizer, Tokenizer, load_tokenizer, no_tokenizer
 from flatgpt.models import weights
+from flatgpt.models.families import State
 from flatgpt.options import check_options
-from model import GPTConfig, LanguageModel
+from model import MEANING, GPTConfig, LanguageModel
 
 NANOGPT_VOCAB_SIZE = 50304  # GPT-2's 50,257 tokens, rounded up
 SHAPE = tuple(field.name for field in fields(GPTConfig) if field.name not in ("vocab_size", "dropout"))
@@ -41,21 +42,26 @@ def find_model(init_from: str, out_dir: str) -> tuple[Path, str]:
     return path, f"{source} ({path.name})" if path.parent.name == "checkpoints" else source
 
 
-def load_model(source: str, **overrides: Any) -> LanguageModel:
+def load_model(source: str) -> LanguageModel:
     """LanguageModel.from_pretrained, after the checksums of a folder that has them were verified."""
+    return LanguageModel.from_pretrained(str(_verified(source)))
+
+
+def _verified(source: str) -> Path:
     path = weights.resolve(source)
     if (path / "SHA256SUMS").is_file():
         run_folder.verify(path)
-    return LanguageModel.from_pretrained(str(path), **overrides)
+    return path
 
 
-def load_for_training(init_from: str, shape: GPTConfig, given: Mapping[str, str], data: Mixture) -> LanguageModel:
-    """A model from elsewhere, fitted to a run's data and to those options of its shape that are among the keys `given`.
-    Raises ValueError for what it contradicts."""
-    model = load_model(init_from, dropout=shape.dropout)
-    faults = [f"{key}={getattr(shape, key)} was asked for, and it has {getattr(model.config, key)}"
+def open_for_training(init_from: str, shape: GPTConfig, given: Mapping[str, str],
+                      data: Mixture) -> tuple[LanguageModel, State]:
+    """A model from elsewhere, as weights.open_pretrained gives it, fitted to a run's data and to those options of its
+    shape that are among the keys `given`. Raises ValueError for what it contradicts."""
+    model, state = weights.open_pretrained(str(_verified(init_from)), dropout=shape.dropout)
+    faults = [f"{key}={getattr(shape, key)} was asked for, and it has {getattr(model.config, MEANING.get(key, key))}"
               for key in SHAPE if key not in ("block_size", *STRETCH) and key in given
-              and getattr(shape, key) != getattr(model.config, key)]
+              and not model.config.means(key, getattr(shape, key))]
     names = ",".join(data.datasets)
     if model.config.vocab_size < data.vocab_size:
         faults.append(f"its vocabulary is {model.config.vocab_size}, and {names} has {data.vocab_size}")
@@ -68,7 +74,7 @@ def load_for_training(init_from: str, shape: GPTConfig, given: Mapping[str, str]
     _stretch(model.config, shape, given)
     if "block_size" in given:
         model.crop_block_size(shape.block_size)
-    return model
+    return model, state
 
 
 def _stretch(config: GPTConfig, shape: GPTConfig, given: Mapping[str, str]) -> None:
@@ -77,9 +83,8 @@ def _stretch(config: GPTConfig, shape: GPTConfig, given: Mapping[str, str]) -> N
     for key in STRETCH:
         if key in given:
             setattr(config, key, getattr(shape, key))
-    if "rope_factor" in given and config.rope_scaling != "linear":
-        config.rope_original_block_size = config.rope_original_block_size or config.block_size
     check_options(config)
+    config.fix_rope_original()
 
 
 def adopt_shape(shape: GPTConfig, given: Mapping[str, str], found: Mapping[str, Any]) -> None:

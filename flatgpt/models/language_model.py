@@ -147,13 +147,10 @@ class LanguageModel(nn.Module):
         families.py knows, a checkpoint or run folder of ours, or nanoGPT's ckpt.pt. `overrides` replace fields of the
         configuration that do not change the weights' shapes (dropout). Raises ValueError or OSError in words for a
         user."""
-        from flatgpt.models import baselines, weights
+        from flatgpt.models import weights
 
-        config, state = weights.load_pretrained(source)
-        for key, value in overrides.items():
-            setattr(config, key, value)
-        model = baselines.build_empty(config)
-        model.load_state_dict(state, assign=True)
+        model, state = weights.open_pretrained(source, **overrides)
+        weights.fill(model, state)
         return model
 
     def save_pretrained(self, folder: str, eot_id: int | None = None) -> None:

@@ -1,11 +1,11 @@
 """Models in files: Hugging Face's folders and hub ids, nanoGPT's ckpt.pt.
 
 Owns how `(GPTConfig, state dict)` of model.py gets into files and out of them; families.py has the names and options
-of each kind of model. It returns no model, and nothing it loads can run code: safetensors hold numbers only, and
-ckpt.pt goes through torch's weights-only unpickler.
+of each kind of model. Nothing it loads can run code: safetensors hold numbers only, and ckpt.pt goes through torch's
+weights-only unpickler.
 
 A file is mapped into memory, and its tensors keep their own number type until a parameter is made of them, one at a
-time. So loading takes the memory of the parameters, and no second copy.
+time. So loading takes the memory of the parameters that are kept, and of one that is on its way, and no second copy.
 
 A parameter's way, taking the first MLP matrix of GPT-2 small:
 
@@ -20,6 +20,7 @@ A model that no family fits is written under our own names, and only flatGPT rea
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import zipfile
 from collections.abc import Mapping
@@ -31,24 +32,37 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from flatgpt.data.tokenizer import TOKENIZER_FILES
+from flatgpt.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from flatgpt.files import HUB_ID, broken, fetch_snapshot, read_json, reading_values, refuse_pointer, write_json
 from flatgpt.models.baselines import build_empty
 from flatgpt.models.families import FAMILIES, State, family_of, without_prefixes
 from flatgpt.options import check_options
 from flatgpt.pickles import STAND_INS
 from flatgpt.run_folder import best_checkpoint, follow_link, newest_checkpoint
-from model import GPTConfig
+from model import GPTConfig, LanguageModel
 
 HUB_ALIASES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 WEIGHT_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json"]  # of a hub repository
 TABLES = ("wte.weight", "lm_head.weight")  # a row a token: padded here, not in files
+QWEN2_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+               r"|\s+(?!\S)|\s+")  # of transformers' Qwen2Tokenizer
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # others hold parts of a number, without scale
 
 
-def load_pretrained(source: str) -> tuple[GPTConfig, State]:
-    """Configuration and float32 state dict of any source that `resolve` knows. Raises ValueError or OSError."""
+def open_pretrained(source: str, **overrides: Any) -> tuple[LanguageModel, State]:
+    """The model at any source that `resolve` knows, on the meta device, and what its parameters are made of (see `fill`
+    and `make_parameter`). `overrides` replace fields of the configuration. Raises ValueError or OSError."""
     path = resolve(source)
-    return load_nanogpt(path) if path.is_file() else load_huggingface(path)
+    config, state = load_nanogpt(path) if path.is_file() else load_huggingface(path)
+    for key, value in overrides.items():
+        setattr(config, key, value)
+    return build_empty(config), state
+
+
+def fill(model: LanguageModel, state: State, device: torch.device | str = "cpu") -> None:
+    """Make the parameters of a model on the meta device, each on `device` before the next. Empties `state`."""
+    made = {name: make_parameter(state.pop(name), p.shape).to(device) for name, p in model.named_parameters()}
+    model.load_state_dict(made, assign=True)
 
 
 def resolve(source: str) -> Path:
@@ -166,8 +180,7 @@ def _read_safetensors(folder: Path) -> State:
 
 
 def _finish(config: GPTConfig, state: State, path: Path) -> State:
-    """Drop a tied head, check that every parameter is there in its shape, and no other, and make the parameters,
-    float32 and with a padded vocabulary. Empties `state`."""
+    """Drop a tied head, and check that every parameter is there in its shape, and no other."""
     if config.tie_embeddings:
         head = state.pop("lm_head.weight", None)
         if head is not None and not torch.equal(head, state.setdefault("wte.weight", head)):
@@ -176,22 +189,41 @@ def _finish(config: GPTConfig, state: State, path: Path) -> State:
     in_files = {name: torch.Size([config.vocab_size, *shape[1:]]) if name in TABLES else shape
                 for name, shape in wanted.items()}
     missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    misshapen = sorted(name for name in wanted.keys() & state.keys() if state[name].shape != in_files[name])
+    found = sorted(wanted.keys() & state.keys())
+    misshapen = [name for name in found if _shape(state[name]) != in_files[name]]
+    quantized = [name for name in found if any(part.dtype not in DTYPES for part in _parts(state[name]))]
     faults = [f"{what}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}" for what, names in (
-        ("missing", missing), ("unknown", unknown), ("of another shape than config.json says", misshapen)) if names]
+        ("missing", missing), ("unknown", unknown), ("of another shape than config.json says", misshapen),
+        ("of other number types than float32, float16, bfloat16 and float64", quantized)) if names]
     if faults:
         raise ValueError(f"{path}: parameters {'; '.join(faults)}")
-    return {name: _make_parameter(state.pop(name), shape) for name, shape in wanted.items()}
+    return state
 
 
-def _make_parameter(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """The tensor as float32 of this shape, with rows of zeros at its end where it has fewer. What is so already stays
-    where it is, in the mapped file: memory is taken when someone writes to it."""
-    if tensor.shape == shape and tensor.dtype == torch.float32 and tensor.is_contiguous():
-        return tensor
-    parameter = torch.empty(shape)
-    parameter[:len(tensor)] = tensor
-    parameter[len(tensor):] = 0
+def _parts(found: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:
+    return found if isinstance(found, list) else [found]
+
+
+def _shape(found: torch.Tensor | list[torch.Tensor]) -> torch.Size | None:
+    """Of the parameter that is made of it; None for parts that do not fit each other."""
+    parts = _parts(found)
+    if len({part.shape[1:] for part in parts}) > 1:
+        return None
+    return torch.Size([sum(map(len, parts)), *parts[0].shape[1:]])
+
+
+def make_parameter(found: torch.Tensor | list[torch.Tensor], shape: torch.Size) -> torch.Tensor:
+    """What a file has, as float32 of this shape: rows of zeros are added at the end, or rows there are cut off. What is
+    so already stays where it is, in the mapped file: memory is taken when someone writes to it."""
+    parts = _parts(found)
+    if parts[0].shape == shape and parts[0].dtype == torch.float32 and parts[0].is_contiguous():
+        return parts[0]
+    parameter, start = torch.empty(shape), 0
+    for part in parts:
+        rows = parameter[start:start + len(part)]
+        rows.copy_(part[:len(rows)])
+        start += len(rows)
+    parameter[start:] = 0
     return parameter
 
 
@@ -220,6 +252,19 @@ def save_pretrained(config: GPTConfig, state: Mapping[str, torch.Tensor], folder
     write_json(folder / "config.json", settings | token_ids["config.json"] | {"torch_dtype": "float32"})
     write_json(folder / "generation_config.json", token_ids["generation_config.json"])
     save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+
+def save_tokenizer(config: GPTConfig, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a tokenizer's files beside the model that it is for.
+
+    Of a model in Qwen2's shape transformers 5 takes the vocabulary alone, splits text as Qwen2 does, and heeds no
+    tokenizer_class, unless an auto_map names code. Without trust_remote_code it then goes by tokenizer.json and runs
+    nothing; here nothing is named either. Qwen2's own tokenizer needs none of that."""
+    tokenizer.save(folder, model_max_length=config.block_size)
+    splits = (json.loads(tokenizer.hf.to_str())["pre_tokenizer"] or {}).get("pretokenizers", [])
+    if family_of(config) == "qwen2" and {"Regex": QWEN2_SPLIT} not in [split.get("pattern") for split in splits]:
+        path = folder / "tokenizer_config.json"
+        write_json(path, read_json(path) | {"auto_map": {"AutoTokenizer": ["", ""]}})
 
 
 def save_tensors(tensors: State, path: Path) -> None:

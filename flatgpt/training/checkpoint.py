@@ -278,7 +278,7 @@ class RunFolder:
             (hidden / "training").mkdir(parents=True)
             weights.save_pretrained(config, model, hidden, token_ids=tokenizer and tokenizer.token_ids)
             if tokenizer:
-                tokenizer.save(hidden, model_max_length=config.block_size)
+                weights.save_tokenizer(config, tokenizer, hidden)
             weights.save_tensors(optimizer, hidden / "training" / "optimizer.safetensors")
             files.write_json(hidden / "training" / "trainer.json",
                              trainer | {"best_step": step_of(best) if best else None})

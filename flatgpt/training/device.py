@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 
 from flatgpt.machine import device_faults
+from flatgpt.models.baselines import build_empty
 from flatgpt.options import check_options
 
 if TYPE_CHECKING:
-    from model import LanguageModel
+    from model import GPTConfig, LanguageModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT_WINDOW = 128  # tokens up to which attention by the formula may be faster than torch's kernel on a CPU
@@ -140,12 +141,13 @@ def pick_numerics(model: LanguageModel, dtype: str, attention: str, device: torc
 
 
 def _try(model: LanguageModel, choices: list[Numerics], rows: int, training: bool) -> dict[Numerics, float]:
-    """Seconds that a few positions take in some of the model's blocks, or in all of a model without, backward pass
-    included in `training`. Leaves the model, and the random numbers, as they were."""
-    config, was_training = model.config, model.training
+    """Seconds that a few positions take in some blocks like the model's, or in all of a model without, backward pass
+    included in `training`. Leaves the random numbers as they were."""
+    config = model.config
     num_params = sum(p.numel() for p in (model.h[0] if model.h else model).parameters())
     rows = min(rows, TRIAL_ROWS[1], max(TRIAL_ROWS[0], int(TRIAL_FLOPS / 6 / num_params)))
-    blocks = model.h[:max(1, int(min(TRIAL_FLOPS / 6 / num_params / rows, TRIAL_WEIGHTS / num_params)))]
+    num_blocks = max(1, int(min(TRIAL_FLOPS / 6 / num_params / rows, TRIAL_WEIGHTS / num_params)))
+    model = _with_zeros(replace(config, n_layer=min(num_blocks, config.n_layer)) if model.h else config)
     T = min(rows, config.block_size)
     tokens = torch.zeros(rows // T, T, dtype=torch.long)
     inputs = torch.linspace(-1, 1, rows // T * T * config.n_embd).view(rows // T, T, config.n_embd)
@@ -156,7 +158,7 @@ def _try(model: LanguageModel, choices: list[Numerics], rows: int, training: boo
         model.set_attention(choice.attention)
         with torch.autocast("cpu", choice.dtype, enabled=choice.dtype != torch.float32):
             y = inputs.requires_grad_(training)
-            for block in blocks:
+            for block in model.h:
                 y = block(y, context)
             if not model.h:
                 y = model(tokens, tokens)[1]
@@ -164,13 +166,18 @@ def _try(model: LanguageModel, choices: list[Numerics], rows: int, training: boo
             y.sum().backward()
 
     model.eval()  # draws nothing for dropout
-    try:
-        # The outer autocast keeps the inner one's 16-bit weights: a step makes them for many more rows than this.
-        with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16, enabled=False):
-            return time_in_turn({choice: partial(run, choice) for choice in choices})
-    finally:
-        model.train(was_training)
-        model.zero_grad(set_to_none=True)
+    # The outer autocast keeps the inner one's 16-bit weights: a step makes them for many more rows than this.
+    with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16, enabled=False):
+        return time_in_turn({choice: partial(run, choice) for choice in choices})
+
+
+def _with_zeros(config: GPTConfig) -> LanguageModel:
+    """A model on the host whose weights, where a trial reads them, are zero."""
+    model = build_empty(config).to_empty(device="cpu")
+    with torch.no_grad():
+        for p in (model.h or model).parameters():
+            p.zero_()
+    return model
 
 
 def time_in_turn(steps: Mapping[Any, Callable[[], None]]) -> dict[Any, float]:

@@ -17,13 +17,19 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from flatgpt.data.loader import empty_batch
+from flatgpt.models import weights
 from flatgpt.models.baselines import build_empty
+from flatgpt.models.families import State
 from flatgpt.training.distributed import Job
 
 
-def materialize(model: nn.Module, state: dict[str, torch.Tensor] | None, job: Job) -> nn.Module:
+def materialize(model: nn.Module, state: State | None, job: Job) -> nn.Module:
     """Give a model made on the meta device its memory and rank 0's weights (`state`; None elsewhere): whole on every
-    rank, or, with FSDP, each rank's part of it, so that no GPU ever holds it whole. Empties `state`, as `fill` does."""
+    rank, or, with FSDP, each rank's part of it, so that no GPU and no host ever holds it whole. Empties `state`, as
+    `fill` does."""
+    if job.world_size == 1:
+        weights.fill(model, state, job.device)
+        return model
     if job.shard_size > 1:
         _shard(model, _mesh(job), job)
     model.to_empty(device=job.device)
@@ -31,12 +37,13 @@ def materialize(model: nn.Module, state: dict[str, torch.Tensor] | None, job: Jo
     return model
 
 
-def fill(model: nn.Module, state: dict[str, torch.Tensor] | None, job: Job) -> None:
-    """Overwrite a model, however it lies over the ranks, with rank 0's weights (`state`; None elsewhere). Each is taken
-    out of `state`, so that rank 0 does not hold all of them twice."""
+def fill(model: nn.Module, state: State | None, job: Job) -> None:
+    """Overwrite a model, however it lies over the ranks, with rank 0's weights (`state`; None elsewhere): one parameter
+    after the other is made of what `state` has, and taken out of it, so that a rank holds what it keeps and one more.
+    (The ranks could not all read the files: those on other hosts need not see them.)"""
     with torch.no_grad():
         for name, p in model.named_parameters():
-            value = torch.empty(p.shape) if state is None else state.pop(name)
+            value = torch.empty(p.shape) if state is None else weights.make_parameter(state.pop(name), p.shape)
             p.copy_(from_rank0(value.to(job.device), p, job))
 
 

@@ -16,11 +16,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from flatgpt.models import weights
 from flatgpt.models.inference import SHAPE
 from flatgpt.training import distributed, optim, parallel
 from flatgpt.training.distributed import Job
 from flatgpt.training.optim import SpikeDetector
-from model import LanguageModel
+from model import GPTConfig, LanguageModel
 
 if TYPE_CHECKING:
     from flatgpt.training.checkpoint import RunFolder
@@ -63,9 +64,10 @@ def check_same_run(trainer: Mapping[str, Any], now: Mapping[str, Any], defaults:
     are the options' own, which count where an option is newer than the run. Raises ValueError that lists what must not
     change."""
     before = {"muon_version": 1, **defaults, **trainer["options"], **trainer}
+    shape = GPTConfig(**{key: before[key] for key in SHAPE})
     changed = {key: WORDS.get(key, f"{key} was {before[key]}, is {value}") for key, value in now.items()
                if key in before and before[key] not in (value, "auto")  # which leaves the choice to us
-               and key not in OF_A_START}
+               and key not in OF_A_START and not (key in SHAPE and shape.means(key, value))}
     of_training = OF_TRAINING if now["eval_only"] else ()
     if fixed := [text for key, text in changed.items() if key in FIXED and key not in of_training]:
         raise ValueError(f"{trainer['folder']} was trained with other settings: {'; '.join(fixed)}. Go on with those, "
@@ -101,8 +103,7 @@ def roll_back(run: RunFolder, now: Progress, fault: str, model: LanguageModel, o
               scaler: torch.amp.GradScaler, spike_detector: SpikeDetector, job: Job) -> Progress:
     """Go back to the last good checkpoint, and continue with the data after the bad steps. Raises as `_last_good`."""
     trainer = distributed.on_rank0(partial(_last_good, run, now, fault), job)
-    state = LanguageModel.from_pretrained(trainer["folder"]).state_dict() if job.rank == 0 else None
-    distributed.on_rank0(lambda: None, job)  # reading may take longer than a rank waits for tensors
+    _, state = weights.open_pretrained(trainer["folder"]) if job.rank == 0 else (None, None)
     parallel.fill(model, state, job)
     load_training_state(trainer, model, optimizer, scaler, spike_detector, job)
     return replace(Progress.of(trainer), next_seq=now.next_seq, skipped=now.skipped, rollbacks=now.rollbacks + 1)

@@ -12,8 +12,9 @@ from typing import Any
 
 from flatgpt.data.loader import DataConfig, Mixture, open_mixture
 from flatgpt.data.shards import UNKNOWN_VOCAB_SIZE
-from flatgpt.models import inference
+from flatgpt.models import inference, weights
 from flatgpt.models.baselines import build, build_empty, counted_bigram
+from flatgpt.models.families import State
 from flatgpt.training import distributed, parallel
 from flatgpt.training.device import DeviceConfig, Numerics, pick_numerics
 from flatgpt.training.distributed import Job
@@ -37,38 +38,38 @@ def open_data(config: DataConfig, vocab_size: int, sample_interval: int, log: Ca
 
 
 def make_model(options: GPTConfig, init_from: str, given: Mapping[str, str], data: Mixture, folder: str | None,
-               bigram_k: float | None, log: Callable[[str], None]) -> LanguageModel:
-    """The model on the host: from the checkpoint `folder`, from elsewhere, fresh, or (with `bigram_k`) counted."""
+               bigram_k: float | None, log: Callable[[str], None]) -> tuple[LanguageModel, State]:
+    """The model on the meta device, and what its parameters are made of (see weights.open_pretrained): from the
+    checkpoint `folder`, from elsewhere, fresh, or (with `bigram_k`) counted."""
     if folder:  # its checksums were verified when it was found
-        return LanguageModel.from_pretrained(folder, dropout=options.dropout)
+        return weights.open_pretrained(folder, dropout=options.dropout)
     if init_from != "scratch":
-        return inference.load_for_training(init_from, options, given, data)
+        return inference.open_for_training(init_from, options, given, data)
     config = GPTConfig(**asdict(options) | {"vocab_size": data.vocab_size})
     if bigram_k is None:
-        return build(config)
+        return build_empty(config), build(config).state_dict()
     model, counted = counted_bigram(config, data.splits("train"), bigram_k)
     log(counted)
-    return model
+    return build_empty(config), model.state_dict()
 
 
-def build_model(make: Callable[[], LanguageModel], where: DeviceConfig, attention: str, batch_size: int,
+def build_model(make: Callable[[], tuple[LanguageModel, State]], where: DeviceConfig, attention: str, batch_size: int,
                 recorded: Mapping[str, Any], log: Callable[[str], None], job: Job) -> tuple[LanguageModel, Numerics]:
-    """The model that `make` gives rank 0 on the host, laid out over the ranks' devices, and what it computes in: what
-    `auto` means in `where` and `attention` (see device.pick_numerics) for micro-batches of `batch_size`."""
-    made: list[LanguageModel] = []
+    """The model that `make` gives rank 0, laid out over the ranks' devices, and what it computes in: what `auto` means
+    in `where` and `attention` (see device.pick_numerics) for micro-batches of `batch_size`."""
+    made: list[tuple[LanguageModel, State]] = []
 
     def pick() -> tuple[GPTConfig, Numerics, str]:
         made.append(make())
-        rows = max(1, batch_size) * made[0].config.block_size
-        return made[0].config, *pick_numerics(made[0], where.dtype, attention, job.device, rows, recorded)
+        config = made[0][0].config
+        rows = max(1, batch_size) * config.block_size
+        return config, *pick_numerics(made[0][0], where.dtype, attention, job.device, rows, recorded)
 
-    model_config, numerics, trial = distributed.on_rank0(pick, job)
+    config, numerics, trial = distributed.on_rank0(pick, job)
     if trial:
         log(trial)
     job.set_dtype(numerics.dtype)
-    if job.world_size == 1:
-        model = made[0].to(job.device)
-    else:
-        model = parallel.materialize(build_empty(model_config), made.pop().state_dict() if made else None, job)
+    model, state = made[0] if made else (build_empty(config), None)
+    parallel.materialize(model, state, job)
     model.set_attention(numerics.attention)
     return model, numerics

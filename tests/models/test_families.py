@@ -9,6 +9,8 @@ import transformers
 from conftest import TEXT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from flatgpt.data.hf_tokenizer import Tokenizer as ModelTokenizer
+from flatgpt.models import weights
 from flatgpt.models.baselines import build_empty
 from flatgpt.models.families import FAMILIES, family_of
 from flatgpt.models.weights import save_tensors
@@ -20,24 +22,36 @@ ORIGINAL = {"original_max_position_embeddings": 16}  # a third of the context
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0} | ORIGINAL
 YARN = {"rope_type": "yarn", "factor": 4.0} | ORIGINAL
 LINEAR = {"rope_type": "linear", "factor": 3.0}
-CLASSES = {"llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+CLASSES = {"gpt2": (transformers.GPT2Config, transformers.GPT2LMHeadModel),
+           "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
            "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
            "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
            "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM)}
 WINDOW = {"use_sliding_window": True, "sliding_window": 6}
 CASES = [  # the family, what its config says, and as what we write it
+    ("gpt2", {}, "gpt2"),
+    ("gpt2", {"tie_word_embeddings": False, "n_inner": 40, "activation_function": "gelu"}, "gpt2"),
     ("llama", {"head_dim": 16, "num_key_value_heads": 2}, "llama"),
     ("llama", {"rope_parameters": LINEAR | {"rope_theta": 10.0}, "tie_word_embeddings": True}, "llama"),
     ("llama", {"rope_parameters": YARN | {"rope_theta": 10.0}}, "llama"),
+    ("llama", {"rope_parameters": LLAMA3 | {"rope_theta": 10.0}, "num_key_value_heads": 1}, "llama"),
     ("mistral", {"sliding_window": 6, "num_key_value_heads": 2}, "mistral"),
+    ("mistral", {"sliding_window": 20, "num_key_value_heads": 2, "tie_word_embeddings": True,
+                 "rope_parameters": YARN | {"rope_theta": 100.0}}, "mistral"),
+    ("mistral", {"sliding_window": None, "num_key_value_heads": 2,
+                 "rope_parameters": LINEAR | {"rope_theta": 100.0}}, "llama"),
     ("mistral", {"sliding_window": None, "tie_word_embeddings": True, "num_key_value_heads": 4}, "llama"),
     ("mistral", {"sliding_window": 6, "head_dim": 6, "rope_parameters": LLAMA3 | {"rope_theta": 10.0},
                  "num_key_value_heads": 1}, "mistral"),
     ("qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}, "qwen2"),
     ("qwen2", {"rope_parameters": YARN | {"rope_theta": 100.0}, "num_key_value_heads": 4}, "qwen2"),
+    ("qwen2", {"rope_parameters": LLAMA3 | {"rope_theta": 10.0}, "num_key_value_heads": 2}, "qwen2"),
+    ("qwen2", WINDOW | {"rope_parameters": LINEAR | {"rope_theta": 10.0}, "max_window_layers": 2,
+                        "num_key_value_heads": 2, "tie_word_embeddings": True}, "qwen2"),
     ("qwen2", WINDOW | {"max_window_layers": 1, "num_key_value_heads": 1}, "qwen2"),
     ("qwen3", {"head_dim": 16, "num_key_value_heads": 2, "tie_word_embeddings": True}, "qwen3"),
     ("qwen3", {"head_dim": 8, "num_key_value_heads": 4, "rope_parameters": LINEAR | {"rope_theta": 10.0}}, "qwen3"),
+    ("qwen3", {"head_dim": 6, "num_key_value_heads": 4, "rope_parameters": LLAMA3 | {"rope_theta": 10.0}}, "qwen3"),
     ("qwen3", WINDOW | {"head_dim": 12, "num_key_value_heads": 1, "max_window_layers": 0}, "qwen3"),
     ("qwen3", WINDOW | {"head_dim": 16, "num_key_value_heads": 2, "rope_parameters": YARN | {"rope_theta": 10.0},
                         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}, "qwen3")]
@@ -67,15 +81,17 @@ def test_models_travel_both_ways_and_write_the_same_text(tmp_path, family, chang
         wanted = theirs(idx).logits
         for logits in (ours(idx)[0], again(idx).logits):
             torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-5)
-    text = theirs.generate(idx[:, :9], max_new_tokens=45, do_sample=False, eos_token_id=None, pad_token_id=0)
+    num_tokens = 39 if family == "gpt2" else 45  # up to the last position, or beyond block_size
+    text = theirs.generate(idx[:, :9], max_new_tokens=num_tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
     for use_cache in (True, False):
-        assert torch.equal(ours.generate(idx[:, :9], 45, temperature=0, use_cache=use_cache), text)
+        assert torch.equal(ours.generate(idx[:, :9], num_tokens, temperature=0, use_cache=use_cache), text)
     assert GPT.from_pretrained(str(tmp_path / "ours")).config == ours.config
 
 
 LIKE_LLAMA = {"pos": "rope", "norm": "rmsnorm", "mlp": "swiglu"}
 WINDOWED = {"sliding_window": 5}
-SHAPES = [({}, "gpt2"), ({"head_dim": 8}, None), ({"qkv_bias": True}, None), (WINDOWED, None), (LIKE_LLAMA, "llama"),
+SHAPES = [({}, "gpt2"), ({"head_dim": 4, "n_kv_head": 4, "mlp_hidden": 64}, "gpt2"), ({"head_dim": 8}, None),
+          ({"qkv_bias": True}, None), (WINDOWED, None), (LIKE_LLAMA, "llama"),
           (LIKE_LLAMA | WINDOWED, "mistral"), (LIKE_LLAMA | WINDOWED | {"window_pattern": "SL"}, None),
           (LIKE_LLAMA | {"qk_norm": True, "head_dim": 8}, "qwen3"), (LIKE_LLAMA | {"qkv_bias": True}, "qwen2"),
           (LIKE_LLAMA | WINDOWED | {"qkv_bias": True, "window_pattern": "SL"}, "qwen2"),
@@ -160,7 +176,69 @@ def test_published_models_have_as_many_parameters_as_their_cards_say(name):
     assert set(config.windows) == {4096 if name.startswith("Mistral") else 0}
 
 
-@pytest.mark.parametrize("family", CLASSES)
+CHAT = {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 2, "attention_dropout": 0.0, "use_cache": True,
+        "initializer_range": 0.02, "torch_dtype": "bfloat16", "transformers_version": "4.45.0"}
+# As they are published, every key, but for sizes, which are small here.
+WHOLE = {
+    "Llama-3.2-1B": CHAT | published(
+        "llama", 32, 56, 3, 4, 2, 101, architectures=["LlamaForCausalLM"], attention_bias=False, head_dim=8,
+        max_position_embeddings=64, mlp_bias=False, pretraining_tp=1, rms_norm_eps=1e-05, tie_word_embeddings=True,
+        rope_scaling={"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                      "original_max_position_embeddings": 16, "rope_type": "llama3"}, rope_theta=500000.0),
+    "SmolLM2-135M": CHAT | published(
+        "llama", 36, 56, 3, 3, 1, 101, architectures=["LlamaForCausalLM"], attention_bias=False,
+        is_llama_config=True, max_position_embeddings=64, mlp_bias=False, pretraining_tp=1, rms_norm_eps=1e-05,
+        rope_interleaved=False, rope_scaling=None, rope_theta=100000, tie_word_embeddings=True,
+        **{"transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}}}),
+    "TinyLlama-1.1B": CHAT | published(
+        "llama", 32, 56, 3, 4, 1, 101, architectures=["LlamaForCausalLM"], attention_bias=False,
+        max_position_embeddings=64, pretraining_tp=1, rms_norm_eps=1e-05, rope_scaling=None, rope_theta=10000.0),
+    "Mistral-7B-v0.1": CHAT | published(
+        "mistral", 32, 56, 3, 4, 2, 101, architectures=["MistralForCausalLM"], max_position_embeddings=64,
+        rms_norm_eps=1e-05, rope_theta=10000.0, sliding_window=8),
+    "Mistral-7B-v0.3": CHAT | published(
+        "mistral", 32, 56, 3, 4, 2, 101, architectures=["MistralForCausalLM"], max_position_embeddings=64,
+        rms_norm_eps=1e-05, rope_theta=1000000.0, sliding_window=None),
+    "Qwen2.5-0.5B": CHAT | published(
+        "qwen2", 32, 56, 3, 4, 2, 101, architectures=["Qwen2ForCausalLM"], max_position_embeddings=64,
+        max_window_layers=3, rope_theta=1000000.0, sliding_window=8, tie_word_embeddings=True, use_mrope=False,
+        use_sliding_window=False),
+    "Qwen2.5-7B, stretched as its card says": CHAT | published(
+        "qwen2", 32, 56, 3, 4, 2, 101, architectures=["Qwen2ForCausalLM"], max_position_embeddings=64,
+        max_window_layers=3, rope_theta=1000000.0, sliding_window=8, use_sliding_window=False,
+        rope_scaling={"factor": 4.0, "original_max_position_embeddings": 16, "type": "yarn"}),
+    "Qwen3-0.6B": CHAT | published(
+        "qwen3", 32, 56, 3, 4, 2, 101, architectures=["Qwen3ForCausalLM"], attention_bias=False, head_dim=16,
+        max_position_embeddings=64, max_window_layers=3, rope_scaling=None, rope_theta=1000000, sliding_window=None,
+        tie_word_embeddings=True, use_sliding_window=False),
+    "Qwen3, as transformers 5 writes it": CHAT | published(
+        "qwen3", 32, 56, 3, 4, 2, 101, architectures=["Qwen3ForCausalLM"], attention_bias=False, head_dim=16,
+        dtype="bfloat16", layer_types=["full_attention"] * 3, max_position_embeddings=64, max_window_layers=3,
+        rope_parameters={"rope_theta": 1000000, "rope_type": "default"}, sliding_window=None, use_sliding_window=False),
+    "a length that stands outside": CHAT | published(
+        "llama", 32, 56, 3, 4, 2, 101, max_position_embeddings=64, original_max_position_embeddings=24,
+        rope_theta=10.0, rope_scaling=YARN)}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_published_files_mean_what_transformers_takes_them_for(tmp_path, name):
+    (tmp_path / "config.json").write_text(json.dumps(WHOLE[name]))
+    torch.manual_seed(1)
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.from_pretrained(tmp_path), dtype=torch.float32).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.mul_(4) if p.dim() == 2 else p.add_(torch.randn_like(p) * 0.3)
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(WHOLE[name]))
+    ours, idx = GPT.from_pretrained(str(tmp_path)).eval(), torch.randint(101, (2, 64))
+    torch.testing.assert_close(ours(idx)[0], theirs(idx).logits, atol=1e-5, rtol=1e-5)
+    ours.save_pretrained(str(tmp_path / "ours"))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    torch.testing.assert_close(again(idx).logits, theirs(idx).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_keys_that_a_config_leaves_out_have_transformers_defaults(family):
     values, faults = FAMILIES[family].read_config({})
     theirs = CLASSES[family][0]()
@@ -178,6 +256,12 @@ def test_keys_that_a_config_leaves_out_have_transformers_defaults(family):
 @pytest.mark.parametrize(("family", "change", "message"), [
     ("qwen3", {"attention_bias": True}, "attention_bias"), ("qwen2", {"hidden_act": "gelu"}, "hidden_act=gelu"),
     ("mistral", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type=dynamic"),
+    ("qwen3", {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type=longrope"),
+    ("qwen3", {"rope_scaling": {"full_attention": YARN}}, "rotations of full_attention alone"),
+    ("llama", {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 0}}, "original_max_position_embeddings=0"),
+    ("qwen2", {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}}, "mscale=0.7, mscale_all_dim=1.0"),
+    ("mistral", {"rope_scaling": YARN | {"beta_slow": 2}}, "beta_slow=2"),
+    ("llama", {"tie_word_embeddings": True}, "the head differs from the token table"),
     ("qwen2", {"rope_scaling": YARN | {"beta_fast": 16}}, "beta_fast=16"),
     ("qwen2", {"rope_scaling": YARN | {"attention_factor": 2.0}}, "attention_factor=2.0"),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
@@ -208,7 +292,25 @@ def save_tokenizer(folder: Path) -> None:
         chat_template="{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}").save_pretrained(folder)
 
 
-def test_a_model_of_the_hubs_cache_is_trained_further_exported_and_loaded(cli, monkeypatch):
+def test_a_qwen2_with_another_tokenizer_than_qwen2s_is_read_with_that_and_runs_no_code(tmp_path, gpt2_tokenizer):
+    config = GPTConfig(block_size=16, vocab_size=50257, n_layer=1, n_head=2, n_embd=8, qkv_bias=True, **LIKE_LLAMA)
+    GPT(config).save_pretrained(str(tmp_path))
+    qwens = transformers.Qwen2Tokenizer(vocab=gpt2_tokenizer.hf.get_vocab(), merges=[])
+    text, classes = "Don't 12345\n\n  cafe\u0301", []
+    for hf in (gpt2_tokenizer.hf, qwens.backend_tokenizer):
+        weights.save_tokenizer(config, ModelTokenizer(hf, 50256), tmp_path)
+        again = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        assert again(text).input_ids == hf.encode(text).ids
+        classes.append(type(again).__name__)
+    assert classes == ["TokenizersBackend", "Qwen2Tokenizer"]
+
+
+@pytest.mark.parametrize(("family", "title", "changes"), [
+    ("gpt2", "GPT-2", {}), ("llama", "Llama", {"rope_parameters": LLAMA3 | {"rope_theta": 100.0}}),
+    ("mistral", "Mistral", {"sliding_window": 6, "num_key_value_heads": 2}),
+    ("qwen2", "Qwen2", {"num_key_value_heads": 2, "rope_parameters": YARN | {"rope_theta": 100.0}}),
+    ("qwen3", "Qwen3", {"num_key_value_heads": 2, "head_dim": 16})])
+def test_a_model_of_the_hubs_cache_is_trained_further_exported_and_loaded(cli, monkeypatch, family, title, changes):
     """In several files, in 16 bits, with a tied head, as small models are published."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "hub")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -219,9 +321,10 @@ def test_a_model_of_the_hubs_cache_is_trained_further_exported_and_loaded(cli, m
     (repo / "refs" / "main").write_text(commit)
     save_tokenizer(folder)
     base = transformers.AutoTokenizer.from_pretrained(folder)
-    ids = {"eos_token_id": base.eos_token_id, "bos_token_id": base.pad_token_id, "pad_token_id": base.pad_token_id}
-    save_theirs(folder, "qwen3", {"vocab_size": 320, "head_dim": 16, "num_key_value_heads": 2, "dtype": torch.bfloat16,
-                                  "tie_word_embeddings": True} | ids, max_shard_size="30KB")
+    ids = {"eos_token_id": [base.eos_token_id, base.pad_token_id], "bos_token_id": base.pad_token_id,
+           "pad_token_id": base.pad_token_id}  # a list, as chat models have it
+    changes = {"vocab_size": 320, "dtype": torch.bfloat16, "tie_word_embeddings": True} | changes
+    save_theirs(folder, family, changes | ids, max_shard_size="30KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     Path("text.txt").write_text(TEXT)
     training = ("train", "--init_from=someone/small", "--dataset=more", "--out_dir=out/more", "--batch_size=2",
@@ -231,12 +334,14 @@ def test_a_model_of_the_hubs_cache_is_trained_further_exported_and_loaded(cli, m
                     (*training, "--max_iters=10"), (*training, "--max_iters=20"),
                     ("export", "--run=out/more", "--to=exported")):
         assert (done := cli(*command)).code == 0, done.err
-    assert "in the shape of Qwen3, trained further from someone/small" in Path("exported/README.md").read_text()
+    assert f"in the shape of {title}, trained further from someone/small" in Path("exported/README.md").read_text()
     theirs = transformers.AutoModelForCausalLM.from_pretrained("exported").eval()
     again = transformers.AutoTokenizer.from_pretrained("exported")
-    assert type(theirs).__name__ == "Qwen3ForCausalLM"
+    assert type(theirs).__name__ == FAMILIES[family].architecture
     assert (again.special_tokens_map, again.chat_template) == (base.special_tokens_map, base.chat_template)
-    assert theirs.config.eos_token_id == base.eos_token_id
+    for text in ("Don't 12345\n\n  cafe\u0301<|im_end|>", TEXT[:300]):
+        assert again(text).input_ids == base(text).input_ids
+    assert theirs.config.eos_token_id == theirs.generation_config.eos_token_id == ids["eos_token_id"]
     prompt = torch.tensor([again("the quick").input_ids])
     wanted = theirs.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None)
     assert torch.equal(GPT.from_pretrained("exported").generate(prompt, 20, temperature=0), wanted)

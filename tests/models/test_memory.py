@@ -14,6 +14,7 @@ import transformers
 from conftest import on_ranks
 
 from flatgpt.models.language_model import LanguageModel
+from flatgpt.models.weights import open_pretrained
 from flatgpt.training import distributed, setup
 from flatgpt.training.device import DeviceConfig
 from flatgpt.training.distributed import ParallelConfig
@@ -58,7 +59,7 @@ def start_a_run(folder: str, layout: str) -> float:
     where = DeviceConfig(device="cpu", dtype="float32")
     with distributed.init_job(where, ParallelConfig(parallel=layout, timeout_s=60)) as job:
         def build() -> LanguageModel:
-            return setup.build_model(lambda: LanguageModel.from_pretrained(folder), where, "sdpa", 1, {}, print, job)[0]
+            return setup.build_model(lambda: open_pretrained(folder), where, "sdpa", 1, {}, print, job)[0]
 
         model, peak = with_peak(build)
         return peak / (4 * model.num_params(non_embedding=False))
@@ -66,13 +67,13 @@ def start_a_run(folder: str, layout: str) -> float:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, str]:
-    """Two models of about 30 million parameters in bfloat16: one whose layers are transposed in the file, and one whose
+    """Two models of about 80 million parameters in bfloat16: one whose layers are transposed in the file, and one whose
     layers are put together from several."""
     torch.manual_seed(0)
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        n_embd=512, n_layer=8, n_head=8, vocab_size=8100, n_positions=64, bos_token_id=0, eos_token_id=0))
+        n_embd=768, n_layer=10, n_head=8, vocab_size=8100, n_positions=64, bos_token_id=0, eos_token_id=0))
     qwen3 = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
-        vocab_size=8100, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
+        vocab_size=8100, hidden_size=768, intermediate_size=2304, num_hidden_layers=10, num_attention_heads=8,
         num_key_value_heads=4, head_dim=64, max_position_embeddings=64, tie_word_embeddings=True))
     made = {}
     for name, model in (("gpt2", gpt2), ("qwen3", qwen3)):
@@ -86,5 +87,9 @@ def test_loading_takes_the_memory_of_the_parameters_and_no_copy(folders, name):
     assert 0.5 < on_ranks(1, load, folders[name])[0] < 1.1
 
 
-def test_rank_0_does_not_hold_the_weights_that_it_reads_beside_those_it_trains(folders):
-    assert on_ranks(2, start_a_run, folders["qwen3"], "fsdp")[0] < 1.35  # half of them, while the others are read
+@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+@pytest.mark.parametrize(("layout", "most"), [("ddp", 1.3), ("fsdp", 0.85)])
+def test_a_rank_holds_what_it_trains_and_one_parameter_that_is_read(folders, name, layout, most):
+    """Rank 0, which reads for all, as well. The largest parameter is a twelfth of the model, and as much is torch's
+    own."""
+    assert max(on_ranks(2, start_a_run, folders[name], layout)) < most

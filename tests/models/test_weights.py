@@ -343,14 +343,14 @@ def test_a_git_lfs_pointer_is_called_one(tmp_path, name):
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     (tmp_path / name).write_bytes(POINTER)
     with pytest.raises(ValueError, match=rf"/{name} is a Git LFS pointer, not the file itself: `git lfs pull`"):
-        weights.load_pretrained(str(tmp_path / name if name == "ckpt.pt" else tmp_path))
+        weights.open_pretrained(str(tmp_path / name if name == "ckpt.pt" else tmp_path))
 
 
 def test_a_page_in_the_place_of_weights_is_called_one(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     (tmp_path / "model.safetensors").write_text("<!DOCTYPE html>")
     with pytest.raises(ValueError, match=r"model\.safetensors is an HTML page, probably from a failed download"):
-        weights.load_pretrained(str(tmp_path))
+        weights.open_pretrained(str(tmp_path))
 
 
 def test_files_that_are_something_else_are_named(tmp_path):
@@ -368,7 +368,7 @@ def test_files_that_are_something_else_are_named(tmp_path):
     ({"model_type": "bert"}, "only gpt2, llama, mistral, qwen2 and qwen3"), ({"n_inner": 20}, "of another shape"),
     ({"activation_function": "tanh"}, "activation_function=tanh"), ({"n_embd": 32}, "of another shape"),
     ({"n_layer": 3}, "missing"), ({"n_layer": 1}, "unknown"),
-    ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn")])
+    ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn"), ({"quantization_config": {"bits": 8}}, "quantization")])
 def test_a_folder_that_is_no_such_gpt2_says_why(tmp_path, change, message):
     save_hf(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -393,6 +393,35 @@ def test_a_checkpoint_with_odd_values_is_named(tmp_path, content):
     torch.save(content, tmp_path / "ckpt.pt")
     with pytest.raises(ValueError, match=r"ckpt\.pt"):
         GPT.from_pretrained(str(tmp_path / "ckpt.pt"))
+
+
+@pytest.mark.parametrize(("name", "dtype"), [
+    ("h.1.mlp.c_fc.weight", torch.int8), ("wte.weight", torch.float8_e4m3fn), ("ln_f.weight", torch.bool)])
+def test_numbers_that_need_a_scale_are_named(tmp_path, name, dtype):
+    save_hf(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state[f"transformer.{name}"] = state[f"transformer.{name}"].to(dtype)
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"of other number types than float32, .*: {name}"):
+        GPT.from_pretrained(str(tmp_path))
+
+
+def test_an_index_and_its_files_do_not_fit_each_other(tmp_path):
+    save_hf(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    table = {"transformer.wte.weight": state.pop("transformer.wte.weight")}
+    names = dict.fromkeys(state, "model-1.safetensors") | dict.fromkeys(table, "model-2.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    save_file(state, tmp_path / "model-1.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"has no model-2\.safetensors"):
+        GPT.from_pretrained(str(tmp_path))
+    save_file(state, tmp_path / "model-2.safetensors")
+    with pytest.raises(ValueError, match=r"parameters missing: wte\.weight"):
+        GPT.from_pretrained(str(tmp_path))
+    save_file(table | {"score.weight": torch.zeros(2, 16)}, tmp_path / "model-2.safetensors")
+    with pytest.raises(ValueError, match=r"parameters unknown: score\.weight"):
+        GPT.from_pretrained(str(tmp_path))
 
 
 def test_broken_files_are_named(tmp_path):
