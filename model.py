@@ -50,7 +50,6 @@ from flatgpt.models.positions import alibi_bias, apply_rope, rope_cos_sin, sinus
 VOCAB_MULTIPLE = 128  # matrix units like it
 LARGEST = {"n_layer": 10**4, "n_head": 10**5, "head_dim": 10**5, "n_embd": 10**6, "mlp_hidden": 10**7,
            "block_size": 10**9, "sliding_window": 10**9, "vocab_size": 2**32, "window": 10**5}  # beyond is a mistake
-
 MEANING = {  # options that can say the same in two ways -> what they come to
     "n_kv_head": "num_kv_heads", "head_dim": "head_size", "mlp_hidden": "hidden", "window_pattern": "window_letters",
     "rope_original_block_size": "rope_original"}
@@ -353,12 +352,14 @@ class GPT(LanguageModel):
             return AttentionContext(cos_sin, VarlenMask(documents.cu_seqlens(), T, window))
         if not (need_mask or documents is not None or c.pos == "alibi" or 0 < window < T):
             return AttentionContext(cos_sin)
-        distance = (positions[:, None] - key_positions)[None, None]  # (1, 1, T, S); negative for keys not seen
+        distance = positions[:, None] - key_positions  # (T, S)
+        mask = (distance >= 0)[None, None]
         if window:
-            distance = distance.masked_fill((distance >= window) | (key_positions < 0), -1)
+            mask = mask & (distance < window) & (key_positions >= 0)
         if documents is not None:
-            distance = distance.where(documents.share()[:, None], -1)  # (B, 1, T, T)
-        mask = alibi_bias(c.n_head, distance).to(self.compute_dtype()) if c.pos == "alibi" else distance >= 0
+            mask = mask & documents.share()[:, None]  # (B, 1, T, T)
+        if c.pos == "alibi":
+            mask = alibi_bias(c.n_head, distance).masked_fill(~mask, -math.inf).to(self.compute_dtype())
         return AttentionContext(cos_sin, mask)
 
     def forward_blocks(self, idx: torch.Tensor, positions: torch.Tensor, layer_caches: list[LayerCache] | None = None,

@@ -121,10 +121,11 @@ class PackedOrder:
     """Sequence number q -> window of whole documents, without end: epoch after epoch over a split."""
 
     def __init__(self, split: Split, edges: list[np.ndarray], block_size: int, seed: int):
-        """`edges`: see documents.open_index. Raises ValueError for a split without a token."""
+        """`edges`: see documents.open_index. Raises ValueError when the split does not fill a window."""
         self.split, self.block_size, self.seed = split, block_size, seed
-        if not split.num_tokens:
-            raise ValueError(f"the train split of {split.paths[0].parent} has no tokens")
+        if split.num_tokens < block_size:
+            raise ValueError(f"the train split of {split.paths[0].parent} has {split.num_tokens} tokens, and one "
+                             f"window takes block_size = {block_size}: lower block_size, or add text")
         self._blocks = [(shard, block) for shard, of_shard in enumerate(edges) for block in _blocks_of(of_shard)]
         self._num_windows = np.array([sum(number for _, number in best_fit(count_lengths(block, block_size)))
                                       for _, block in self._blocks])

@@ -72,10 +72,8 @@ def alibi_slopes(n_head: int, device: torch.device | None = None) -> torch.Tenso
 
 
 def alibi_bias(n_head: int, distance: torch.Tensor) -> torch.Tensor:
-    """(B, H, T, S): what ALiBi adds to the scores of keys that stand `distance` (B, 1, T, S) before the query; -inf for
-    negative distances."""
-    penalty = alibi_slopes(n_head, distance.device)[:, None, None] * distance
-    return (-penalty).masked_fill(distance < 0, -math.inf)
+    """(1, H, T, S): what ALiBi adds to the scores of keys that stand `distance` (T, S) before the query."""
+    return -alibi_slopes(n_head, distance.device)[None, :, None, None] * distance
 
 
 def sinusoids(positions: torch.Tensor, width: int) -> torch.Tensor:

@@ -13,7 +13,8 @@ from flatgpt.data.loader import BatchPlan
 from flatgpt.data.order import MixedOrder
 from flatgpt.data.packing import PackedOrder, best_fit
 
-DOCUMENTS = st.lists(st.lists(st.integers(1, 30), max_size=8), min_size=1, max_size=4).filter(any)  # lengths, by shard
+DOCUMENTS = st.lists(st.lists(st.integers(1, 30), max_size=8), min_size=1, max_size=4).filter(
+    lambda documents: sum(map(sum, documents)) >= 12)  # lengths, by shard
 
 
 @pytest.fixture(autouse=True)
@@ -162,9 +163,11 @@ def test_an_id_outside_the_vocabulary_is_named_with_its_place():
         order.batch(0, order.epoch_seqs())
 
 
-def test_a_split_without_a_token_is_refused():
-    with pytest.raises(ValueError, match="the train split of data/counting has no tokens"):
-        order_of([[], []])
+def test_a_split_that_does_not_fill_a_window_is_refused():
+    assert order_of([[3, 5]], block_size=8).epoch_seqs() == 1
+    for documents in ([[], []], [[3, 4]]):
+        with pytest.raises(ValueError, match=r"data/counting has [07] tokens, and .* = 8: lower block_size"):
+            order_of(documents, block_size=8)
 
 
 @hypothesis.settings(max_examples=20, deadline=None)
