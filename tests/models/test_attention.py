@@ -16,7 +16,6 @@ from flatgpt.data.documents import find_edges
 from flatgpt.data.order import Batch, TrainOrder
 from flatgpt.data.packing import PackedOrder
 from flatgpt.data.shards import Split
-from flatgpt.models import attention
 from flatgpt.models.attention import Documents, attend, has_varlen_kernel
 from model import GPT
 
@@ -165,7 +164,7 @@ def calls(monkeypatch) -> list:
     def recorded(kernel: Callable) -> Callable:
         return lambda *args, **options: calls.append(options) or kernel(*args, **options)
 
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", recorded(varlen))
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", SimpleNamespace(varlen_attn=recorded(varlen)))
     monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_varlen_func=recorded(varlen)))
     monkeypatch.setattr("model.has_varlen_kernel", lambda *args: True)
     return calls
@@ -207,13 +206,14 @@ def test_dropout_within_attention_has_no_kernel_for_lengths(calls):
 
 
 def test_the_kernel_for_lengths_is_for_16_bits_on_a_gpu_that_has_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", SimpleNamespace(varlen_attn=varlen))
+
     def has(backend="sdpa", device="cuda", dtype=torch.bfloat16, head_dim=64, capability=(8, 0)) -> bool:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         return has_varlen_kernel(backend, torch.device(device), dtype, head_dim)
 
-    if "window_size" in attention.inspect.signature(torch.nn.attention.varlen.varlen_attn).parameters:
-        assert has()
-        assert has(dtype=torch.float16, capability=(9, 0), head_dim=256)
+    assert has()
+    assert has(dtype=torch.float16, capability=(9, 0), head_dim=256)
     assert has(backend="flash3", capability=(9, 0))
     for without in ({"device": "cpu"}, {"device": "mps"}, {"dtype": torch.float32}, {"backend": "math"},
                     {"head_dim": 12}, {"head_dim": 264}, {"capability": (7, 5)}):
