@@ -177,6 +177,7 @@ def summary_table(runs: list[Run]) -> str:
             f"<small>{html.escape(name)} {show(loss, '.4f') or '–'}</small>" for name, loss in s["val_losses"].items()),
         "best val loss": lambda s: show(s["best_val_loss"], ".4f") + (
             "" if s["best_step"] is None else f"<small>step {s['best_step']:,}</small>"),
+        "reached": lambda s: "" if s["reached"] is None else reached(s["reached"]),
         "tokens a second": lambda s: show(s["tokens_per_sec"], ",.0f"),
         "MFU": lambda s: show(s["mfu"], ".1%"),
         "peak memory": lambda s: show(s["memory_gb"], ".3g", " GB"),
@@ -190,6 +191,13 @@ def summary_table(runs: list[Run]) -> str:
     return table(["run", *known], zip(names, *known.values())) + (
         "<p>Speed and MFU are medians over the reports. The best validation loss is over the windows that every "
         "evaluation of a run reads. Time includes evaluations and saves, and leaves out what a restart has lost.</p>")
+
+
+def reached(record: Record) -> str:
+    """The target of a run, and what it took to reach it."""
+    seconds, machine = record.get("train_s"), html.escape(record.get("machine", ""))
+    return (f"{record['reached']:g}<small>step {record['step']:,}</small>"
+            + ("" if seconds is None else f"<small>{duration(seconds)} of training on {machine}</small>"))
 
 
 def events(runs: list[Run]) -> str:

@@ -76,6 +76,8 @@ class TrainConfig:
     max_iters: int = 600000  # updates in the whole run
     eval_interval: int = 2000  # steps between evaluations on the validation split
     eval_iters: int = 200  # batches an evaluation, evenly spaced over the split; 0 = the whole split, as at the end
+    eval_tokens: int = 0  # evaluate on the first so many tokens of the split in place of eval_iters, also at the end
+    target_val_loss: float = 0.0  # the run is finished with the first evaluation at or below it; 0 = never
     eval_only: bool = False  # evaluate on the whole validation split and exit
     seed: int = 1337  # seed of the initial weights, the data order and dropout
     compile: Literal["auto", "True", "False"] = "auto"  # torch.compile the blocks; auto = on CUDA only
@@ -97,8 +99,9 @@ class TrainConfig:
         faults = failed_rules(
             self, ("seed", 0 <= self.seed < 2**63, "0 or more, below 2**63"),
             ("max_iters", self.max_iters >= 0, "0 or more"), ("eval_interval", self.eval_interval > 0, "positive"),
-            ("eval_iters", self.eval_iters >= 0, "0 or more"), ("bigram_k", self.bigram_k > 0, "positive"),
-            ("max_minutes", self.max_minutes >= 0, "0 or more"))
+            ("eval_iters", self.eval_iters >= 0, "0 or more"), ("eval_tokens", self.eval_tokens >= 0, "0 or more"),
+            ("target_val_loss", self.target_val_loss >= 0, "0 (none) or more"),
+            ("bigram_k", self.bigram_k > 0, "positive"), ("max_minutes", self.max_minutes >= 0, "0 or more"))
         if self.bigram_counts and (self.model.model != "bigram" or self.init_from != "scratch"):
             faults.append(f"bigram_counts=True counts the table of --model=bigram --init_from=scratch, not of model="
                           f"{self.model.model}, init_from={self.init_from}")
@@ -164,14 +167,13 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
         resume.check_same_run(trainer, options | identity, flatten(TrainConfig()), report.log)
     train_order = loader.train_order(data, config.data.documents, block_size, config.seed)
     validation = Validation(model, data, config.data.documents, config.eval_iters * config.data.batch_size,
-                            plan.micro_batch, job)  # in rows of a micro-batch, a shape that compiled blocks know
+                            config.eval_tokens, plan.micro_batch, job)  # in rows that compiled blocks know
     if config.eval_only:
         losses = describe_losses(validation.losses(whole=True))
         report.log(f"step {trainer['step']}: {losses} on the whole validation split")
         return ""
-    if trainer["folder"] and trainer["step"] >= config.max_iters:
-        report.log(f"{run.path} is finished: {trainer['step']:,} steps. To go on, raise --max_iters (now "
-                   f"{config.max_iters}); for another run, choose another --out_dir.")
+    if trainer["folder"] and (how := how_finished(config, trainer)):
+        report.log(f"{run.path} is finished: {how}; for another run, choose another --out_dir.")
         return ""
 
     # 4) What it will take, before it is taken; then compiled blocks, the averaging over the ranks, and the optimiser.
@@ -189,7 +191,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     source = (trainer["folder"] or config.init_from) if job.rank == 0 else "scratch"  # rank 0 alone saves
     tokenizer = inference.tokenizer_to_save(source, model.config.vocab_size, data)
     now = Progress.of(trainer)
-    report.start(model, now.step, trainer["elapsed_s"], options | {"tokens_per_step": tokens_per_step}, is_new)
+    report.start(model, now.step, trainer, options | {"tokens_per_step": tokens_per_step}, is_new)
 
     # 5) The loop. The next step reads the S sequences from now.next_seq on.
     batches = loader.prefetch(partial(loader.read_step, train_order, plan, job.rank, job.device),
@@ -205,13 +207,16 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
             if evaluated:
                 with report.excluded():
                     losses, sampled = validation.losses(), None
+                    is_reached = losses["val/loss"] <= config.target_val_loss and not now.bad_steps
+                    is_last = is_last or is_reached
                     best = math.inf if now.best_val_loss is None else now.best_val_loss
                     # A start is not saved, and so is not the best that there is to go back to.
                     if losses["val/loss"] < best and not now.bad_steps and (now.step or is_last):
                         is_best, now.best_val_loss = True, losses["val/loss"]
                     if is_last and not validation.sample_is_whole:
                         losses, sampled = validation.losses(whole=True), losses
-                    report.validation(now.step, now.step * tokens_per_step, losses, sampled)
+                    report.validation(now.step, now.step * tokens_per_step, losses, sampled,
+                                      config.target_val_loss if is_reached else None)
 
             # Once in a while: read what it writes (all ranks).
             interval = config.log.sample_interval
@@ -226,11 +231,10 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
             due = is_last or stopped_by or (now.step > 0 and (is_best or periodic) and not now.bad_steps)
             if due and not is_done and stopped_by != SAVING_FAILS:
                 with report.excluded():
-                    run.save(model, optimizer, tokenizer, asdict(now) | identity | {
+                    run.save(model, optimizer, tokenizer, asdict(now) | identity | report.times() | {
                         "tokens": now.step * tokens_per_step, "scaler": scaler.state_dict(),
                         "judge": asdict(spike_detector), "seed": config.seed, "micro_batch": plan.micro_batch,
-                        "world_size": job.world_size, "elapsed_s": report.elapsed_s(), "options": options,
-                        "versions": VERSIONS}, is_best)
+                        "world_size": job.world_size, "options": options, "versions": VERSIONS}, is_best)
             if is_last or stopped_by:
                 break
 
@@ -280,6 +284,17 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
                 report.rollback(now.step, now.rollbacks, now.skipped, now.next_seq)
         distributed.on_rank0(partial(finish, run, report, now, stopped_by, data.tokenizer is not None), job)
     return stopped_by
+
+
+def how_finished(config: TrainConfig, trainer: Mapping[str, Any]) -> str:
+    """How a run has come to its end, and what would make it go on; "" if it has not."""
+    best, target = trainer["best_val_loss"], config.target_val_loss
+    if best is not None and best <= target:
+        return (f"after {trainer['step']:,} steps its best val loss is {best:.4f}, and target_val_loss={target:g}. To "
+                "go on, lower it")
+    if trainer["step"] >= config.max_iters:
+        return f"{trainer['step']:,} steps. To go on, raise --max_iters (now {config.max_iters})"
+    return ""
 
 
 def record_choices(config: TrainConfig, given: Mapping[str, str], model: LanguageModel, numerics: Numerics,

@@ -9,6 +9,7 @@ device may be called, for scripts that check their options before they import to
 from __future__ import annotations
 
 import os
+import platform
 import posixpath
 import re
 import sys
@@ -101,6 +102,12 @@ def num_cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = core_quota()
     return cores if quota is None else max(1, min(cores, int(quota)))
+
+
+def processor() -> str:
+    """What the machine calls its processor."""
+    names = re.findall(r"model name\s*:\s*(.+)", _text(ROOT / "proc/cpuinfo"))
+    return names[0] if names else platform.machine()
 
 
 def device_faults(name: str) -> list[str]:

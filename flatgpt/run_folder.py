@@ -20,11 +20,12 @@ NUMBER = int | float
 OPTIONAL_NUMBER = (int, float, type(None))  # a tuple is tested faster than a union, and files of a run are long
 TRAINER = {  # trainer.json's keys, and of what kind their values are
     **dict.fromkeys(("step", "next_seq", "bad_steps", "skipped", "rollbacks", "tokens"), int), "best_step": int | None,
-    "best_val_loss": NUMBER | None, "elapsed_s": NUMBER, "options": dict, "judge": dict, "scaler": dict | None}
+    "best_val_loss": NUMBER | None, "elapsed_s": NUMBER, "train_s": NUMBER,
+    "options": dict, "judge": dict, "scaler": dict | None}
 RECORD = {  # the same for the records of metrics.jsonl; what is not named here are losses, or another version's
     **dict.fromkeys(("tokens", "elapsed_s", "lr", "grad_norm", "tokens_per_sec", "mfu", "memory_gb", "skipped",
-                     "rollbacks", "next_seq"), OPTIONAL_NUMBER),
-    "batch_hash": str, "fault": str, "samples": list, "stopped": str}
+                     "rollbacks", "next_seq", "reached", "train_s"), OPTIONAL_NUMBER),
+    "batch_hash": str, "machine": str, "fault": str, "samples": list, "stopped": str}
 EVENTS = {"fault": "skipped step", "rollbacks": "rollback", "resumed": "restart"}  # key of a record -> what it is of
 
 

@@ -181,6 +181,18 @@ class Split:
         self.lengths = np.array([len(shard) for shard in self.shards], dtype=np.int64)
         self.num_tokens = int(self.lengths.sum())
 
+    def first(self, num_targets: int) -> Split:
+        """The split up to its first `num_targets` targets: all tokens but a shard's first are one. Raises ValueError
+        when it has fewer."""
+        shards = []
+        for tokens in self.shards:
+            shards.append(tokens[:num_targets + 1])
+            num_targets -= max(0, len(shards[-1]) - 1)
+            if num_targets == 0:
+                return Split(self.paths[:len(shards)], self.vocab_size, shards)
+        raise ValueError(f"{self.paths[0].name} and what follows it in {self.paths[0].parent} are {num_targets:,} tokens "
+                         "short of those that eval_tokens asks for")
+
     def read(self, places: Iterable[tuple[int, int]], rows: np.ndarray) -> None:
         """Fill rows (n, length), int64, with the tokens from n places on, each a (shard, start); where a shard ends,
         the rest of a row stays as it was. Raises ValueError for an id outside the vocabulary."""

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from flatgpt import machine
 from flatgpt.data.loader import Mixture, batch_to_device, pin_batch, prefetch
 from flatgpt.data.order import Batch, EvalOrder
 from flatgpt.data.tokenizer import Tokenizer
@@ -143,12 +144,17 @@ class Validation:
     """The validation losses of a run: of the same sample of the split each time, so that its checkpoints can be
     compared, and of the whole split."""
 
-    def __init__(self, model: LanguageModel, data: Mixture, documents: str, num_seqs: int, batch_size: int, job: Job):
-        """`num_seqs` windows are the sample, spaced evenly; 0 means all. A run with documents=pack is measured as one
-        with mask: on the windows of a stream, in which attention stays within documents."""
+    def __init__(self, model: LanguageModel, data: Mixture, documents: str, num_seqs: int, num_tokens: int,
+                 batch_size: int, job: Job):
+        """`num_seqs` windows are the sample, spaced evenly; 0 means all. With `num_tokens` the split is cut behind its
+        first so many targets, and read whole. A run with documents=pack is measured as one with mask: on the windows of
+        a stream, in which attention stays within documents."""
+        splits = data.splits("val")
+        if num_tokens:
+            splits, num_seqs = {name: split.first(num_tokens) for name, split in splits.items()}, 0
         self._sample, self._whole = (
             {name: EvalOrder(split, model.config.block_size, count, eot_id=data.eot_id(documents))
-             for name, split in data.splits("val").items()} for count in (num_seqs, 0))
+             for name, split in splits.items()} for count in (num_seqs, 0))
         self.sample_is_whole = all(order.is_whole for order in self._sample.values())
         self._loss, self._shares = partial(validation_loss, model, batch_size=batch_size, job=job), data.shares
 
@@ -179,12 +185,15 @@ class Reporter:
         self._line: ProgressLine | None = None
         self._trackers = trackers.Trackers(self.log)
 
-    def start(self, model: LanguageModel, step: int, elapsed_s: float, options: dict[str, Any], is_new: bool) -> None:
-        """Begin to report at `step`, after `elapsed_s` of earlier work: cut what a killed run wrote past it, open the
-        progress line (on a terminal), and wandb and TensorBoard if wanted, which get the `options`."""
+    def start(self, model: LanguageModel, step: int, trainer: Mapping[str, Any], options: dict[str, Any],
+              is_new: bool) -> None:
+        """Begin to report at `step`, after the time of earlier work in `trainer`: cut what a killed run wrote past it,
+        open the progress line (on a terminal), and wandb and TensorBoard if wanted, which get the `options`."""
         self._flops_per_token, self._peak_flops = flops_per_token(model), peak_flops(self._job.device)
-        self._step = step
+        self._step, elapsed_s = step, trainer["elapsed_s"]
         self._began = time.perf_counter() - elapsed_s
+        self._excluded_s, self._paused_at = 0.0, None
+        self._excluded_before_s = elapsed_s - trainer.get("train_s", elapsed_s)  # older checkpoints do not say
         if self._speaks:
             cut_metrics(self._path, step)
             if sys.stderr.isatty() and sys.stdout.isatty():
@@ -210,14 +219,22 @@ class Reporter:
         """Time within this context does not count as training."""
         if self._job.device.type == "cuda":
             torch.cuda.synchronize(self._job.device)  # the steps that are still under way do count
-        began = time.perf_counter()
+        self._paused_at = time.perf_counter()
         yield
-        self._excluded_s += time.perf_counter() - began
+        self._excluded_s += time.perf_counter() - self._paused_at
+        self._paused_at = None
 
     def elapsed_s(self) -> float:
         return time.perf_counter() - self._began
 
+    def times(self) -> dict[str, float]:
+        """Seconds of the run: all, and those that count as training."""
+        until = time.perf_counter() if self._paused_at is None else self._paused_at
+        return {"elapsed_s": self.elapsed_s(),
+                "train_s": until - self._began - self._excluded_before_s - self._excluded_s}
+
     def _restart_clock(self) -> None:
+        self._excluded_before_s += self._excluded_s
         self._since, self._excluded_s, self._tokens_since = time.perf_counter(), 0.0, 0
 
     def count(self, tokens: int) -> None:
@@ -255,9 +272,10 @@ class Reporter:
                      f"{ms_per_step:.1f} ms, {tokens_per_sec:,.0f} tok/s, "
                      f"mfu {'unknown' if mfu is None else format(mfu, '.1%')}")
 
-    def validation(self, step: int, tokens: int, losses: dict[str, float], sampled: dict[str, float] | None) -> None:
+    def validation(self, step: int, tokens: int, losses: dict[str, float], sampled: dict[str, float] | None,
+                   target: float | None) -> None:
         """Report the losses of an evaluation; when they are of the whole split, with those of the windows that earlier
-        evaluations read beside them."""
+        evaluations read beside them. `target`: they are the first at or below it."""
         if self._line is not None:
             self._line.validated(losses["val/loss"])
         line = describe_losses(losses)
@@ -266,6 +284,17 @@ class Reporter:
             losses = losses | {"val/sampled_loss": sampled["val/loss"]}
         self.log(f"step {step}: {line}")
         self.record({"step": step, "tokens": tokens, **losses, "elapsed_s": self.elapsed_s()})
+        if target is not None:
+            self._reached(step, tokens, target)
+
+    def _reached(self, step: int, tokens: int, target: float) -> None:
+        device = self._job.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({machine.processor()})"
+        where = f"{self._job.world_size} x {name}"
+        times = self.times()
+        self.log(f"step {step}: reached the target, a val loss of {target:g}, after {tokens:,} tokens and "
+                 f"{times['train_s']:,.1f} s of training on {where}")
+        self.record({"step": step, "tokens": tokens, "reached": target, "machine": where, **times})
 
     def samples(self, step: int, texts: list[str]) -> None:
         """Report what the model writes after `step` updates."""

@@ -131,7 +131,8 @@ class Run:
             "mfu": self._over("mfu", statistics.median, self.trained[1:] or self.trained),
             "memory_gb": self._over("memory_gb", max), "elapsed_s": self._over("elapsed_s", max),
             "skipped": int(self._over("skipped", max) or 0), "rollbacks": int(self._over("rollbacks", max) or 0),
-            "restarts": sum("resumed" in r for r in self.records)}
+            "restarts": sum("resumed" in r for r in self.records),
+            "reached": next((r for r in self.records if r.get("reached") is not None), None)}
 
     def _over(self, key: str, reduce: Callable, records: list[Record] | None = None) -> float | None:
         known = [r[key] for r in (self.records if records is None else records) if np.isfinite(number(r.get(key)))]

@@ -55,7 +55,8 @@ class Progress:
 
 def fresh_state() -> dict[str, Any]:
     """The trainer's state of a run that begins."""
-    return asdict(Progress()) | {"folder": None, "options": {}, "scaler": None, "judge": {}, "elapsed_s": 0.0}
+    return asdict(Progress()) | {"folder": None, "options": {}, "scaler": None, "judge": {}, "elapsed_s": 0.0,
+                                   "train_s": 0.0}
 
 
 def check_same_run(trainer: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any],
