@@ -3,6 +3,7 @@
 # make test-fast  the tests of single functions, for the loop of editing
 # make soak      what takes longer: every way to kill, hang and starve a run that the tests know (half an hour on two cores)
 # make test-gpu  the main job on a machine with an NVIDIA GPU; make bench-gpu measures it there
+# make record    the record run: a val loss of 3.28 with 124M parameters, on all GPUs of one node
 # make zoo       what every model and option is worth, as the table in docs/models.md (a quarter of an hour on two cores)
 # make install   .venv with all that the program and the tests need
 # Each makes .venv first where it is missing. PYTHON=python3.12 picks another interpreter, 3.10 or newer.
@@ -12,7 +13,7 @@ PY = .venv/bin/python
 ARGS =
 DATA = python_stdlib
 
-.PHONY: demo test test-fast soak test-gpu bench-gpu zoo install lint
+.PHONY: demo test test-fast soak test-gpu bench-gpu record zoo install lint
 
 demo: .venv/.run
 	$(PY) prepare_data.py $(DATA)
@@ -34,6 +35,10 @@ test-gpu: .venv/.dev
 
 bench-gpu: .venv/.dev
 	$(PY) -m benchmarks.bench gpu --config=config/gpt2_124m.py
+
+record: .venv/.run
+	test -e data/fineweb10B || .venv/bin/hf download kjj0/fineweb10B-gpt2 --repo-type=dataset --local-dir=data/fineweb10B
+	.venv/bin/torchrun --nproc_per_node=gpu train.py config/record_124m.py $(ARGS)
 
 zoo: .venv/.run
 	test -e data/shakespeare_char || $(PY) prepare_data.py shakespeare_char $(ARGS)

@@ -193,7 +193,7 @@ def summary_table(runs: list[Run]) -> str:
         "evaluation of a run reads. Time includes evaluations and saves, and leaves out what a restart has lost.</p>")
 
 
-def reached(record: Record) -> str:
+def reached(record: dict[str, Any]) -> str:
     """The target of a run, and what it took to reach it."""
     seconds, machine = record.get("train_s"), html.escape(record.get("machine", ""))
     return (f"{record['reached']:g}<small>step {record['step']:,}</small>"

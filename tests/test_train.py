@@ -129,6 +129,58 @@ def test_a_finished_run_says_so_and_is_left_alone(cli, tiny_data):
     assert files_of(Path("out")) == before
 
 
+def test_a_target_ends_a_run_as_finished(cli, tiny_data):
+    """At the first evaluation at or below it, with the time that training took, and for good."""
+    options = (*TINY_RUN, "--max_iters=300", "--lr_decay_iters=300", "--eval_interval=20", "--eval_iters=4")
+    result = cli("train", *options, "--target_val_loss=3.0")
+    assert result.code == 0, result.err
+    records = records_of("out/tiny")
+    evaluated = [record for record in records if "val/loss" in record]
+    step, reached = evaluated[-1]["step"], records[-1]
+    assert 0 < step < 300
+    assert evaluated[-1]["val/sampled_loss"] <= 3.0 < min(record["val/loss"] for record in evaluated[:-1])
+    assert (reached["step"], reached["tokens"], reached["reached"]) == (step, 128 * step, 3.0)
+    assert 0 < reached["train_s"] < reached["elapsed_s"]
+    assert reached["machine"].startswith("1 x cpu (")
+    assert f"step {step}: reached the target, a val loss of 3, after {128 * step:,} tokens and " in result.out
+    assert read_trainer(LATEST)["step"] == step
+    before = files_of(Path("out"))
+    again = cli("train", *options, "--target_val_loss=3.0")
+    assert f"out/tiny is finished: after {step} steps its best val loss is" in again.out
+    assert files_of(Path("out")) == before
+    assert cli("report", "out/tiny").code == 0
+    assert f"3<small>step {step}</small>" in Path("report.html").read_text()
+    assert cli("train", *options, "--target_val_loss=0.1").code == 0
+    assert read_trainer(LATEST)["step"] == 300
+
+
+def test_a_target_that_the_start_has_reached_leaves_a_checkpoint(cli, tiny_data):
+    assert cli("train", *TINY_RUN, "--target_val_loss=20").code == 0
+    assert read_trainer(LATEST)["step"] == 0
+    assert "is finished: after 0 steps" in cli("train", *TINY_RUN, "--target_val_loss=20").out
+
+
+@pytest.mark.parametrize("num_tokens", [100, 128, 1])
+def test_an_evaluation_can_read_the_first_tokens_whole(cli, tiny_data, num_tokens):
+    result = cli("train", *TINY_RUN, f"--eval_tokens={num_tokens}")
+    assert result.code == 0, result.err
+    evaluated = [record for record in records_of("out/tiny") if "val/loss" in record]
+    assert "val/sampled_loss" not in evaluated[-1]
+    tokens = open_dataset("tiny").splits["val"].shards[0][:num_tokens + 1].astype(np.int64)
+    model, losses = GPT.from_pretrained("out/tiny"), []
+    for start in range(0, num_tokens, 16):
+        x, y = (torch.from_numpy(tokens[start + shift:min(start + 16, num_tokens) + shift]) for shift in (0, 1))
+        losses += torch.nn.functional.cross_entropy(model(x[None])[0][0], y, reduction="none").tolist()
+    assert len(losses) == num_tokens
+    assert evaluated[-1]["val/loss"] == pytest.approx(sum(losses) / num_tokens, abs=1e-5)
+
+
+def test_more_tokens_than_the_split_has_are_refused(refused, tiny_data):
+    line = refused("train", *TINY_RUN, "--eval_tokens=1000000")
+    assert "tokens less to evaluate on than eval_tokens says" in line
+    assert not Path("out").exists()
+
+
 def test_eval_only_reads_the_whole_split_and_writes_nothing(cli, tiny_data):
     fresh = float(cli("train", *TINY_RUN, "--eval_only=True").out.split()[4])
     assert fresh == pytest.approx(math.log(len(set(TEXT))), abs=0.05)

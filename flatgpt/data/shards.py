@@ -190,8 +190,7 @@ class Split:
             num_targets -= max(0, len(shards[-1]) - 1)
             if num_targets == 0:
                 return Split(self.paths[:len(shards)], self.vocab_size, shards)
-        raise ValueError(f"{self.paths[0].name} and what follows it in {self.paths[0].parent} are {num_targets:,} tokens "
-                         "short of those that eval_tokens asks for")
+        raise ValueError(f"{self.paths[0].parent} has {num_targets:,} tokens less to evaluate on than eval_tokens says")
 
     def read(self, places: Iterable[tuple[int, int]], rows: np.ndarray) -> None:
         """Fill rows (n, length), int64, with the tokens from n places on, each a (shard, start); where a shard ends,

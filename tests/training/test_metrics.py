@@ -27,6 +27,7 @@ from flatgpt.training.distributed import Job
 from flatgpt.training.metrics import (
     LogConfig,
     Reporter,
+    Validation,
     cut_metrics,
     cut_to_events,
     flops_per_token,
@@ -198,6 +199,16 @@ def test_samples_do_not_count_as_training(cli, tiny_data, monkeypatch):
     assert min(speeds[1:]) > 128 / 0.5
 
 
+def test_the_time_of_training_leaves_out_evaluations_and_is_kept_over_a_restart(cli, tiny_data, monkeypatch):
+    losses = Validation.losses
+    monkeypatch.setattr(Validation, "losses", lambda *args, **options: (time.sleep(0.4), losses(*args, **options))[1])
+    seen = [run_folder.read_trainer(Path("out/tiny/checkpoints/latest")) for steps in (3, 6)
+            if cli("train", *TINY_RUN, f"--max_iters={steps}").code == 0]
+    assert seen[0]["elapsed_s"] - seen[0]["train_s"] > 0.8  # at step 0 and 3
+    assert seen[1]["elapsed_s"] - seen[1]["train_s"] > 1.2
+    assert 0 < seen[0]["train_s"] < seen[1]["train_s"]
+
+
 def test_samples_do_not_meet_the_compiler(model):
     met = []
     compile_in_place(model, backend=lambda graph, inputs: met.append(graph) or graph.forward)
@@ -210,7 +221,7 @@ def test_samples_do_not_meet_the_compiler(model):
 
 def test_control_characters_of_a_sample_do_not_reach_the_terminal(tmp_path, model, capsys):
     reporter = Reporter(tmp_path, LogConfig(), 1, HERE)
-    reporter.start(model, 0, 0.0, {}, is_new=True)
+    reporter.start(model, 0, {"elapsed_s": 0.0}, {}, is_new=True)
     text = "a\tb\n\x1b[31mred\x00\x07\r\x7f\x9b2J \\x1b \xa0\xe9 end"
     reporter.samples(1, [text])
     assert "a\tb\n\\x1b[31mred\\x00\\x07\\x0d\\x7f\\x9b2J \\x1b \xa0\xe9 end\n---" in capsys.readouterr().out
