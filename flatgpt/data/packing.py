@@ -111,10 +111,11 @@ def count_lengths(edges: np.ndarray, T: int) -> np.ndarray:
 
 
 def count_up(lengths: np.ndarray) -> np.ndarray:
-    """0 ... length - 1 for each length, one behind the other, int32."""
-    numbers = np.arange(lengths.sum(), dtype=np.int32)
-    numbers -= np.repeat((lengths.cumsum() - lengths).astype(np.int32), lengths)
-    return numbers
+    """0 ... length - 1 for each length, none of them 0, one behind the other; int32."""
+    ends = lengths.cumsum()
+    steps = np.ones(ends[-1], np.int32)
+    steps[0], steps[ends[:-1]] = 0, 1 - lengths[:-1]
+    return steps.cumsum(dtype=np.int32, out=steps)
 
 
 class PackedOrder:
@@ -148,12 +149,13 @@ class PackedOrder:
         """`count` sequences, a row each. What no piece fills has inputs 0, targets -1 and positions of its own."""
         shards, starts, lengths = self._pieces(first_seq, count)
         places = [*zip(shards.tolist(), starts.tolist(), (starts + lengths).tolist())]
-        inputs = np.concatenate([self._sources[shard][start:end] for shard, start, end in places]).astype(np.int64)
+        tokens = np.concatenate([self._sources[shard][start:end] for shard, start, end in places])
+        following = [self._sources[shard][end] if end < len(self._sources[shard]) else self._next_tokens[shard]
+                     for shard, _, end in places]
+        inputs = tokens.astype(np.int64)
         targets, ends = np.empty_like(inputs), lengths.cumsum()
-        targets[:-1] = inputs[1:]
-        targets[ends - 1] = [self._sources[shard][end] if end < len(self._sources[shard]) else self._next_tokens[shard]
-                             for shard, _, end in places]
-        if max(inputs.max(), targets.max()) >= self.split.vocab_size:
+        targets[:-1], targets[ends - 1] = inputs[1:], following
+        if max(tokens.max(), *following) >= self.split.vocab_size:
             of_documents = [(shard, start) for shard, start, _ in places if shard < len(self.split.shards)]
             self.split.read(of_documents, np.zeros((len(places), self.block_size + 1), np.int64))  # says where it is
         is_filler = shards == len(self._sources) - 1
