@@ -112,7 +112,9 @@ def evaluate(config: EvalConfig, job: Job) -> None:
     if documents == "auto":
         documents = "stream" if inference.options_of(path).get("documents", "stream") == "stream" else "mask"
     model.set_documents(documents)
-    eot_id = None if documents == "stream" else separator(tokenizer, config.text or ",".join(data.datasets))
+    eot_id = None
+    if splits and documents != "stream":  # questions have no documents
+        eot_id = separator(tokenizer, " and ".join(splits))
     block_size, stride = model.config.block_size, config.stride or model.config.block_size
     report: dict[str, Any] = {"model": called, "parameters": model.num_params(non_embedding=False),
                               "dtype": str(job.dtype).removeprefix("torch."), "block_size": block_size,

@@ -177,7 +177,7 @@ def separator(tokenizer: Tokenizer | None, name: str) -> int:
     """The end-of-text token, with which documents of `name` begin. Raises ValueError if it is not known."""
     if tokenizer is None:
         raise ValueError(f"where the documents of {name} begin is not known, because its tokenizer is not: "
-                         "--tokenizer=gpt2 says that it is GPT-2's; or use --documents=stream")
+                         "--tokenizer=gpt2 of train.py says that it is GPT-2's; or use --documents=stream")
     if tokenizer.eot_id is None:
         raise ValueError(f"nothing separates the documents of {name}, because its tokenizer has no end-of-text token: "
                          "use --documents=stream")
