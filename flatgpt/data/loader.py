@@ -205,9 +205,8 @@ def train_order(data: Mixture, documents: str, block_size: int, seed: int) -> Mi
 
 def describe_epochs(data: Mixture, order: MixedOrder) -> str:
     """Returns "has 12,000 sequences", or the share and the length of an epoch of each data set of a mixture."""
-    lengths = [f"{each.epoch_seqs(0):,} sequences" + (f", {each.padding:.2%} of them padding"
-                                                       if isinstance(each, PackedOrder) else "")
-               for each in order.orders]
+    lengths = [f"{each.epoch_seqs(0):,} sequences"
+               + (f" ({each.padding:.2%} padding)" if isinstance(each, PackedOrder) else "") for each in order.orders]
     return f"has {lengths[0]}" if len(lengths) == 1 else "has, of " + "; of ".join(
         f"{name} ({share:.1%}), {length}" for name, share, length in zip(data.datasets, data.shares, lengths))
 

@@ -69,7 +69,7 @@ def test_the_loss_is_the_mean_over_the_tokens_that_are_no_padding(cli, lines):
     assert cli("train", *RUN, "--block_size=64", "--max_iters=0", "--out_dir=out/start").code == 0
     model, split = GPT.from_pretrained("out/start"), open_dataset("lines").splits["train"]
     order = PackedOrder(split, [find_edges(tokens, 256) for tokens in split.shards], 64, 1337)
-    assert f"sequences, {order.padding:.2%} of them padding" in result.out
+    assert f"sequences ({order.padding:.2%} padding)" in result.out
     losses = []
     for x, y, positions in zip(*map(torch.from_numpy, order.batch(0, 8)[:3])):
         begins = [*(positions == 0).nonzero().flatten().tolist(), 64]
