@@ -89,6 +89,9 @@ def test_an_evaluation_measures_as_the_run_was_trained(cli, lines):
                           for documents in ((), ("--documents=mask",), ("--documents=stream",)))
     assert auto == mask == pytest.approx(trained, abs=1e-6)
     assert abs(stream - mask) > 1e-4
+    for documents, is_within in ((), True), (("--documents=stream",), False):
+        first = cli("eval", "--out_dir=out/tiny", "--device=cpu", *documents).out.splitlines()[0]
+        assert first.endswith("attention within documents") == is_within
     assert results(cli("eval", *options, "--text=lines.jsonl"))["lines.jsonl"]["loss"] > 0
     Path("questions.jsonl").write_text(json.dumps(
         {"activity_label": "Tea", "ctx_a": "Pour it.", "ctx_b": "then", "endings": ["drink", "dr"], "label": 0}))
