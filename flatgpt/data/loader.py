@@ -33,7 +33,6 @@ from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.options import check_options, failed_rules
 
 T = TypeVar("T")
-Windows = Literal["stream", "mask", "pack"]
 TOKENS_PER_DOCUMENT = 128  # at the least, in most batches
 
 
@@ -42,7 +41,7 @@ class DataConfig:
     """Data and batch"""
 
     dataset: Annotated[str, "paths"] = "openwebtext"  # folder in data/, or its path; a mixture: a:0.7,b:0.3
-    documents: Windows = "stream"  # mask: a token sees its own document alone; pack: and windows hold whole documents
+    documents: Literal["stream", "mask", "pack"] = "stream"  # mask: attend within documents; pack: and keep them whole
     tokenizer: Literal["auto", "gpt2"] = "auto"  # gpt2: say that shards without dataset.json hold GPT-2's tokens
     gradient_accumulation_steps: int = 40  # micro-batches a step, summed over the ranks
     batch_size: int = 12  # sequences a micro-batch, the most that a device takes at a time; 0 = as many as fit it
