@@ -112,7 +112,8 @@ def evaluate(config: EvalConfig, job: Job) -> None:
     if documents == "auto":
         documents = "stream" if inference.options_of(path).get("documents", "stream") == "stream" else "mask"
     model.set_documents(documents)
-    eot_id = None if documents == "stream" else separator(tokenizer, config.text or ",".join(data.datasets))
+    has_documents = splits and documents != "stream"  # a question is no document
+    eot_id = separator(tokenizer, ",".join(splits)) if has_documents else None
     block_size, stride = model.config.block_size, config.stride or model.config.block_size
     report: dict[str, Any] = {"model": called, "parameters": model.num_params(non_embedding=False),
                               "dtype": str(job.dtype).removeprefix("torch."), "block_size": block_size,
@@ -123,7 +124,8 @@ def evaluate(config: EvalConfig, job: Job) -> None:
             print(line, flush=True)
 
     say(f"{called}: {report['parameters']:,} parameters on {job.device}, {job.dtype}"
-        + (f", windows of {block_size} tokens every {stride}" if splits else ""))
+        + (f", windows of {block_size} tokens every {stride}" if splits else "")
+        + (", attention within documents" if eot_id is not None else ""))
     results = report["results"] = {}
     for name, split in splits.items():
         results[name] = measure(model, split, tokenizer, eot_id, config, job)

@@ -370,7 +370,7 @@ def test_a_model_without_a_tokenizer(refused, tmp_path):
     assert "no tokenizer for the model's 101 tokens" in refused("eval", "--init_from=bare", "--text=text.txt")
 
 
-def test_loss_needs_no_tokenizer_and_32_bit_ids_are_the_models(cli, tmp_path):
+def test_loss_needs_no_tokenizer_and_32_bit_ids_are_the_models(cli, refused, tmp_path):
     """Shards that say nothing of themselves, and a model beside which no tokenizer lies."""
     save_hf(tmp_path / "bare", vocab_size=300, bos_token_id=None, eos_token_id=None)
     (tmp_path / "data" / "plain").mkdir(parents=True)
@@ -383,6 +383,9 @@ def test_loss_needs_no_tokenizer_and_32_bit_ids_are_the_models(cli, tmp_path):
     assert found["loss"] == pytest.approx(naive_loss(
         transformers.GPT2LMHeadModel.from_pretrained("bare").eval(), ids.tolist(), 32, 32), abs=1e-4)
     assert " (99 tokens, 0 bytes)" in cli("eval", "--init_from=bare", "--dataset=plain", *FP32[:2]).out
+    line = refused("eval", "--init_from=bare", "--dataset=plain", "--documents=mask")
+    assert "where the documents of plain begin is not known" in line
+    assert "--tokenizer=gpt2 of train.py" in line
 
 
 def test_a_mixtures_loss_is_the_one_that_training_reports(cli, tiny_data):

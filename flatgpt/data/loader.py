@@ -33,7 +33,6 @@ from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.options import check_options, failed_rules
 
 T = TypeVar("T")
-Windows = Literal["stream", "mask", "pack"]
 TOKENS_PER_DOCUMENT = 128  # at the least, in most batches
 
 
@@ -42,7 +41,7 @@ class DataConfig:
     """Data and batch"""
 
     dataset: Annotated[str, "paths"] = "openwebtext"  # folder in data/, or its path; a mixture: a:0.7,b:0.3
-    documents: Windows = "stream"  # mask: a token sees its own document alone; pack: and windows hold whole documents
+    documents: Literal["stream", "mask", "pack"] = "stream"  # mask: attend within documents; pack: and keep them whole
     tokenizer: Literal["auto", "gpt2"] = "auto"  # gpt2: say that shards without dataset.json hold GPT-2's tokens
     gradient_accumulation_steps: int = 40  # micro-batches a step, summed over the ranks
     batch_size: int = 12  # sequences a micro-batch, the most that a device takes at a time; 0 = as many as fit it
@@ -177,7 +176,7 @@ def separator(tokenizer: Tokenizer | None, name: str) -> int:
     """The end-of-text token, with which documents of `name` begin. Raises ValueError if it is not known."""
     if tokenizer is None:
         raise ValueError(f"where the documents of {name} begin is not known, because its tokenizer is not: "
-                         "--tokenizer=gpt2 says that it is GPT-2's; or use --documents=stream")
+                         "--tokenizer=gpt2 of train.py says that it is GPT-2's; or use --documents=stream")
     if tokenizer.eot_id is None:
         raise ValueError(f"nothing separates the documents of {name}, because its tokenizer has no end-of-text token: "
                          "use --documents=stream")
@@ -205,9 +204,8 @@ def train_order(data: Mixture, documents: str, block_size: int, seed: int) -> Mi
 
 def describe_epochs(data: Mixture, order: MixedOrder) -> str:
     """Returns "has 12,000 sequences", or the share and the length of an epoch of each data set of a mixture."""
-    lengths = [f"{each.epoch_seqs(0):,} sequences" + (f", {each.padding:.2%} of them padding"
-                                                       if isinstance(each, PackedOrder) else "")
-               for each in order.orders]
+    lengths = [f"{each.epoch_seqs(0):,} sequences"
+               + (f" ({each.padding:.2%} padding)" if isinstance(each, PackedOrder) else "") for each in order.orders]
     return f"has {lengths[0]}" if len(lengths) == 1 else "has, of " + "; of ".join(
         f"{name} ({share:.1%}), {length}" for name, share, length in zip(data.datasets, data.shares, lengths))
 

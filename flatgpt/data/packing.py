@@ -122,7 +122,8 @@ class PackedOrder:
     """Sequence number q -> window of whole documents, without end: epoch after epoch over a split."""
 
     def __init__(self, split: Split, edges: list[np.ndarray], block_size: int, seed: int):
-        """`edges`: see documents.open_index. Raises ValueError when the split does not fill a window."""
+        """`edges`: see documents.open_index. Raises ValueError when the split does not fill a window, or when the first
+        token of a shard is outside the vocabulary."""
         self.split, self.block_size, self.seed = split, block_size, seed
         if split.num_tokens < block_size:
             raise ValueError(f"the train split of {split.paths[0].parent} has {split.num_tokens} tokens, and one "
@@ -131,7 +132,9 @@ class PackedOrder:
         self._num_windows = np.array([sum(number for _, number in best_fit(count_lengths(block, block_size)))
                                       for _, block in self._blocks])
         filled = [i for i, tokens in enumerate(split.shards) if len(tokens)]
-        self._next_tokens = {shard: split.shards[after][0] for shard, after in zip(filled, [*filled[1:], filled[0]])}
+        begins = np.zeros((len(filled), 1), np.int64)
+        split.read([(shard, 0) for shard in filled], begins)
+        self._next_tokens = dict(zip(filled, np.roll(begins[:, 0], -1)))  # behind the last token of each shard
         self._sources = [*split.shards, np.zeros(block_size + 1, np.uint16)]  # the last is the filler
         self._pools = lru_cache(maxsize=2)(self._find_pools)
         self._pool = lru_cache(maxsize=2)(self._pack_pool)

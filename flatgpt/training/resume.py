@@ -73,6 +73,8 @@ def check_same_run(trainer: Mapping[str, Any], now: Mapping[str, Any], defaults:
     if fixed := [text for key, text in changed.items() if key in FIXED and key not in of_training]:
         raise ValueError(f"{trainer['folder']} was trained with other settings: {'; '.join(fixed)}. Go on with those, "
                          "or choose another --out_dir")
+    if now["eval_only"] and "documents" in changed:
+        log(f"it is not measured as it was trained: {changed['documents']}")
     if not now["eval_only"] and trainer["step"] < now["max_iters"]:
         log(f"resuming {now['out_dir']} at step {trainer['step']:,}"
             + (f"; changed: {'; '.join(changed.values())}" if changed else ""))

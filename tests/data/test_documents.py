@@ -54,12 +54,13 @@ def test_an_index_is_made_once_and_read_after_that(split, monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", [
-    b"", b"no array", np.array([0, 3, 8], dtype=np.float32), np.array([[0, 3, 4, 8]], dtype=np.uint32),
+    b"", b"no array", b"PK\x03\x04 no archive", b"\x93NUMPY\x01\x00\x04\x00{'a'",
+    np.array([0, 3, 8], dtype=np.float32), np.array([[0, 3, 4, 8]], dtype=np.uint32),
     np.array([0, 3, 4, 9], dtype=np.uint32), np.array([0, 4, 3, 8], dtype=np.uint32),
     np.array([0, 2, 8], dtype=np.uint32), np.array([3, 4, 8], dtype=np.uint32), np.array([], dtype=np.uint32),
     np.array([0, 3, 4, 20, 8], dtype=np.uint32), np.array(8, dtype=np.uint32), np.array([{}], dtype=object)],
-    ids=["empty", "text", "float", "2-D", "longer", "falling", "no_end_of_text", "start", "none", "outside", "0-D",
-         "pickle"])
+    ids=["empty", "text", "zip", "header", "float", "2-D", "longer", "falling", "no_end_of_text", "start", "none",
+         "outside", "0-D", "pickle"])
 def test_an_index_that_does_not_belong_to_its_shard_is_made_again(split, wrong):
     path = index_path(split.paths[0])
     path.write_bytes(wrong) if isinstance(wrong, bytes) else np.save(path, wrong, allow_pickle=True)

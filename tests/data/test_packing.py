@@ -161,6 +161,10 @@ def test_an_id_outside_the_vocabulary_is_named_with_its_place():
     order.split.shards[1][2] = order.split.vocab_size
     with pytest.raises(ValueError, match=r"train_000001.bin: token id 1000000000 at position 2 is outside the vocab"):
         order.batch(0, order.epoch_seqs())
+    split = order_of([[5, 9], [3, 8]]).split
+    split.shards[1][0] = split.vocab_size  # it is also the target of the last piece of the shard before
+    with pytest.raises(ValueError, match=r"train_000001.bin: token id 1000000000 at position 0 is outside the vocab"):
+        PackedOrder(split, [np.array([0, 5, 14]), np.array([0, 3, 11])], 8, 0)
 
 
 def test_a_split_that_does_not_fill_a_window_is_refused():

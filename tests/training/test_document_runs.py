@@ -1,6 +1,7 @@
 """--documents=mask and pack in a run: resumed, on several processes, compiled, measured, and refused."""
 
 import itertools
+import json
 import shutil
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def test_the_loss_is_the_mean_over_the_tokens_that_are_no_padding(cli, lines):
     assert cli("train", *RUN, "--block_size=64", "--max_iters=0", "--out_dir=out/start").code == 0
     model, split = GPT.from_pretrained("out/start"), open_dataset("lines").splits["train"]
     order = PackedOrder(split, [find_edges(tokens, 256) for tokens in split.shards], 64, 1337)
-    assert f"sequences, {order.padding:.2%} of them padding" in result.out
+    assert f"sequences ({order.padding:.2%} padding)" in result.out
     losses = []
     for x, y, positions in zip(*map(torch.from_numpy, order.batch(0, 8)[:3])):
         begins = [*(positions == 0).nonzero().flatten().tolist(), 64]
@@ -88,7 +89,15 @@ def test_an_evaluation_measures_as_the_run_was_trained(cli, lines):
                           for documents in ((), ("--documents=mask",), ("--documents=stream",)))
     assert auto == mask == pytest.approx(trained, abs=1e-6)
     assert abs(stream - mask) > 1e-4
+    for documents, is_within in ((), True), (("--documents=stream",), False):
+        first = cli("eval", "--out_dir=out/tiny", "--device=cpu", *documents).out.splitlines()[0]
+        assert first.endswith("attention within documents") == is_within
     assert results(cli("eval", *options, "--text=lines.jsonl"))["lines.jsonl"]["loss"] > 0
+    Path("questions.jsonl").write_text(json.dumps(
+        {"activity_label": "Tea", "ctx_a": "Pour it.", "ctx_b": "then", "endings": ["drink", "dr"], "label": 0}))
+    questions = ("--tasks=hellaswag", "--hellaswag_file=questions.jsonl")
+    assert (results(cli("eval", *options, *questions, "--documents=mask"))
+            == results(cli("eval", *options, *questions, "--documents=stream")))
 
 
 def test_documents_of_all_kinds_are_one_compilation(cli, lines, monkeypatch):
@@ -112,7 +121,9 @@ def test_a_run_keeps_how_it_treats_documents(cli, refused, lines):
     before = files_of(Path("out"))
     assert "documents was stream, is mask" in refused("train", *RUN, "--documents=mask")
     assert files_of(Path("out")) == before
-    assert cli("train", *RUN, "--documents=mask", "--eval_only=True").code == 0
+    other = cli("train", *RUN, "--documents=mask", "--eval_only=True").out
+    assert "it is not measured as it was trained: documents was stream, is mask" in other
+    assert "not measured" not in cli("train", *RUN, "--eval_only=True").out
 
 
 @pytest.mark.parametrize(("options", "words"), [
