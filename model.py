@@ -358,8 +358,9 @@ class GPT(LanguageModel):
             mask = mask & (distance < window) & (key_positions >= 0)
         if documents is not None:
             mask = mask & documents.share()[:, None]  # (B, 1, T, T)
-        if c.pos == "alibi":
-            mask = alibi_bias(c.n_head, distance).masked_fill(~mask, -math.inf).to(self.compute_dtype())
+        if c.pos == "alibi" or documents is not None:  # as numbers, or SDPA would make and keep them in each block
+            bias = alibi_bias(c.n_head, distance) if c.pos == "alibi" else torch.zeros(1, device=distance.device)
+            mask = bias.masked_fill(~mask, -math.inf).to(self.compute_dtype())
         return AttentionContext(cos_sin, mask)
 
     def forward_blocks(self, idx: torch.Tensor, positions: torch.Tensor, layer_caches: list[LayerCache] | None = None,

@@ -74,7 +74,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     """softmax(q k^T / sqrt(D)) v, for queries (B, H, T, D), keys and values (B, K, S, D) -> (B, H, T, D). Each head of
     keys and values serves H/K neighbouring heads of queries.
 
-    A query sees the keys for which `mask` (1 or B, 1, T, S) is true, or numbers (1 or B, H, T, S) are added to its
+    A query sees the keys for which `mask` (1 or B, 1, T, S) is true, or numbers (1 or B, 1 or H, T, S) are added to its
     scores; a VarlenMask is for S = T without dropout, see has_varlen_kernel. Without a mask the T queries are the last
     of the S positions, each sees all keys up to its own, and T is S or 1."""
     (B, H, T, _), K = q.shape, k.size(1)

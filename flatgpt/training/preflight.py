@@ -194,7 +194,17 @@ def activation_bytes(model: LanguageModel, micro_batch: int, job: Job) -> int:
     if model.activation_checkpointing:
         blocks = c.n_layer * rows * c.n_embd * 4 + block
     last_norm = rows * c.n_embd * 2 * 4
-    return blocks + last_norm + _head_bytes(model, rows, job)
+    return blocks + last_norm + _mask_bytes(model, micro_batch, job) + _head_bytes(model, rows, job)
+
+
+def _mask_bytes(model: LanguageModel, micro_batch: int, job: Job) -> int:
+    """Of what says which keys a query sees, as truth values twice and as numbers, where they are needed."""
+    c = model.config
+    with job.autocast():
+        has_rows = model.keeps_within_documents and not model.has_varlen_kernel()
+    if not has_rows and c.pos != "alibi":
+        return 0
+    return (2 + 4) * c.block_size**2 * (micro_batch if has_rows else 1) * (c.n_head if c.pos == "alibi" else 1)
 
 
 def _activation_bytes_without_blocks(model: LanguageModel, rows: int, job: Job) -> int:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import TINY_RUN
 
-from flatgpt.data.loader import BatchPlan
+from flatgpt.data.loader import BatchPlan, empty_batch
 from flatgpt.models.baselines import build
 from flatgpt.training import preflight
 from flatgpt.training.checkpoint import RunConfig, RunFolder
@@ -38,14 +38,28 @@ def kept_bytes(model) -> int:
         kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    tokens = torch.zeros(1, model.config.block_size, dtype=torch.long)
+    x, y, *documents = empty_batch(1, model.config.block_size, model.keeps_within_documents, HERE.device)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(tokens, tokens)
+        model(x, y, None, *documents)
     return sum(t.untyped_storage().nbytes() for storage, t in kept.items() if storage not in params)
 
 
 def warnings(lines: list[str]) -> list[str]:
     return [line for line in lines if line.startswith("warning:")]
+
+
+@pytest.mark.parametrize("pos", ["rope", "alibi"])
+def test_a_mask_of_documents_is_kept_once_for_all_blocks(pos):
+    model = make_model(block_size=256, n_embd=32, pos=pos)
+    without, forecast = kept_bytes(model), preflight.activation_bytes(model, 1, HERE)
+    model.set_documents("mask")
+    added = preflight.activation_bytes(model, 1, HERE) - forecast
+    if pos == "alibi":  # it has numbers for each head in any case
+        assert abs(kept_bytes(model) - without) < 256**2
+        assert added == 0
+    else:
+        assert 4 * 256**2 <= kept_bytes(model) - without <= 1.1 * 4 * 256**2
+        assert added == 6 * 256**2
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
