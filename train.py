@@ -170,7 +170,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
                             config.eval_tokens, plan.micro_batch, job)  # in rows that compiled blocks know
     if config.eval_only:
         losses = describe_losses(validation.losses(whole=True))
-        report.log(f"step {trainer['step']}: {losses} on the whole validation split")
+        report.log(f"step {trainer['step']}: {losses} on {validation.extent}")
         return ""
     if trainer["folder"] and (how := how_finished(config, trainer)):
         report.log(f"{run.path} is finished: {how}; for another run, choose another --out_dir.")

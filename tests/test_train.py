@@ -172,6 +172,10 @@ def test_an_evaluation_can_read_the_first_tokens_whole(cli, tiny_data, num_token
         x, y = (torch.from_numpy(tokens[start + shift:min(start + 16, num_tokens) + shift]) for shift in (0, 1))
         losses += torch.nn.functional.cross_entropy(model(x[None])[0][0], y, reduction="none").tolist()
     assert len(losses) == num_tokens
+    said = cli("train", *TINY_RUN, f"--eval_tokens={num_tokens}", "--eval_only=True").out
+    assert f"{evaluated[-1]['val/loss']:.4f} on the first {num_tokens:,} tokens of the validation split" in said
+    assert cli("report", "out/tiny").code == 0
+    assert "whole split" not in Path("report.html").read_text()
     assert evaluated[-1]["val/loss"] == pytest.approx(sum(losses) / num_tokens, abs=1e-5)
 
 

@@ -261,7 +261,7 @@ class Run:
         """running, finished, stopped (by a signal or its time limit, and saved) or died."""
         if is_held:
             return "running"
-        if self._evaluation and self._evaluation["step"] == self._max_iters():
+        if self._has_reached_target() or (self._evaluation and self._evaluation["step"] == self._max_iters()):
             return "finished"
         if "stopped" in self._newest:
             return "stopped"
@@ -269,6 +269,10 @@ class Run:
             return "died"
         gaps = [later[1] - earlier[1] for earlier, later in zip(self._pace, [*self._pace][1:])]
         return "running" if age_s < max(QUIET_S, 10 * max(gaps, default=0)) else "died"
+
+    def _has_reached_target(self) -> bool:
+        """Whether an evaluation was at or below the target that the run has now; it may have gone on to a lower one."""
+        return "reached" in self._facts and self._facts["reached"] == self.options.get("target_val_loss")
 
     def _max_iters(self) -> int | None:
         value = self.options.get("max_iters")

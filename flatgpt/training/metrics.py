@@ -149,8 +149,9 @@ class Validation:
         """`num_seqs` windows are the sample, spaced evenly; 0 means all. With `num_tokens` the split is cut behind its
         first so many targets, and read whole. A run with documents=pack is measured as one with mask: on the windows of
         a stream, in which attention stays within documents."""
-        splits = data.splits("val")
+        splits, self.extent = data.splits("val"), "the whole validation split"
         if num_tokens:
+            self.extent = f"the first {num_tokens:,} tokens of the validation split"
             splits, num_seqs = {name: split.first(num_tokens) for name, split in splits.items()}, 0
         self._sample, self._whole = (
             {name: EvalOrder(split, model.config.block_size, count, eot_id=data.eot_id(documents))

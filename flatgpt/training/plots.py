@@ -123,7 +123,8 @@ class Run:
             "val_loss": final.get("val/loss"),
             "val_losses": {key.removeprefix("val/loss/"): value for key, value in final.items()  # a mixture's
                            if key.startswith("val/loss/")},
-            "val_is_whole": "val/sampled_loss" in final or (bool(final) and final["step"] == max_iters),
+            "val_is_whole": "val/sampled_loss" in final or (
+                bool(final) and final["step"] == max_iters and not self.options.get("eval_tokens")),
             "best_val_loss": None if best is None else float(val["value"][best]),
             "best_step": None if best is None else int(val["step"][best]),
             # The first report is of the step that warms up.

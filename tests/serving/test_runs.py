@@ -215,6 +215,13 @@ def test_a_run_that_nobody_holds_has_finished_stopped_or_died(tmp_path, last, ex
     assert state(run_at(tmp_path / "a", last)) == expected
 
 
+@pytest.mark.parametrize(("target", "expected"), [(1.5, "finished"), (1.0, "died"), (0.0, "died")])
+def test_a_run_that_has_reached_its_target_is_finished_until_it_has_a_lower_one(tmp_path, target, expected):
+    folder = run_at(tmp_path / "a", {"step": 2, "tokens": 8, "reached": 1.5, "train_s": 1.0, "elapsed_s": 2.0})
+    (folder / "train_config.json").write_text(json.dumps({"max_iters": 3, "target_val_loss": target}))
+    assert state(folder) == expected
+
+
 def test_on_another_host_the_age_of_the_last_line_tells(tmp_path):
     folder = run_at(tmp_path / "a", report(3), host="elsewhere")
     assert state(folder) == "running"
