@@ -37,7 +37,7 @@ bench-gpu: .venv/.dev
 	$(PY) -m benchmarks.bench gpu --config=config/gpt2_124m.py
 
 record: .venv/.run
-	test -e data/fineweb10B || .venv/bin/hf download kjj0/fineweb10B-gpt2 --repo-type=dataset --local-dir=data/fineweb10B
+	.venv/bin/hf download kjj0/fineweb10B-gpt2 --repo-type=dataset --local-dir=data/fineweb10B
 	.venv/bin/torchrun --nproc_per_node=gpu train.py config/record_124m.py $(ARGS)
 
 zoo: .venv/.run
