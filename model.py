@@ -301,15 +301,26 @@ class GPT(LanguageModel):
         self.init_weights()
 
     @torch.no_grad()
-    def init_weights(self) -> None:
-        """As in GPT-2: N(0, 0.02), into the residual path N(0, 0.02 / sqrt(2 n_layer)), biases 0, norms 1."""
+    def init_weights(self, width_ratio: float = 1.0) -> None:
+        """As in GPT-2: N(0, 0.02), into the residual path N(0, 0.02 / sqrt(2 n_layer)), biases 0, norms 1.
+
+        In a model `width_ratio` times as wide as one that this suits, activations and logits keep their size if the
+        blocks' matrices shrink with the root of that, and the head with all of it (muP, arXiv:2203.03466). A head that
+        is the token table cannot shrink: the gain of the norm before it does so in its place."""
         for name, p in self.named_parameters():
             if p.dim() < 2:
                 p.fill_(1.0 if name.endswith("weight") else 0.0)
-            elif name.endswith("c_proj.weight"):
-                p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
-            else:
-                p.normal_(std=0.02)
+                continue
+            std = 0.02
+            if name.endswith("c_proj.weight"):
+                std /= math.sqrt(2 * self.config.n_layer)
+            if name.startswith("h."):
+                std /= math.sqrt(width_ratio)
+            elif name == "lm_head.weight":
+                std /= width_ratio
+            p.normal_(std=std)
+        if self.lm_head is None and width_ratio != 1:
+            self.ln_f.weight /= width_ratio
         if self.config.pos == "learned_sinusoidal":
             self.wpe.weight.copy_(sinusoids(torch.arange(self.config.block_size, device=self.wpe.weight.device),
                                             self.config.n_embd))

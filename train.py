@@ -105,6 +105,12 @@ class TrainConfig:
         if self.bigram_counts and (self.model.model != "bigram" or self.init_from != "scratch"):
             faults.append(f"bigram_counts=True counts the table of --model=bigram --init_from=scratch, not of model="
                           f"{self.model.model}, init_from={self.init_from}")
+        if self.optim.width_base and (self.model.model != "gpt" or self.init_from not in ("scratch", "resume")):
+            faults.append(f"width_base={self.optim.width_base} says how a new GPT begins, and this is model="
+                          f"{self.model.model}, init_from={self.init_from}")
+        elif self.optim.width_base and self.model.norm_position == "post" and self.model.tie_embeddings:
+            faults.append(f"width_base={self.optim.width_base} needs a norm before the head, or a head of its own: "
+                          "norm_position=pre, or tie_embeddings=False")
         if self.init_from == "scratch":
             faults += GPTConfig(**asdict(self.model) | {"vocab_size": self.model.vocab_size or 1}).validate()
         return faults
@@ -148,7 +154,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
 
     # 3) The model, then the batch, which needs its shape.
     torch.manual_seed(config.seed)
-    make = partial(setup.make_model, config.model, config.init_from, given, data, trainer["folder"],
+    make = partial(setup.make_model, config.model, config.optim, config.init_from, given, data, trainer["folder"],
                    config.bigram_k if config.bigram_counts else None, report.log)
     model, numerics = setup.build_model(make, config.where, config.attention, config.data.batch_size,
                                         trainer["options"], report.log, job)

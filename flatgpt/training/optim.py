@@ -38,6 +38,7 @@ class OptimConfig:
     lr_decay_iters: int = 600000  # step at which min_lr is reached; usually max_iters
     decay_fraction: float = 0.2  # the last part of lr_decay_iters, in which wsd decays
     min_lr: float = 6e-5  # learning rate at the end of the decay; usually learning_rate / 10
+    width_base: int = 0  # n_embd that the rates were chosen at: they and the initial weights follow from it; 0 = off
     spike_sigma: float = 0.0  # skip an update if its gradient norm is this many deviations above normal; 0 = never
     max_bad_steps: int = 10  # skipped updates in a row after which the run goes back to its last good checkpoint
 
@@ -49,10 +50,16 @@ class OptimConfig:
             ("muon_momentum", 0 <= self.muon_momentum < 1, "at least 0 and below 1"),
             ("decay_fraction", 0 < self.decay_fraction <= 1, "above 0 and at most 1"),
             ("grad_clip", self.grad_clip >= 0, "0 or more"), ("weight_decay", self.weight_decay >= 0, "0 or more"),
-            ("spike_sigma", self.spike_sigma >= 0, "0 or more"), ("max_bad_steps", self.max_bad_steps > 0, "positive"))
+            ("width_base", self.width_base >= 0, "0 or more"), ("spike_sigma", self.spike_sigma >= 0, "0 or more"),
+            ("max_bad_steps", self.max_bad_steps > 0, "positive"))
         if self.schedule != "cosine" and not self.decay_lr:
             faults.append(f"schedule={self.schedule} needs decay_lr=True; decay_lr=False is learning_rate throughout")
         return faults
+
+
+def width_ratio(n_embd: int, config: OptimConfig) -> float:
+    """How many times as wide a model is as the one that its learning rates were chosen for."""
+    return n_embd / config.width_base if config.width_base else 1.0
 
 
 def learning_rate(step: int, config: OptimConfig) -> float:
@@ -144,9 +151,17 @@ def build_optimizer(model: nn.Module, config: OptimConfig, job: Job | None = Non
     all that it has, AdamW keeps what is not in `muon_params`. `job`: the ranks that share Muon's work; None: no others.
     """
     muons = muon_params(model) if config.optimizer == "muon" else {}
-    rest = [p for p in model.parameters() if p not in muons]
-    groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay, "lr_ratio": 1.0},
-              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0, "lr_ratio": 1.0}]
+    ratio = width_ratio(model.config.n_embd, config)
+    gain = "ln_f." if model.lm_head is None else "lm_head."  # of the logits: see GPT.init_weights
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}  # by learning rate and decay
+    for name, p in model.named_parameters():
+        if p not in muons:
+            decay = config.weight_decay if p.dim() >= 2 else 0.0
+            is_scaled = (name.startswith("h.") and p.dim() >= 2) or name.startswith(gain)
+            rates = (1 / ratio, decay * ratio) if is_scaled else (1.0, decay)
+            groups.setdefault(rates, []).append(p)
+    groups = [{"params": params, "lr": config.learning_rate * lr_ratio, "lr_ratio": lr_ratio, "weight_decay": decay}
+              for (lr_ratio, decay), params in groups.items()]
     device = next(model.parameters()).device
     adamw = AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
                   fused=device.type in ("cuda", "cpu"))

@@ -18,6 +18,7 @@ from flatgpt.models.families import State
 from flatgpt.training import distributed, parallel
 from flatgpt.training.device import DeviceConfig, Numerics, pick_numerics
 from flatgpt.training.distributed import Job
+from flatgpt.training.optim import OptimConfig, width_ratio
 from model import GPTConfig, LanguageModel
 
 
@@ -37,17 +38,21 @@ def open_data(config: DataConfig, vocab_size: int, sample_interval: int, log: Ca
     return data
 
 
-def make_model(options: GPTConfig, init_from: str, given: Mapping[str, str], data: Mixture, folder: str | None,
-               bigram_k: float | None, log: Callable[[str], None]) -> tuple[LanguageModel, State]:
+def make_model(options: GPTConfig, optim: OptimConfig, init_from: str, given: Mapping[str, str], data: Mixture,
+               folder: str | None, bigram_k: float | None,
+               log: Callable[[str], None]) -> tuple[LanguageModel, State]:
     """The model on the meta device, and what its parameters are made of (see weights.open_pretrained): from the
-    checkpoint `folder`, from elsewhere, fresh, or (with `bigram_k`) counted."""
+    checkpoint `folder`, from elsewhere, fresh (see optim.width_ratio), or (with `bigram_k`) counted."""
     if folder:  # its checksums were verified when it was found
         return weights.open_pretrained(folder, dropout=options.dropout)
     if init_from != "scratch":
         return inference.open_for_training(init_from, options, given, data)
     config = GPTConfig(**asdict(options) | {"vocab_size": data.vocab_size})
     if bigram_k is None:
-        return build_empty(config), build(config).state_dict()
+        model = build(config)
+        if (ratio := width_ratio(config.n_embd, optim)) != 1:
+            model.init_weights(ratio)
+        return build_empty(config), model.state_dict()
     model, counted = counted_bigram(config, data.splits("train"), bigram_k)
     log(counted)
     return build_empty(config), model.state_dict()

@@ -5,9 +5,11 @@ import random
 import re
 import statistics
 
+import numpy as np
 import pytest
 import torch
 
+from flatgpt.models.baselines import build
 from flatgpt.training.optim import (
     OptimConfig,
     SpikeDetector,
@@ -18,6 +20,7 @@ from flatgpt.training.optim import (
     optimizer_state,
     schedule_warnings,
     set_learning_rate,
+    width_ratio,
 )
 from model import GPT, GPTConfig
 
@@ -77,8 +80,8 @@ def test_muon_leaves_tables_and_the_head_of_a_model_without_blocks():
     model = torch.nn.ModuleDict({"wte": torch.nn.Embedding(5, 4), "fc": torch.nn.Linear(4, 6),
                                  "lm_head": torch.nn.Linear(6, 5, bias=False), "h": torch.nn.ModuleList()})
     assert muon_params(model) == {model["fc"].weight: [6]}
-    del model["fc"]
-    optimizer = build_optimizer(model, OptimConfig(optimizer="muon"))  # with nothing left for it
+    model = build(GPTConfig(model="bigram", vocab_size=5))
+    optimizer = build_optimizer(model, OptimConfig(optimizer="muon"))  # with nothing for it
     steps(model, optimizer, 1)
     assert all("exp_avg" in optimizer.state[p] for p in model.parameters())
 
@@ -223,3 +226,39 @@ def test_what_nobody_wants_of_the_learning_rate_is_a_warning(options, max_iters,
     lines = list(schedule_warnings(config, max_iters))
     assert len(lines) == (words is not None), lines
     assert all(words in line for line in lines)
+
+
+WIDTHS = (64, 128, 256, 512, 1024)
+
+
+def sizes_after_5_steps(width: int, width_base: int, name: str, shape: dict) -> np.ndarray:
+    """Root mean squares of what each layer adds to the residual path, and of what the steps have added to logits."""
+    torch.manual_seed(1)
+    config = OptimConfig(optimizer=name, learning_rate=4e-3, width_base=width_base)
+    model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=width // 32, n_embd=width,
+                          mlp_hidden=width, **shape))
+    model.init_weights(width_ratio(width, config))
+    optimizer = build_optimizer(model, config)
+    idx = torch.randint(50, (4, 16), generator=torch.Generator().manual_seed(2))
+    before = model(idx)[0].detach()
+    for _ in range(5):
+        model(idx, idx.roll(-1, 1))[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    sizes = []
+    for layer in (model.h[0].attn, model.h[0].mlp):
+        layer.register_forward_hook(lambda layer, given, y: sizes.append(y.square().mean().sqrt().item()))
+    change = (model(idx)[0] - before).square().mean().sqrt().item()
+    return np.array([change, *sizes])
+
+
+@pytest.mark.parametrize(("name", "shape"), [
+    ("adamw", {}), ("adamw", {"tie_embeddings": False, "bias": True}),
+    ("adamw", {"pos": "rope", "norm": "rmsnorm", "mlp": "swiglu", "qk_norm": True}),
+    ("muon", {"pos": "rope", "norm": "rmsnorm", "mlp": "relu2", "tie_embeddings": False})])
+def test_with_width_base_activations_and_logits_have_one_size_at_every_width(name, shape):
+    """The coordinate check of arXiv:2203.03466. Without width_base they grow, to twice as large and more at 512."""
+    sizes = {width: sizes_after_5_steps(width, 128, name, shape) for width in WIDTHS}
+    for width, found in sizes.items():
+        assert np.all((found > sizes[128] / 1.4) & (found < sizes[128] * 1.4)), (width, found, sizes[128])
+    assert np.all(sizes_after_5_steps(512, 0, name, shape) > 2 * sizes[128])
