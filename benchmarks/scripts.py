@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,21 +32,54 @@ def command(script: str, *args: str) -> list[str]:
     return [sys.executable, str(PROJECT / script), *args]
 
 
-def run(script: str, *args: str, cwd: str | None = None) -> str:
+def run(script: str, *args: str, cwd: str | None = None, **env: str) -> str:
     """A script's output. Raises OSError with the end of it when the script fails."""
     done = subprocess.run(command(script, *args), text=True, check=False, cwd=cwd, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(PROJECT)})
+                          stderr=subprocess.STDOUT, env={**os.environ, **env, "PYTHONPATH": str(PROJECT)})
     if done.returncode:
         raise OSError(f"{script} failed: {done.stdout[-500:]}")
     return done.stdout
 
 
-def run_training(*args: str) -> TrainingRun:
+def run_training(*args: str, **env: str) -> TrainingRun:
     """A whole run of train.py in a folder that is deleted afterwards. Raises OSError when it fails."""
     with tempfile.TemporaryDirectory() as folder:
-        output = run("train.py", *args, f"--out_dir={folder}/run")
+        output = run("train.py", *args, f"--out_dir={folder}/run", **env)
         return TrainingRun(read_records(Path(folder, "run/metrics.jsonl")),
                            read_json(Path(folder, "run/train_config.json")), output)
+
+
+class Results:
+    """The last val losses of runs, on the whole split, in the file `path`: a run that stands there is not made again,
+    so that a bench of many hours can be stopped and started. A run is known by its options alone, so the file is of one
+    version of the code. Threads may share it."""
+
+    def __init__(self, path: Path, num_threads: int):
+        """Each run computes on `num_threads` threads."""
+        self.path, self.num_threads, self.lock = path, num_threads, threading.Lock()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        records = map(json.loads, path.read_text(encoding="utf-8").splitlines()) if path.exists() else ()
+        self.losses = {record["options"]: record["val_loss"] for record in records}
+
+    def val_loss(self, options: str) -> float:
+        """Of the run of train.py with these options: a config of the project, and what a shell would take behind it.
+        Raises OSError when it fails."""
+        if options not in self.losses:
+            config, *others = shlex.split(options)
+            records = run_training(str(PROJECT / config), *others, "--eval_interval=1000000", "--eval_iters=1",
+                                   OMP_NUM_THREADS=str(self.num_threads)).records
+            loss = next(record["val/loss"] for record in reversed(records) if "val/loss" in record)
+            with self.lock, self.path.open("a", encoding="utf-8") as file:
+                self.losses[options] = loss
+                file.write(json.dumps({"options": options, "val_loss": loss}) + "\n")
+            print(f"{loss:.4f}  {options}", flush=True)
+        return self.losses[options]
+
+    def val_losses(self, runs: Iterable[str], jobs: int) -> dict[str, float]:
+        """Of all runs, `jobs` at a time, in this order."""
+        runs = list(dict.fromkeys(runs))
+        with ThreadPoolExecutor(jobs) as pool:
+            return dict(zip(runs, pool.map(self.val_loss, runs)))
 
 
 def compare(rounds: int, ways: dict[str, Callable[[], Figures]], figures: tuple[str, ...]) -> dict[str, list[Figures]]:

@@ -2,14 +2,17 @@
 
 import itertools
 import json
+import math
+import re
 
 import pytest
 import torch
 from conftest import TINY_RUN
 
-from benchmarks import kernels
+from benchmarks import kernels, scripts
 from benchmarks.baselines import train_plainly
 from benchmarks.kernels import Size, measure_all
+from benchmarks.scripts import Results
 from flatgpt.models.fused import ChunkLoss, swiglu
 from model import GPT, CausalSelfAttention, GPTConfig
 
@@ -125,3 +128,61 @@ def test_a_way_that_fails_leaves_the_gpu_tables_other_rows(cli, config, monkeypa
     assert "| uncached, 64 at a time |  | 10 |  |  | 2 |" in result.out
     assert "| zeroing | 2 | 1 | 0.5 |" in result.out
     assert "| cuDNN's |  |  | 3 |" in result.out
+
+
+def planted_runs(monkeypatch, loss_of) -> list[str]:
+    """Runs of train.py cost nothing and come to `loss_of(options)`; the list of those that were made."""
+    made = []
+
+    def run_training(*args: str, **env: str):
+        made.append(" ".join(args))
+        return scripts.TrainingRun([{"val/loss": loss_of(made[-1])}, {"stopped": "the end"}], {}, "")
+
+    monkeypatch.setattr(scripts, "run_training", run_training)
+    return made
+
+
+def test_a_bench_of_many_runs_goes_on_where_it_was_stopped(monkeypatch, tmp_path):
+    made = planted_runs(monkeypatch, lambda options: float(options.count("9")))
+    wanted = [f"config/demo.py --seed={seed}" for seed in (1, 9, 99)]
+    assert list(Results(tmp_path / "out" / "runs.jsonl", 1).val_losses(wanted[:2], jobs=2).values()) == [0, 1]
+    again = Results(tmp_path / "out" / "runs.jsonl", 1).val_losses([*wanted, wanted[2]], jobs=2)
+    assert again == dict(zip(wanted, [0, 1, 2]))
+    assert len(made) == 3
+
+
+def test_a_run_of_a_bench_is_one_of_train_py(tiny_data, tmp_path):
+    options = f"config/demo.py --dataset={tiny_data} {OPTIONS} --max_iters=3 --lr_decay_iters=3"
+    assert 1 < Results(tmp_path / "runs.jsonl", 1).val_loss(options) < 20
+
+
+def test_the_ladder_compares_runs_of_one_seed(cli, monkeypatch, tmp_path):
+    """Losses that differ by seed, and by 0.5 with RoPE, but only where the rest of the whole is not there."""
+    def loss_of(options: str) -> float:
+        chosen = dict(word.removeprefix("--").split("=") for word in options.split()[1:])  # later ones win
+        is_rope, is_whole = chosen.get("pos") == "rope", chosen.get("tie_embeddings") == "False"
+        return 3 + int(chosen["seed"]) / 1000 - 0.5 * (is_rope and not is_whole)
+
+    made = planted_runs(monkeypatch, loss_of)
+    result = cli("benchmarks.ladder", "--sizes=0.8M", f"--results={tmp_path / 'runs.jsonl'}")
+    assert result.code == 0, result.err
+    assert "| RoPE | 0.500 (0.500 to 0.500) | 0.000 (0.000 to 0.000) |" in result.out
+    assert "| 0.8M, 2,000 steps | 3.447 (3.002 to 4.337) | 3.447 (3.002 to 4.337) |" in result.out
+    assert len(made) == len(set(made))
+    assert {"--max_iters=2000", "--max_iters=666", "--max_iters=500", "--max_iters=400"} == {
+        word for run in made for word in run.split() if word.startswith("--max_iters")}
+
+
+def test_widths_finds_the_best_rate_of_each(cli, monkeypatch, tmp_path):
+    """Losses are lowest at 2**-7 with width_base, and else at half of that for twice the width."""
+    def loss_of(options: str) -> float:
+        width, base, rate = (float(re.search(rf"--{key}=(\S+)", options)[1])
+                             for key in ("n_embd", "width_base", "learning_rate"))
+        return abs(math.log2(rate) + 7 + (0 if base else math.log2(width / 128)))
+
+    planted_runs(monkeypatch, loss_of)
+    result = cli("benchmarks.widths", f"--results={tmp_path / 'runs.jsonl'}", f"--picture={tmp_path / 'widths.svg'}")
+    assert result.code == 0, result.err
+    assert result.out.count("best rate 0.0078") == 5
+    assert "without, 512 channels: best rate 0.0020, val loss 0.0" in result.out
+    assert (tmp_path / "widths.svg").read_bytes().startswith(b"<?xml")

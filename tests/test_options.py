@@ -407,10 +407,11 @@ backend = 'gloo'
 NO_PATHS = {  # text options that are none, in whatever script
     "sample": {"device", "split"}, "eval": {"device", "tasks"}, "export": {"checkpoint", "push"}, "report": set(),
     "prepare_data": {"dataset", "subset", "split", "revision", "text_column", "name"}, "benchmarks.bench": {"options"},
-    "benchmarks.zoo": set(), "train": {"device", "backend", "wandb_project", "wandb_run_name", "window_pattern"}}
+    "benchmarks.ladder": {"sizes"}, "benchmarks.widths": set(), "benchmarks.zoo": set(),
+    "train": {"device", "backend", "wandb_project", "wandb_run_name", "window_pattern"}}
 SCRIPTS = {"train": "TrainConfig", "sample": "SampleConfig", "prepare_data": "PrepareConfig",
-           "benchmarks.zoo": "ZooConfig", "eval": "EvalConfig", "export": "ExportConfig", "report": "ReportConfig",
-           "benchmarks.bench": "BenchConfig"}
+           "benchmarks.zoo": "ZooConfig", "benchmarks.ladder": "LadderConfig", "benchmarks.widths": "WidthsConfig",
+           "eval": "EvalConfig", "export": "ExportConfig", "report": "ReportConfig", "benchmarks.bench": "BenchConfig"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
