@@ -161,7 +161,7 @@ def test_two_processes_train_the_model_that_one_trains(cli, tiny_data, tmp_path)
 @pytest.mark.parametrize(("nproc", "how"), [
     pytest.param(2, (), marks=pytest.mark.soak),
     (4, ()),  # four summands can be added in more than one order, two cannot
-    (2, ("--parallel=fsdp", "--optimizer=muon")),
+    (2, ("--parallel=fsdp", "--optimizer=muon", "--muon_beta2=0.9")),
     (4, ("--parallel=hsdp", "--shard_size=2", "--reshard_after_forward=False", "--reduce_every_micro_batch=True"))])
 def test_ranks_resume_byte_identically_and_one_process_goes_on_from_it(cli, tiny_data, tmp_path, nproc, how):
     options = (*TINY_RUN, "--dropout=0.1", "--keep_last=0", "--batch_size=2", "--gradient_accumulation_steps=4", *how)

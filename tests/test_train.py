@@ -35,9 +35,10 @@ def weights_of(run: str = "out/tiny") -> bytes:
     return Path(run, "checkpoints/latest/model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("option", ["--dropout=0.0", "--dropout=0.2", "--optimizer=muon"])
+@pytest.mark.parametrize("option", ["--dropout=0.0", "--dropout=0.2", "--optimizer=muon",
+                                    "--optimizer=muon --muon_beta2=0.9 --width_base=8"])
 def test_two_halves_end_byte_identical_to_the_whole(cli, tiny_data, option):
-    options = (*TINY_RUN, option)
+    options = (*TINY_RUN, *option.split())
     assert cli("train", *options, "--out_dir=out/whole").code == 0
     assert cli("train", *options, "--max_iters=3").code == 0
     result = cli("train", *options)
@@ -683,6 +684,23 @@ def test_a_run_goes_on_with_the_optimizer_it_was_trained_with(cli, refused, tiny
     assert cli("train", *TINY_RUN, "--max_iters=3").code == 0
     assert "optimizer was adamw, is muon" in refused("train", *TINY_RUN, "--optimizer=muon")
     assert cli("train", *TINY_RUN, "--optimizer=muon", "--eval_only=True").code == 0  # which needs none
+    normed = (*TINY_RUN, "--optimizer=muon", "--out_dir=out/muon")
+    assert cli("train", *normed, "--max_iters=3").code == 0
+    assert "muon_beta2 was 0.0, is 0.9" in refused("train", *normed, "--muon_beta2=0.9")
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ("--model=lstm", "says how a new GPT begins, and this is model=lstm, init_from=scratch"),
+    ("--init_from=gpt2", "says how a new GPT begins, and this is model=gpt, init_from=gpt2"),
+    ("--norm_position=post", "needs a norm before the head, or a head of its own")])
+def test_width_base_is_for_new_gpts_with_a_norm_before_the_head(refused, tiny_data, options, message):
+    assert message in refused("train", *TINY_RUN, "--width_base=8", *options.split())
+
+
+def test_width_base_is_the_width_at_which_nothing_changes(cli, tiny_data):
+    for width_base in (0, 16, 8):
+        assert cli("train", *TINY_RUN, f"--width_base={width_base}", f"--out_dir=out/{width_base}").code == 0
+    assert weights_of("out/16") == weights_of("out/0") != weights_of("out/8")
 
 
 def test_a_flipped_byte_in_the_only_checkpoint(cli, refused, tiny_data):

@@ -195,9 +195,24 @@ class MuonAndAdamW(torch.optim.Optimizer):
             torch._foreach_mul_(list(weights.values()), 1 - group["lr"] * group["weight_decay"])
             for stack, updates in self.stacks.from_owners(own, self.dtype):
                 rows, columns = stack[0].shape
+                if group["beta2"]:
+                    updates = self._even_rows(stack, updates, group["beta2"])
                 scale = group["lr"] * math.sqrt(max(1, rows / columns))
                 torch._foreach_add_(self.stacks.held(stack, weights), updates, alpha=-scale)
         self.adamw.step()
+
+    def _even_rows(self, stack: Stack, updates: list[torch.Tensor], beta2: float) -> list[torch.Tensor]:
+        """The rows of updates, each divided by its usual size (NorMuon, arXiv:2510.05491): the root of a running mean
+        of its squares, in parts of what they are in an orthogonal matrix whose rows are all of one size. Begun at 1,
+        that needs no correction. (The paper then scales the whole update to a fixed size, which the ranks would have to
+        sum up; this one has about that size by itself.)"""
+        rows, columns = stack[0].shape
+        parts = {m.p: local(self.state[m.p]["row_squares"]) for m in stack}
+        evened = []
+        for update, usual in zip(updates, self.stacks.held(stack, parts)):
+            usual.lerp_(update.square().mean(dim=1, keepdim=True) * max(rows, columns), 1 - beta2)
+            evened.append(update / (usual.sqrt() + 1e-8))
+        return evened
 
     def _means(self, group: dict[str, Any]) -> dict[nn.Parameter, torch.Tensor]:
         """Move the means of gradients on. What is to be orthogonalised, this rank's parts: the means with a part of the
@@ -206,6 +221,8 @@ class MuonAndAdamW(torch.optim.Optimizer):
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                if group["beta2"]:
+                    self.state[p]["row_squares"] = torch.ones_like(p[:, :1])
         grads = [local(p.grad) for p in params]
         means = [local(self.state[p]["momentum_buffer"]) for p in params]
         torch._foreach_lerp_(means, grads, 1 - group["momentum"])

@@ -31,6 +31,7 @@ class OptimConfig:
     beta1: float = 0.9  # decay of AdamW's mean of gradients, a step
     beta2: float = 0.95  # decay of AdamW's mean of squared gradients, a step
     muon_momentum: float = 0.95  # decay of Muon's mean of gradients, a step (Nesterov)
+    muon_beta2: float = 0.0  # decay of Muon's mean of squares of a row, a step (NorMuon); 0 = rows as they are
     grad_clip: float = 1.0  # largest global gradient norm; 0 = no clipping
     decay_lr: bool = True  # warm up, then follow the schedule; False = learning_rate throughout
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # decay after warm-up; wsd: stay, then linear
@@ -48,6 +49,7 @@ class OptimConfig:
             ("min_lr", self.min_lr >= 0, "0 or more"), ("beta1", 0 <= self.beta1 < 1, "at least 0 and below 1"),
             ("beta2", 0 <= self.beta2 < 1, "at least 0 and below 1"),
             ("muon_momentum", 0 <= self.muon_momentum < 1, "at least 0 and below 1"),
+            ("muon_beta2", 0 <= self.muon_beta2 < 1, "at least 0 and below 1"),
             ("decay_fraction", 0 < self.decay_fraction <= 1, "above 0 and at most 1"),
             ("grad_clip", self.grad_clip >= 0, "0 or more"), ("weight_decay", self.weight_decay >= 0, "0 or more"),
             ("width_base", self.width_base >= 0, "0 or more"), ("spike_sigma", self.spike_sigma >= 0, "0 or more"),
@@ -168,7 +170,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig, job: Job | None = Non
     if config.optimizer == "adamw":
         return adamw
     group = {"params": list(muons), "lr": config.muon_lr, "weight_decay": config.weight_decay,
-             "momentum": config.muon_momentum, "lr_ratio": config.muon_lr / config.learning_rate}
+             "momentum": config.muon_momentum, "beta2": config.muon_beta2,
+             "lr_ratio": config.muon_lr / config.learning_rate}
     return muon.MuonAndAdamW(group, muons, adamw, job or Job(0, 1, device, torch.float32))
 
 
@@ -207,7 +210,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, sta
         group = group_of[p]
         wanted = {"step": torch.Size([]), "exp_avg": p.shape, "exp_avg_sq": p.shape}
         if "momentum" in group:  # Muon's
-            wanted = {"momentum_buffer": p.shape}
+            wanted = {"momentum_buffer": p.shape} | ({"row_squares": p[:, :1].shape} if group["beta2"] else {})
         for key, shape in wanted.items():
             value = torch.zeros(shape) if state is None else state.get(f"{key}.{name}")
             if value is None or value.shape != shape:

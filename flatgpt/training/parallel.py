@@ -157,13 +157,13 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def from_rank0(tensor: torch.Tensor, p: torch.Tensor, job: Job) -> torch.Tensor:
-    """Rank 0's whole tensor, on the device, laid out over the ranks as parameter p is if it has p's shape: the inverse
-    of `full_tensor`. The other ranks hand in one of the same shape, which is overwritten."""
+    """Rank 0's whole tensor, on the device, laid out over the ranks as parameter p is if it has as many rows: the
+    inverse of `full_tensor`. The other ranks hand in one of the same shape, which is overwritten."""
     box = tensor.to(p.device)  # NCCL moves GPU memory only; an optimiser's step count may be on the host
     if job.world_size > 1:
         dist.broadcast(box, src=0)
     tensor = box.to(tensor.device)
-    if not hasattr(p, "full_tensor") or tensor.shape != p.shape:
+    if not hasattr(p, "full_tensor") or tensor.shape[:1] != p.shape[:1]:
         return tensor
     from torch.distributed.tensor import distribute_tensor
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from flatgpt.training.checkpoint import RunFolder
 
 # A run is resumed with the same values of these, or not at all. (World size and micro-batch may change.)
-FIXED = (*SHAPE, "optimizer", "seed", "seqs_per_step", "documents", "data_fingerprint", "data_vocab_size")
-OF_TRAINING = ("optimizer", "seed", "seqs_per_step", "documents")  # of these, what an evaluation has no use for
+FIXED = (*SHAPE, "optimizer", "muon_beta2", "seed", "seqs_per_step", "documents", "data_fingerprint", "data_vocab_size")
+OF_TRAINING = ("optimizer", "muon_beta2", "seed", "seqs_per_step", "documents")  # of these, no use to an evaluation
 # What changed, in words, where the values of a key say nothing to a reader.
 WORDS = {"data_fingerprint": "the tokens or the shares of the data sets changed",
          "muon_version": "Muon orthogonalises queries, keys and values, the two halves of swiglu and the gates of an "

@@ -47,9 +47,10 @@ FUSED = {
     "MLP": ({"model": "mlp", "mlp": "swiglu", "mlp_hidden": 64}, {"c_fc.weight": [64, 64]})}
 
 
+@pytest.mark.parametrize("beta2", [0.0, 0.9], ids=["Muon", "NorMuon"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", FUSED)
-def test_updates_are_those_of_the_definition_matrix_by_matrix(name, dtype):
+def test_updates_are_those_of_the_definition_matrix_by_matrix(name, dtype, beta2):
     """Four updates, written out in float64. Twelve products in bfloat16, each rounded by up to 0.4%, differ from the
     exact ones by one or two percent; a run in float16 has them in float32."""
     tolerance = 0.03 if dtype == torch.bfloat16 else 1e-4
@@ -57,13 +58,15 @@ def test_updates_are_those_of_the_definition_matrix_by_matrix(name, dtype):
     shape, fused = FUSED[name]
     torch.manual_seed(0)
     model = build(GPTConfig(**TINY | shape))
-    optimizer = optimizer_of(model, dtype, muon_lr=lr, weight_decay=decay, muon_momentum=momentum)
+    optimizer = optimizer_of(model, dtype, muon_lr=lr, weight_decay=decay, muon_momentum=momentum,
+                             muon_beta2=beta2)
     widths = {key: next((rows for end, rows in fused.items() if key.endswith(end)), [p.size(0)])
               for key, p in model.named_parameters() if p in muon_params(model)}
     assert len(widths) >= 2
     start = {key: p.detach().double() for key, p in model.named_parameters()}
     wanted = {key: start[key].clone() for key in widths}
     means = {key: torch.zeros_like(start[key]) for key in widths}
+    squares = {key: torch.ones(len(start[key]), dtype=torch.float64) for key in widths}
     torch.manual_seed(5)
     for _ in range(4):
         for key, p in model.named_parameters():
@@ -73,8 +76,12 @@ def test_updates_are_those_of_the_definition_matrix_by_matrix(name, dtype):
                 means[key].mul_(momentum).add_((1 - momentum) * grad)
                 nesterov = (1 - momentum) * grad + momentum * means[key]
                 wanted[key] *= 1 - lr * decay
-                for theirs, rows in zip(wanted[key].split(widths[key]), nesterov.split(widths[key])):
-                    theirs -= lr * max(1, rows.size(0) / rows.size(1)) ** 0.5 * orthogonalised(rows)
+                for theirs, rows, usual in zip(*(t.split(widths[key]) for t in (wanted[key], nesterov, squares[key]))):
+                    update = orthogonalised(rows)
+                    if beta2:  # an orthogonal matrix whose rows are of one size has these mean squares
+                        usual.mul_(beta2).add_((1 - beta2) * update.square().mean(1) * max(rows.shape))
+                        update /= usual.sqrt()[:, None]
+                    theirs -= lr * max(1, rows.size(0) / rows.size(1)) ** 0.5 * update
         optimizer.step()
     for key, theirs in wanted.items():
         assert (model.get_parameter(key) - theirs).norm() < tolerance * (theirs - start[key]).norm(), key
@@ -139,7 +146,7 @@ def update_by_given_gradients_on(job: Job) -> dict[str, dict[str, np.ndarray]]:
     for dtype in (torch.float32, torch.bfloat16):
         model = materialize(job)
         with mock.patch.object(muon, "STACK_ELEMENTS", 4096):  # six stacks
-            optimizer = build_optimizer(model, OptimConfig(optimizer="muon"), replace(job, dtype=dtype))
+            optimizer = build_optimizer(model, OptimConfig(optimizer="muon", muon_beta2=0.9), replace(job, dtype=dtype))
         generator = torch.Generator().manual_seed(2)
         for _ in range(2):
             for p in model.parameters():
@@ -152,7 +159,7 @@ def update_by_given_gradients_on(job: Job) -> dict[str, dict[str, np.ndarray]]:
 def muons(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, np.ndarray]:
     """Muon's weights, and what it keeps. (AdamW's one kernel rounds by where in memory an element lies.)"""
     tensors = {name: p for name, p in model.named_parameters() if "momentum_buffer" in optimizer.state[p]}
-    tensors |= {f"{name}'s momentum": optimizer.state[p]["momentum_buffer"] for name, p in tensors.items()}
+    tensors |= {f"{name}'s {key}": value for name, p in tensors.items() for key, value in optimizer.state[p].items()}
     return {name: parallel.full_tensor(tensor.detach()).numpy().copy() for name, tensor in tensors.items()}
 
 
@@ -161,7 +168,7 @@ def muons(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, np.ndarray]
     ("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 3), ("fsdp", 4), ("hsdp", 4)])
 def test_the_same_gradients_give_the_same_bytes_in_any_layout(layout, num_ranks):
     alone = update_by_given_gradients_on(ALONE)
-    assert [len(tensors) for tensors in alone.values()] == 2 * [2 * 2 * 4]  # in two blocks four matrices, and means
+    assert [len(tensors) for tensors in alone.values()] == 2 * [3 * 2 * 4]  # two blocks: matrices, means, squares
     for ours in on_ranks(num_ranks, update_by_given_gradients, layout):
         for dtype, tensors in alone.items():
             assert ours[dtype].keys() == tensors.keys()

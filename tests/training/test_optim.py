@@ -165,10 +165,10 @@ def test_state_put_back_by_name_continues_exactly(name):
 
 @pytest.mark.parametrize(("name", "key", "of"), [
     ("adamw", "exp_avg", "ln_f.weight"), ("muon", "exp_avg", "ln_f.weight"),
-    ("muon", "momentum_buffer", "h.0.mlp.c_fc.weight")])
+    ("muon", "momentum_buffer", "h.0.mlp.c_fc.weight"), ("muon", "row_squares", "h.0.mlp.c_fc.weight")])
 def test_missing_and_misshapen_state_is_named(name, key, of):
     model = make_model()
-    optimizer = build_optimizer(model, OptimConfig(optimizer=name))
+    optimizer = build_optimizer(model, OptimConfig(optimizer=name, muon_beta2=0.9))
     steps(model, optimizer, 1)
     state = dict(optimizer_state(optimizer, model))
     for bad in ({}, {f"{key}.{of}": torch.zeros(3)}):
