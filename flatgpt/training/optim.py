@@ -26,6 +26,7 @@ class OptimConfig:
 
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: on the blocks' matrices, and AdamW on the rest
     learning_rate: float = 6e-4  # the highest learning rate of AdamW
+    embed_lr: float = 0.0  # the highest learning rate of tables, tied head among them; 0 = learning_rate
     muon_lr: float = 0.02  # the highest learning rate of Muon's matrices; warm-up and decay are AdamW's in proportion
     weight_decay: float = 1e-1  # times its learning rate (muon_lr on Muon's), on tensors of two or more dimensions only
     beta1: float = 0.9  # decay of AdamW's mean of gradients, a step
@@ -46,7 +47,8 @@ class OptimConfig:
     def validate(self) -> list[str]:
         faults = failed_rules(
             self, ("learning_rate", self.learning_rate > 0, "positive"), ("muon_lr", self.muon_lr > 0, "positive"),
-            ("min_lr", self.min_lr >= 0, "0 or more"), ("beta1", 0 <= self.beta1 < 1, "at least 0 and below 1"),
+            ("embed_lr", self.embed_lr >= 0, "0 or more"), ("min_lr", self.min_lr >= 0, "0 or more"),
+            ("beta1", 0 <= self.beta1 < 1, "at least 0 and below 1"),
             ("beta2", 0 <= self.beta2 < 1, "at least 0 and below 1"),
             ("muon_momentum", 0 <= self.muon_momentum < 1, "at least 0 and below 1"),
             ("muon_beta2", 0 <= self.muon_beta2 < 1, "at least 0 and below 1"),
@@ -155,15 +157,16 @@ def build_optimizer(model: nn.Module, config: OptimConfig, job: Job | None = Non
     muons = muon_params(model) if config.optimizer == "muon" else {}
     ratio = width_ratio(model.config.n_embd, config)
     gain = "ln_f." if model.lm_head is None else "lm_head."  # of the logits: see GPT.init_weights
+    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}  # by learning rate and decay
     for name, p in model.named_parameters():
         if p not in muons:
+            lr = config.embed_lr if p in tables and config.embed_lr else config.learning_rate
             decay = config.weight_decay if p.dim() >= 2 else 0.0
             is_scaled = (name.startswith("h.") and p.dim() >= 2) or name.startswith(gain)
-            rates = (1 / ratio, decay * ratio) if is_scaled else (1.0, decay)
-            groups.setdefault(rates, []).append(p)
-    groups = [{"params": params, "lr": config.learning_rate * lr_ratio, "lr_ratio": lr_ratio, "weight_decay": decay}
-              for (lr_ratio, decay), params in groups.items()]
+            groups.setdefault((lr / ratio, decay * ratio) if is_scaled else (lr, decay), []).append(p)
+    groups = [{"params": params, "lr": lr, "lr_ratio": lr / config.learning_rate, "weight_decay": decay}
+              for (lr, decay), params in groups.items()]
     device = next(model.parameters()).device
     adamw = AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
                   fused=device.type in ("cuda", "cpu"))

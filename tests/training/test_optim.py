@@ -228,6 +228,32 @@ def test_what_nobody_wants_of_the_learning_rate_is_a_warning(options, max_iters,
     assert all(words in line for line in lines)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("optimizer", "options"), [
+    ("adamw", {"embed_lr": 0.3}), ("adamw", {"width_base": 4}), ("muon", {"embed_lr": 0.3, "width_base": 4})])
+def test_a_step_has_the_rate_and_the_decay_of_each_parameter(optimizer, options, tied):
+    """AdamW's first step in float64: it goes against the sign of the gradient, as far as the rate. Twice as wide as
+    width_base, the blocks' matrices and what gives logits their size have half the rate, and shrink as much."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8, bias=True, tie_embeddings=tied))
+    config = OptimConfig(optimizer=optimizer, learning_rate=0.01, weight_decay=0.1, **options)
+    start = {name: p.detach().double() for name, p in model.named_parameters()}
+    adam = build_optimizer(model, config)
+    set_learning_rate(adam, 0.5 * config.learning_rate)
+    steps(model, adam, 1)
+    scaled = ("ln_f.weight", "ln_f.bias") if tied else ("lm_head.weight",)
+    for name, p in model.named_parameters():
+        if optimizer == "muon" and name in MATRICES:
+            continue
+        lr = 0.5 * options.get("embed_lr", 0.01) if name in ("wte.weight", "wpe.weight") else 0.5 * 0.01
+        decay = lr * 0.1 if p.dim() >= 2 else 0.0
+        if "width_base" in options and (name in MATRICES or name in scaled):
+            lr /= 2
+        grad = p.grad.double()
+        wanted = start[name] * (1 - decay) - lr * grad / (grad.abs() + 1e-8)
+        assert (p.detach().double() - wanted).abs().max() < 1e-7, name
+
+
 WIDTHS = (64, 128, 256, 512, 1024)
 
 
