@@ -28,27 +28,28 @@ from benchmarks.scripts import Results
 from flatgpt.options import parse_options, run_script
 
 PLAIN = "config/shakespeare_char_cpu.py"
-DATA = {"characters of tiny Shakespeare": "shakespeare_char", "Python files, a BPE of 4,096": "python_source"}
+DATA = {"characters of tiny Shakespeare": "--dataset=shakespeare_char",
+        "Python files, a BPE of 4,096": "--dataset=python_source --eval_tokens=131072"}
 SEEDS = (1337, 2, 3)
-PART_STEPS = 400  # of the runs with and without a part
+PART_STEPS = 300  # of the runs with and without a part
 FRACTIONS = (3, 4)  # of the plain recipe's steps, that the whole gets
 
 
 class Part(NamedTuple):
     on: str  # options that add it to the plain recipe
     off: str  # options that take it out of the whole
-    needs: str = ""  # options without which it is nothing
+    needs: str = ""  # options that the plain recipe gets first, without which the part is nothing
 
 
 class Size(NamedTuple):
     shape: str
-    steps: int  # of the plain recipe
+    steps: int  # of the plain recipe, of 768 tokens
 
 
 SIZES = {"0.8M": Size("--n_layer=4 --n_head=4 --n_embd=128", 2000),
          "3M": Size("--n_layer=6 --n_head=6 --n_embd=192", 1500),
-         "10M": Size("--n_layer=6 --n_head=12 --n_embd=384", 1500)}
-MUON = "--optimizer=muon --learning_rate=1e-2"
+         "10M": Size("--n_layer=6 --n_head=12 --n_embd=384", 1000)}
+MUON, OWN_HEAD = "--optimizer=muon --learning_rate=1e-2", "--tie_embeddings=False"
 PARTS = {
     "RoPE": Part("--pos=rope", "--pos=learned"),
     "QK-norm": Part("--qk_norm=True", "--qk_norm=False"),
@@ -56,7 +57,9 @@ PARTS = {
     "SwiGLU": Part("--mlp=swiglu", "--mlp=gelu"),
     "Muon": Part(MUON, "--optimizer=adamw --learning_rate=4e-3"),  # AdamW's best rate of 1e-3, 2e-3, 4e-3, 8e-3
     "Muon's momentum 0.8, not 0.95": Part("--muon_momentum=0.8", "--muon_momentum=0.95", MUON),
-    "a head of its own": Part("--tie_embeddings=False", "--tie_embeddings=True"),
+    "NorMuon": Part("--muon_beta2=0.95", "--muon_beta2=0", MUON),
+    "a head of its own": Part(OWN_HEAD, "--tie_embeddings=True"),
+    "its own rate for the tables": Part("--embed_lr=0.1", "--embed_lr=0", f"{MUON} {OWN_HEAD}"),
     "linear decay to 0": Part("--schedule=linear --min_lr=0", "--schedule=cosine --min_lr=1e-4"),
     "no weight decay": Part("--weight_decay=0", "--weight_decay=0.1"),
 }
@@ -93,7 +96,7 @@ def print_all(lines: Iterator[str]) -> None:
 
 def runs(dataset: str, size: str, steps: int, recipe: str) -> list[str]:
     """The runs of a recipe, one a seed."""
-    options = f"{PLAIN} --dataset={dataset} {SIZES[size].shape} --warmup_iters={steps // 20} {recipe}".strip()
+    options = f"{PLAIN} {dataset} {SIZES[size].shape} --warmup_iters={steps // 20} {recipe}".strip()
     return [f"{options} --max_iters={steps} --lr_decay_iters={steps} --seed={seed}" for seed in SEEDS]
 
 
