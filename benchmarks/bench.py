@@ -1,6 +1,8 @@
 """Measure the real scripts, and what people would use instead, in turn, because machines are noisy.
 
     python -m benchmarks.bench train --config=config/shakespeare_char_cpu.py --baseline     whole runs, and a plain loop
+    python -m benchmarks.bench train --config=config/shakespeare_char_fast.py --baseline \\
+        --baseline_config=config/shakespeare_char_cpu.py        to one loss by another recipe
     python -m benchmarks.bench train --config=config/gpt2_124m.py --steps=4 --options="--batch_size=4 ..."
     python -m benchmarks.bench sample --baseline                        sample.py on GPT-2 small
     python -m benchmarks.bench data                                     prepare_data.py and two plain ways
@@ -72,6 +74,7 @@ class BenchConfig:
     rounds: int = 0  # times that all ways are run; 0 = 3, for gpu 1
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of train.py and sample.py; the baselines are float32
     baseline: bool = False  # run what people would use instead as well
+    baseline_config: Annotated[str, "path"] = ""  # configuration of the plain loop; empty: that of the run
     json: bool = False  # print the numbers as JSON
 
 
@@ -107,8 +110,11 @@ def bench_train(bench: BenchConfig) -> dict:
         dataset = bench_dataset(config, folder)
         ways = {"train.py": partial(run_train, bench, steps, dataset)}
         if bench.baseline:
+            if bench.baseline_config:
+                config = parse_options(TrainConfig, [bench.baseline_config])[0]
             config.data.dataset = dataset
-            ways["the plain loop"] = partial(in_child, baselines.train_plainly, config, steps)
+            ways["the plain loop"] = partial(in_child, baselines.train_plainly, config,
+                                             config.max_iters if bench.baseline_config else steps)
         seen = compare(bench.rounds, ways, ("tokens_per_sec", "ms_per_step", "run_s", "memory_gb", "mfu", "val_loss"))
     print(f"{steps} steps, torch {torch.__version__}, {torch.get_num_threads()} threads")
     return seen

@@ -29,7 +29,7 @@ from model import Block, GPTConfig
 
 SEQS, TOKENS, CHUNK_ROWS = 64, 1024, 4096
 SHAPES = {"gpt2": {}, "llama": {"pos": "rope", "norm": "rmsnorm", "mlp": "swiglu"},
-          "fast": {"pos": "rope", "norm": "rmsnorm", "mlp": "relu2", "qk_norm": True}}  # config/gpt2_124m_fast.py
+          "fast": {"pos": "rope", "norm": "rmsnorm", "mlp": "relu2", "qk_norm": True}}
 H100 = types.SimpleNamespace(
     type="cuda", name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=80 * 2**30,
     max_threads_per_multi_processor=2048, max_threads_per_block=1024, regs_per_multiprocessor=65536, warp_size=32,

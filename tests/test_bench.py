@@ -44,6 +44,24 @@ def test_training_is_measured_against_the_plain_loop(cli, config):
     assert "mfu unknown" in result.out  # of a CPU
 
 
+def test_the_plain_loop_may_train_another_recipe(cli, config, tiny_data):
+    other = config.with_name("other.py")
+    other.write_text(f"""
+dataset = "{tiny_data}"
+n_layer = n_head = gradient_accumulation_steps = eval_iters = 1
+n_embd = block_size = 16
+batch_size = 4
+max_iters = 3
+device = "cpu"
+""")
+    result = cli("benchmarks.bench", "train", f"--config={config}", f"--options={OPTIONS}", "--steps=2", "--rounds=1",
+                 "--baseline=True", f"--baseline_config={other}", "--json=True")
+    assert result.code == 0, result.err
+    [ours], [plain] = numbers_of(result.out).values()
+    assert ours["tokens_per_sec"] == pytest.approx(128_000 / ours["ms_per_step"])
+    assert plain["tokens_per_sec"] == pytest.approx(64_000 / plain["ms_per_step"])
+
+
 def test_without_the_data_set_random_tokens_are_trained_on(cli, config):
     config.write_text('dataset = "nowhere"\n')
     result = cli("benchmarks.bench", "train", f"--config={config}", f"--options={OPTIONS}", "--steps=2", "--rounds=1",
