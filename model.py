@@ -311,14 +311,10 @@ class GPT(LanguageModel):
             if p.dim() < 2:
                 p.fill_(1.0 if name.endswith("weight") else 0.0)
                 continue
-            std = 0.02
-            if name.endswith("c_proj.weight"):
-                std /= math.sqrt(2 * self.config.n_layer)
+            std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
             if name.startswith("h."):
                 std /= math.sqrt(width_ratio)
-            elif name == "lm_head.weight":
-                std /= width_ratio
-            p.normal_(std=std)
+            p.normal_(std=std / width_ratio if name == "lm_head.weight" else std)
         if self.lm_head is None and width_ratio != 1:
             self.ln_f.weight /= width_ratio
         if self.config.pos == "learned_sinusoidal":

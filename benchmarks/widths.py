@@ -27,13 +27,13 @@ from flatgpt.training.plots import COLOURS, render
 
 WIDTHS = (64, 128, 256, 512)
 TITLES = {128: "--width_base=128", 0: "without"}  # width_base -> a title
-RATES = [2 ** (power / 2) for power in range(-21, -7)]  # 0.0007 to 0.0625
+RATES = [2 ** (power / 2) for power in range(-20, -8)]  # 0.001 to 0.044
 Losses = dict[tuple[int, int, float], float]  # width_base, width and rate -> val loss
 
 
 @dataclass
 class WidthsConfig:
-    steps: int = 200  # of 768 tokens, in each run
+    steps: int = 100  # of 768 tokens, in each run
     jobs: int = 2  # runs at a time
     num_threads: int = 1  # of each run
     results: Annotated[str, "path"] = "out/widths.jsonl"  # where finished runs are kept
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
 
 def options(width_base: int, width: int, rate: float, steps: int) -> str:
     return (f"config/shakespeare_char_cpu.py --width_base={width_base} --n_embd={width} --n_head={width // 32} "
-            f"--n_layer=2 --learning_rate={rate:.5f} --min_lr=0 --warmup_iters=20 --max_iters={steps} "
+            f"--n_layer=2 --learning_rate={rate:.5f} --min_lr=0 --warmup_iters=10 --max_iters={steps} "
             f"--lr_decay_iters={steps}")
 
 

@@ -153,7 +153,9 @@ class AdamW(torch.optim.AdamW):
 def build_optimizer(model: nn.Module, config: OptimConfig, job: Job | None = None) -> torch.optim.Optimizer:
     """AdamW in one fused kernel a group; matrices and tables decay, norms and biases do not. With Muon, which decays
     all that it has, AdamW keeps what is not in `muon_params`. `job`: the ranks that share Muon's work; None: no others.
-    """
+
+    With a width_base AdamW moves matrices that read all channels the less, the more there are, and lets them decay as
+    fast (muP, arXiv:2203.03466); the size of Muon's updates follows from the shape of a matrix anyway."""
     muons = muon_params(model) if config.optimizer == "muon" else {}
     ratio = width_ratio(model.config.n_embd, config)
     gain = "ln_f." if model.lm_head is None else "lm_head."  # of the logits: see GPT.init_weights
