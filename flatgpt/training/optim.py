@@ -215,7 +215,9 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, sta
         group = group_of[p]
         wanted = {"step": torch.Size([]), "exp_avg": p.shape, "exp_avg_sq": p.shape}
         if "momentum" in group:  # Muon's
-            wanted = {"momentum_buffer": p.shape} | ({"row_squares": p[:, :1].shape} if group["beta2"] else {})
+            wanted = {"momentum_buffer": p.shape}
+            if group["beta2"]:
+                wanted["row_squares"] = torch.Size([p.size(0), 1])
         for key, shape in wanted.items():
             value = torch.zeros(shape) if state is None else state.get(f"{key}.{name}")
             if value is None or value.shape != shape:
