@@ -2,7 +2,7 @@
 
     python prepare_data.py shakespeare_char
     python prepare_data.py python_source --tokenizer=bpe --vocab_size=4096
-    python -m benchmarks.ladder                          all of it: a night on two cores
+    python -m benchmarks.ladder                          all of it: many hours on two cores
     python -m benchmarks.ladder --sizes=0.8M             the parts, and the smallest rung
 
 At the smallest size every part is added to the plain recipe by itself, and left out of the whole. On every rung the
@@ -55,7 +55,7 @@ PARTS = {
     "QK-norm": Part("--qk_norm=True", "--qk_norm=False"),
     "RMSNorm": Part("--norm=rmsnorm", "--norm=layernorm"),
     "SwiGLU": Part("--mlp=swiglu", "--mlp=gelu"),
-    "Muon": Part(MUON, "--optimizer=adamw --learning_rate=4e-3"),  # AdamW's best rate of 1e-3, 2e-3, 4e-3, 8e-3
+    "Muon": Part(MUON, "--optimizer=adamw --learning_rate=4e-3"),  # AdamW's best rate of those tried: docs/log.md
     "Muon's momentum 0.8, not 0.95": Part("--muon_momentum=0.8", "--muon_momentum=0.95", MUON),
     "NorMuon": Part("--muon_beta2=0.95", "--muon_beta2=0", MUON),
     "a head of its own": Part(OWN_HEAD, "--tie_embeddings=True"),
@@ -122,7 +122,7 @@ def rungs_table(dataset: str, sizes: list[str], results: Results, jobs: int) -> 
                       *(runs(dataset, size, SIZES[size].steps // fraction, WHOLE) for fraction in FRACTIONS)]
                for size in sizes}
     losses = results.val_losses((run for columns in recipes.values() for column in columns for run in column), jobs)
-    yield f"| size | plain | {' | '.join(f'the whole, a part of 1/{fraction}' for fraction in FRACTIONS)} |"
+    yield f"| size | plain | {' | '.join(f'the whole, 1/{fraction} of the steps' for fraction in FRACTIONS)} |"
     yield f"| --- {'| --- ' * (1 + len(FRACTIONS))}|"
     for size, columns in recipes.items():
         cells = (spread([losses[run] for run in column]) for column in columns)

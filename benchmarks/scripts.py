@@ -50,7 +50,7 @@ def run_training(*args: str, **env: str) -> TrainingRun:
 
 
 class Results:
-    """The last val losses of runs, on the whole split, in the file `path`: a run that stands there is not made again,
+    """The val losses that runs end with, in the file `path`: a run that stands there is not made again,
     so that a bench of many hours can be stopped and started. A run is known by its options alone, so the file is of one
     version of the code. Threads may share it."""
 

@@ -3,7 +3,7 @@
     python prepare_data.py shakespeare_char
     python train.py config/shakespeare_char_fast.py
 
-Half a minute or less on two cores; val loss 1.87 to 1.88 on the whole validation split (seeds 1337, 2, 3: 1.883, 1.884,
+About half a minute on two cores; val loss 1.87 to 1.88 on the whole validation split (seeds 1337, 2, 3: 1.883, 1.884,
 1.871), where nanoGPT's model reads 1.898 after its 2,000 steps. After 185 steps these seeds read 1.898, 1.892, 1.886.
 What was tried besides stands in docs/log.md.
 """
