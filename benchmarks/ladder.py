@@ -6,7 +6,7 @@
     python -m benchmarks.ladder --sizes=0.8M             the parts, and the smallest rung
 
 At the smallest size every part is added to the plain recipe by itself, and left out of the whole. On every rung the
-whole gets a third and a fourth of the plain recipe's steps, and has to reach its loss. All runs are made with each
+whole gets a third and a sixth of the plain recipe's tokens, and has to reach its loss. All runs are made with each
 seed, and a difference is between runs of one seed. A bench that was stopped goes on: finished runs stand in
 out/ladder.jsonl.
 """
@@ -31,8 +31,9 @@ PLAIN = "config/shakespeare_char_cpu.py"
 DATA = {"characters of tiny Shakespeare": "--dataset=shakespeare_char",
         "Python files, a BPE of 4,096": "--dataset=python_source --eval_tokens=131072"}
 SEEDS = (1337, 2, 3)
-PART_STEPS = 300  # of the runs with and without a part
-FRACTIONS = (3, 4)  # of the plain recipe's steps, that the whole gets
+STEPS = 1000  # of the plain recipe on a rung, of 768 tokens
+FRACTIONS = (3, 6)  # of them that the whole gets
+PART_STEPS = 200  # of the runs with and without a part
 
 
 class Part(NamedTuple):
@@ -41,14 +42,9 @@ class Part(NamedTuple):
     needs: str = ""  # options that the plain recipe gets first, without which the part is nothing
 
 
-class Size(NamedTuple):
-    shape: str
-    steps: int  # of the plain recipe, of 768 tokens
-
-
-SIZES = {"0.8M": Size("--n_layer=4 --n_head=4 --n_embd=128", 2000),
-         "3M": Size("--n_layer=6 --n_head=6 --n_embd=192", 1500),
-         "10M": Size("--n_layer=6 --n_head=12 --n_embd=384", 1000)}
+SIZES = {"0.8M": "--n_layer=4 --n_head=4 --n_embd=128",
+         "3M": "--n_layer=6 --n_head=6 --n_embd=192",
+         "10M": "--n_layer=6 --n_head=12 --n_embd=384"}
 MUON, OWN_HEAD = "--optimizer=muon --learning_rate=1e-2", "--tie_embeddings=False"
 PARTS = {
     "RoPE": Part("--pos=rope", "--pos=learned"),
@@ -96,7 +92,7 @@ def print_all(lines: Iterator[str]) -> None:
 
 def runs(dataset: str, size: str, steps: int, recipe: str) -> list[str]:
     """The runs of a recipe, one a seed."""
-    options = f"{PLAIN} {dataset} {SIZES[size].shape} --warmup_iters={steps // 20} {recipe}".strip()
+    options = f"{PLAIN} {dataset} {SIZES[size]} --warmup_iters={steps // 20} {recipe}".strip()
     return [f"{options} --max_iters={steps} --lr_decay_iters={steps} --seed={seed}" for seed in SEEDS]
 
 
@@ -118,15 +114,15 @@ def parts_table(dataset: str, results: Results, jobs: int) -> Iterator[str]:
 
 def rungs_table(dataset: str, sizes: list[str], results: Results, jobs: int) -> Iterator[str]:
     """The losses of the plain recipe, and of the whole after a part of its steps, mean and range over the seeds."""
-    recipes = {size: [runs(dataset, size, SIZES[size].steps, ""),
-                      *(runs(dataset, size, SIZES[size].steps // fraction, WHOLE) for fraction in FRACTIONS)]
-               for size in sizes}
+    recipes = {size: [runs(dataset, size, STEPS, ""),
+                      *(runs(dataset, size, STEPS // fraction, WHOLE) for fraction in FRACTIONS)] for size in sizes}
     losses = results.val_losses((run for columns in recipes.values() for column in columns for run in column), jobs)
-    yield f"| size | plain | {' | '.join(f'the whole, 1/{fraction} of the steps' for fraction in FRACTIONS)} |"
+    yield (f"| size | plain, {STEPS * 768:,} tokens | "
+           f"{' | '.join(f'the whole, 1/{fraction} of them' for fraction in FRACTIONS)} |")
     yield f"| --- {'| --- ' * (1 + len(FRACTIONS))}|"
     for size, columns in recipes.items():
         cells = (spread([losses[run] for run in column]) for column in columns)
-        yield f"| {size}, {SIZES[size].steps:,} steps | {' | '.join(cells)} |"
+        yield f"| {size} | {' | '.join(cells)} |"
 
 
 def spread(values: list[float]) -> str:

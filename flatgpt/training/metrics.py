@@ -37,6 +37,7 @@ from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.models.generate import cache_slots
 from flatgpt.models.sampling import Sampler
 from flatgpt.options import failed_rules
+from flatgpt.planning.hardware import find_accelerator
 from flatgpt.run_folder import EVENTS, read_records, write_records
 from flatgpt.training import trackers
 from flatgpt.training.compiling import eager
@@ -45,12 +46,6 @@ from flatgpt.training.parallel import reshard
 from flatgpt.training.terminal import ProgressLine
 from model import LanguageModel
 
-# Dense bfloat16 (float16 on V100 and T4) matrix peaks in flops/s, from the vendor's data sheets, by what the device's
-# name holds as a whole word. A device that is not listed, or a slice of one (MIG), has no MFU: "unknown" is better than
-# a guess.
-PEAK_FLOPS = {"B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
-              "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "L4": 121e12, "V100": 125e12, "T4": 65e12,
-              "RTX 4090(?! )": 165e12, "RTX 3090(?! )": 71e12}
 NUM_SAMPLES = 2  # texts that a run writes at a time
 
 
@@ -83,9 +78,9 @@ def flops_per_token(model: LanguageModel) -> int:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The peak floating-point operations per second of one device; None when it is not in the table."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}(?!\w)(?!.*\bMIG\b)", name)), None)
+    """The peak floating-point operations per second of one device; None when it is not listed."""
+    accelerator = find_accelerator(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return accelerator.flops if accelerator else None
 
 
 def peak_memory_gb(device: torch.device) -> float:
