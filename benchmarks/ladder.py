@@ -31,7 +31,7 @@ PLAIN = "config/shakespeare_char_cpu.py"
 DATA = {"characters of tiny Shakespeare": "--dataset=shakespeare_char",
         "Python files, a BPE of 4,096": "--dataset=python_source --eval_tokens=131072"}
 SEEDS = (1337, 2, 3)
-STEPS = 1000  # of the plain recipe on a rung, of 768 tokens
+STEPS = 600  # of the plain recipe on a rung, of 768 tokens
 FRACTIONS = (3, 6)  # of them that the whole gets
 PART_STEPS = 200  # of the runs with and without a part
 

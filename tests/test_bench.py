@@ -187,7 +187,7 @@ def test_the_ladder_compares_runs_of_one_seed(cli, monkeypatch, tmp_path):
     assert "| RoPE | 0.500 (0.500 to 0.500) | 0.000 (0.000 to 0.000) |" in result.out
     assert "| 0.8M | 3.447 (3.002 to 4.337) | 3.447 (3.002 to 4.337) |" in result.out
     assert len(made) == len(set(made))
-    assert {"--max_iters=1000", "--max_iters=333", "--max_iters=166", "--max_iters=200"} == {
+    assert {"--max_iters=600", "--max_iters=200", "--max_iters=100"} == {
         word for run in made for word in run.split() if word.startswith("--max_iters")}
 
 
