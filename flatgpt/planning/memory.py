@@ -25,7 +25,6 @@ import torch.nn as nn
 
 from flatgpt.data.loader import BatchPlan
 from flatgpt.models import fused
-from flatgpt.models.attention import has_varlen_kernel
 from flatgpt.planning.layout import Layout
 from model import LanguageModel
 
@@ -51,11 +50,12 @@ def forecast(model: LanguageModel, plan: BatchPlan, layout: Layout, optimizer: s
 
 
 def largest_micro_batch(model: LanguageModel, seqs_per_rank: int, layout: Layout, room: float,
-                        needed: Callable[[BatchPlan], float]) -> int:
-    """The largest divisor of `seqs_per_rank` of which `needed` bytes are within `room`; 0 if not even 1 is."""
+                        optimizer: str = "adamw", program_bytes: float = 0) -> int:
+    """The largest divisor of `seqs_per_rank` whose forecast is below `room` bytes; 0 if not even 1 is."""
     largest = 0
     for size in (n for n in range(1, seqs_per_rank + 1) if seqs_per_rank % n == 0):
-        if needed(BatchPlan(seqs_per_rank * layout.world_size, size, seqs_per_rank // size, layout.world_size)) > room:
+        plan = BatchPlan(seqs_per_rank * layout.world_size, size, seqs_per_rank // size, layout.world_size)
+        if sum(forecast(model, plan, layout, optimizer, program_bytes).values()) >= room:
             break
         largest = size
     return largest
@@ -170,6 +170,10 @@ def _mask_bytes(model: LanguageModel, micro_batch: int, layout: Layout) -> int:
 
 
 def _has_varlen_kernel(model: LanguageModel, layout: Layout) -> bool:
+    """As LanguageModel.has_varlen_kernel; of a model without a device the kernel of cards that have bfloat16."""
+    if model.head.device.type == "meta":
+        return (layout.device.type == "cuda" and layout.dtype == torch.bfloat16 and model.config.pos != "alibi"
+                and not model.config.dropout and model.config.head_size % 8 == 0 and model.config.head_size <= 256)
     with layout.autocast():
         return model.has_varlen_kernel()
 
