@@ -6,8 +6,10 @@ assumed, and where from.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from flatgpt.data.loader import BatchPlan
@@ -62,7 +64,7 @@ def summarize(run: Run) -> dict[str, Any]:
     each = memory.checkpoint_bytes(model, run.optimizer)
     found = {
         "model": {
-            "shape": {key: value for key, value in asdict(model.config).items()},
+            "shape": asdict(model.config),
             "parameters": params, "parameters_by_part": flops.params_by_part(model), "non_embedding": non_embedding,
             "flops_per_token": flops.flops_per_token(model), "flops_per_token_by_part": flops.flops_by_part(model)},
         "machine": {"name": str(run.machine), "processes": run.machine.world_size, "memory_bytes": run.memory_room,
@@ -74,7 +76,7 @@ def summarize(run: Run) -> dict[str, Any]:
                    "dataset_tokens": run.dataset_tokens,
                    "epochs": tokens / run.dataset_tokens if run.dataset_tokens else None},
         "compute": compute(run),
-        "losses": [{"law": law, "loss": loss, "limits": limits}
+        "losses": [{"law": law, "loss": loss, "limits": limits, "applies": loss < math.log(model.config.vocab_size)}
                    for law, loss, limits in (expected_losses(params, non_embedding, tokens) if tokens else [])]}
     return found | {"warnings": list(warnings(run, found))}
 
@@ -89,16 +91,24 @@ def memory_table(run: Run) -> list[dict[str, Any]]:
     layouts |= {"hsdp": shard_size} if 1 < shard_size < world_size else {}
     for parallel, size in layouts.items():
         layout = replace(run.layout, parallel=parallel, shard_size=size)
-        for model.activation_checkpointing in (False, True) if model.h else (False,):
+        for is_checkpointing in (False, True) if model.h else (False,):
+            model.activation_checkpointing = is_checkpointing
             parts = memory.forecast(model, run.plan, layout, run.optimizer, run.program_bytes)
             largest = memory.largest_micro_batch(
-                model, run.plan.seqs_per_rank, layout, run.memory_room * memory.ROOM, run.optimizer, run.program_bytes)
+                run.plan.seqs_per_rank, world_size, partial(fits, model, layout, run.optimizer, run.memory_room,
+                                                            run.program_bytes))
             table.append({
-                "parallel": parallel, "shard_size": size, "activation_checkpointing": model.activation_checkpointing,
+                "parallel": parallel, "shard_size": size, "activation_checkpointing": is_checkpointing,
                 "parts": parts, "bytes": sum(parts.values()), "largest_micro_batch": largest,
-                "chosen": parallel == run.layout.parallel and model.activation_checkpointing == asked})
+                "chosen": parallel == run.layout.parallel and is_checkpointing == asked})
     model.activation_checkpointing = asked
     return table
+
+
+def fits(model: LanguageModel, layout: Layout, optimizer: str, room: float, program_bytes: float,
+         plan: BatchPlan) -> bool:
+    """Whether a plan's micro-batch is forecast to fit so many bytes."""
+    return sum(memory.forecast(model, plan, layout, optimizer, program_bytes).values()) <= memory.ROOM * room
 
 
 def compute(run: Run) -> dict[str, Any]:
@@ -133,8 +143,8 @@ def warnings(run: Run, found: dict[str, Any]) -> Iterator[str]:
     if tokens["dataset_tokens"] is None:
         yield "nobody knows how many tokens the data set has: --dataset_tokens=N says so"
     if 0 < tokens["per_parameter"] < 10:
-        yield (f"{tokens['per_parameter']:.1f} tokens a parameter: a smaller model that sees more of them would reach a "
-               "lower loss with the same compute (20 are best, arXiv:2203.15556)")
+        yield (f"{tokens['per_parameter']:.1f} tokens a parameter: a smaller model that sees more of them would reach "
+               "a lower loss with the same compute (20 are best, arXiv:2203.15556)")
     yield from _slow_links(run)
 
 
@@ -147,8 +157,8 @@ def _slow_links(run: Run) -> Iterator[str]:
     step = (run.plan.seqs_per_rank * run.model.config.block_size * flops.flops_per_token(run.model)
             / run.speed.flops_per_s)
     if seconds > step / 2:
-        yield (f"gradients take {seconds:.2g} s a step between the GPUs, and a step {step:.2g} s of computing: a larger "
-               "--total_batch_size keeps them busy")
+        yield (f"gradients take {seconds:.2g} s a step between the GPUs, and a step {step:.2g} s of computing: a "
+               "larger --total_batch_size keeps them busy")
 
 
 # As text
@@ -156,32 +166,40 @@ def _slow_links(run: Run) -> Iterator[str]:
 
 def as_text(found: dict[str, Any]) -> Iterator[str]:
     """The lines that a person reads."""
-    model, machine, batch, tokens = (found[key] for key in ("model", "machine", "batch", "tokens"))
-    yield f"model: {model['parameters']:,} parameters, {model['flops_per_token']:.4g} flops a token (forward, backward)"
-    parts = {**model["parameters_by_part"], **model["flops_per_token_by_part"]}
-    for part in parts:
-        count, work = (model[key].get(part, 0) for key in ("parameters_by_part", "flops_per_token_by_part"))
-        yield f"    {part:<16}{count:>16,}{work / model['flops_per_token']:>9.1%} of the flops"
-    yield (f"batch: {batch['tokens_per_step']:,} tokens a step = {batch['accumulation_steps']} micro-batches x "
+    model, batch, tokens, disk = (found[key] for key in ("model", "batch", "tokens", "checkpoints"))
+    yield f"{model['parameters']:,} parameters, {model['flops_per_token']:.4g} flops a token (forward and backward)"
+    counts, work = model["parameters_by_part"], model["flops_per_token_by_part"]
+    for part in counts | work:
+        yield (f"    {part:<16}{counts.get(part, 0):>16,} parameters"
+               f"{work.get(part, 0) / model['flops_per_token']:>8.1%} of the flops")
+    many = "es" if batch["accumulation_steps"] > 1 else ""
+    yield (f"a step: {batch['tokens_per_step']:,} tokens = {batch['accumulation_steps']} micro-batch{many} x "
            f"{batch['micro_batch']} sequences x {model['shape']['block_size']} tokens x {batch['world_size']} processes")
-    yield f"memory of each of {machine['name']}: {size(machine['memory_bytes'])}, of which a process takes (GB)"
-    names = [part for part in found["memory"][0]["parts"]]
-    yield "    " + " " * 18 + "".join(f"{name:>12}" for name in (*names, "all", "batch_size"))
-    for row in found["memory"]:
-        title = row["parallel"] + (" checkpointing" if row["activation_checkpointing"] else "")
-        cells = [f"{row['parts'][name] / 1e9:.2f}" for name in names] + [f"{row['bytes'] / 1e9:.2f}",
-                                                                        f"<= {row['largest_micro_batch']}"]
-        yield ("  * " if row["chosen"] else "    ") + f"{title:<18}" + "".join(f"{cell:>12}" for cell in cells)
-    disk = found["checkpoints"]
-    yield f"checkpoints: {size(disk['bytes_each'])} each, at most {disk['kept']} of them, {size(disk['bytes'])} on the disk"
+    yield from _memory_text(found)
+    yield f"checkpoints: {size(disk['bytes_each'])} each, at most {disk['kept']}: {size(disk['bytes'])} on the disk"
     epochs = "" if tokens["epochs"] is None else f", {tokens['epochs']:.3g} epochs of {tokens['dataset_tokens']:,}"
-    yield (f"tokens: {tokens['tokens']:,} in {tokens['steps']:,} steps, {tokens['per_parameter']:.3g} a parameter"
-           f"{epochs}")
+    yield (f"the run: {tokens['tokens']:,} tokens in {tokens['steps']:,} steps, {tokens['per_parameter']:.3g} a "
+           f"parameter{epochs}")
     yield from _compute_text(found["compute"])
     for law in found["losses"]:
-        yield f"loss to expect: {law['loss']:.2f}, {law['law']}. {law['limits']}"
+        guess = "" if law["applies"] else "; guessing among all tokens has less, so that it does not apply"
+        yield f"loss to expect: {law['loss']:.2f} by {law['law']}{guess}. {law['limits']}"
     for line in found["warnings"]:
         yield f"warning: {line}"
+
+
+def _memory_text(found: dict[str, Any]) -> Iterator[str]:
+    """The table of layouts."""
+    machine, rows = found["machine"], found["memory"]
+    parts = list(rows[0]["parts"])
+    yield (f"memory a process, of {machine['memory_bytes'] / 1e9:.1f} GB on {machine['name']}, in GB, and the largest "
+           "batch_size that fits:")
+    yield " " * 22 + "".join(f"{name:>12}" for name in (*parts, "all", "batch_size"))
+    for row in rows:
+        title = row["parallel"] + (" checkpointing" if row["activation_checkpointing"] else "")
+        cells = [f"{num_bytes / 1e9:.2f}" for num_bytes in (*row["parts"].values(), row["bytes"])]
+        yield f"  {'*' if row['chosen'] else ' '} {title:<18}" + "".join(
+            f"{cell:>12}" for cell in (*cells, row["largest_micro_batch"]))
 
 
 def _compute_text(done: dict[str, Any]) -> Iterator[str]:
