@@ -5,6 +5,8 @@
     python plan.py --depth=12 --write=config/mine.py                  a shape, a batch and rates for 12 blocks
     python plan.py --flops=1e19 --gpus=8xH100                         the best model for so much compute
     python plan.py --hours=24 --gpus=1xRTX4090                        or for so much time
+    python plan.py --fit out/*                                        the law of your own runs, and a picture of it
+    python plan.py --fit out/* --params=1e9 --tokens=20e9             and the loss that it tells of such a run
 
 It needs neither data, nor a GPU, nor the memory of the weights. Options of train.py are understood, in config files and
 as --key=value. docs/planning.md says how to read a plan, what is assumed, and where from.
@@ -33,8 +35,8 @@ from flatgpt import files, machine, run_folder
 from flatgpt.data import loader
 from flatgpt.models import inference, weights
 from flatgpt.models.baselines import build_empty
-from flatgpt.options import check_options, failed_rules, flatten, parse_options, run_script
-from flatgpt.planning import flops, memory, proposal
+from flatgpt.options import check_options, failed_rules, field_types, flatten, parse_options, run_script
+from flatgpt.planning import fit, fit_summary, flops, memory, proposal
 from flatgpt.planning.hardware import Machine, parse_machine
 from flatgpt.planning.layout import Layout
 from flatgpt.planning.proposal import Setting
@@ -60,10 +62,13 @@ class PlanConfig:
     depth: int = 0  # propose a model of so many blocks
     flops: float = 0.0  # propose the best model for so many floating-point operations
     hours: float = 0.0  # propose the best model for so many hours on the GPUs
-    tokens: float = 0.0  # with a proposal: train on so many; 0 = tokens_per_param of them
+    tokens: float = 0.0  # with a proposal: train on so many; 0 = tokens_per_param of them. With --fit: of the run asked
     tokens_per_param: float = proposal.TOKENS_PER_PARAM  # with a proposal: tokens a parameter
     write: Annotated[str, "path"] = ""  # write the proposal to this file, as a config
-    json: bool = False  # print the plan as JSON
+    fit: Annotated[tuple[str, ...], "path"] = ()  # fit a law to the finished ones of these run folders
+    params: float = 0.0  # with --fit: parameters of the run whose loss is asked for
+    picture: Annotated[str, "path"] = "fit.svg"  # with --fit: the picture to write, svg or png
+    json: bool = False  # print the plan, or the law, as JSON
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def validate(self) -> list[str]:
@@ -73,14 +78,20 @@ class PlanConfig:
                             ("depth", 0 <= self.depth <= proposal.MAX_DEPTH, f"0 to {proposal.MAX_DEPTH}"),
                             ("flops", self.flops >= 0, "0 or more"), ("hours", self.hours >= 0, "0 or more"),
                             ("tokens", self.tokens >= 0, "0 or more"),
-                            ("tokens_per_param", self.tokens_per_param > 0, "positive"))
+                            ("tokens_per_param", self.tokens_per_param > 0, "positive"),
+                            ("params", self.params >= 0, "0 or more"),
+                            ("picture", Path(self.picture).suffix in (".svg", ".png"), "a name in .svg or .png"))
 
     def conflicts(self, given: Collection[str]) -> list[str]:
         """Which of the given keys a proposal chooses by itself, or say nothing without one."""
         asked = [key for key in ("depth", "flops", "hours") if getattr(self, key)]
+        if self.fit:
+            return [f"{key} says nothing beside --fit: leave it out"
+                    for key in (*asked, "write", "tokens_per_param", "measured") if key in given]
         if not asked:
             return [f"{key} is for a proposal: add --depth, --flops or --hours"
-                    for key in ("tokens", "tokens_per_param", "write") if key in given]
+                    for key in ("tokens", "tokens_per_param", "write") if key in given] + [
+                    f"{key} is for a law of one's own: add --fit" for key in ("params", "picture") if key in given]
         faults = [f"{' and '.join(asked)} say the same thing twice: give one of them"] if len(asked) > 1 else []
         if {"tokens", "tokens_per_param"} <= {*given}:
             faults.append("tokens and tokens_per_param say the same thing twice: give one of them")
@@ -88,9 +99,12 @@ class PlanConfig:
 
 
 def main(argv: list[str]) -> None:
-    """Print the plan; write the proposal, if one was asked for."""
+    """Print the plan, or the law; write the proposal, if one was asked for."""
     config, given = parse_options(PlanConfig, argv, usage=__doc__)
     check_options(config, given)
+    if config.fit:
+        fit_runs(config, given)
+        return
     settings = {}
     if config.depth or config.flops or config.hours:
         if config.write and Path(config.write).exists():
@@ -110,6 +124,26 @@ def main(argv: list[str]) -> None:
         print(line)
     if config.write:
         print(f"wrote {config.write}")
+
+
+def fit_runs(config: PlanConfig, given: Mapping[str, str]) -> None:
+    """Print the law of the runs, and the loss of a run that --params and --tokens, or options of train.py, describe;
+    write the picture. Raises ValueError where the runs are too few."""
+    from flatgpt.training import finished_runs, fit_plots, plots  # matplotlib takes a second
+
+    runs, left_out = finished_runs.gather(config.fit)
+    points, varies = fit.choose([run.point for run in runs], left_out)
+    num_params, num_tokens = config.params, config.tokens
+    if given.keys() & field_types(TrainConfig).keys():
+        run = plan_run(config, given)
+        num_params, num_tokens = num_params or run.model.num_params(non_embedding=False), num_tokens or run.num_tokens
+    law = fit.fit_law(points, varies)
+    to = fit_summary.target(law, num_params, num_tokens)
+    found = fit_summary.summarize_fit(law, to, left_out, finished_runs.differences(runs, points))
+    picture = Path(config.picture)
+    files.write_bytes(picture, plots.render(fit_plots.picture_of_fit(law, to), picture.suffix[1:]))
+    print(json.dumps(found | {"picture": config.picture}, indent=1) if config.json else
+          "\n".join((*fit_summary.fit_as_text(found), f"wrote {picture}")))
 
 
 def plan_run(config: PlanConfig, given: Mapping[str, str]) -> Run:

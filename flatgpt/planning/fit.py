@@ -1,8 +1,8 @@
 """A scaling law of one's own: L(N, D) = E + A / N^alpha + B / D^beta, fitted to what runs have ended with.
 
-As in Chinchilla's approach 3 (arXiv:2203.15556) it is the Huber loss of log L that is least, found by L-BFGS from a grid
-of starts. Huber's threshold is Chinchilla's 1e-3 at first; where runs scatter more than that, it is then 1.345 times
-their scatter, which wastes little of what they tell and still keeps a run that went wrong from deciding.
+As in Chinchilla's approach 3 (arXiv:2203.15556) the constants are those with the least Huber loss of log L, found by
+L-BFGS from a grid of starts. Huber's threshold is Chinchilla's 1e-3 at first; where runs scatter more than that, it is
+then 1.345 times their scatter, which wastes little of what they tell and still lets no run that went wrong decide.
 
 Intervals are from the Jacobian at the fit and from the residuals, with Student's t for as many degrees of freedom as
 there are runs beyond the constants: six runs for five constants are told to say little. The interval of a loss is of
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +32,8 @@ NUM_STARTS = 3  # of the grid that are followed
 LEAST = -7.0  # log of the least that a term may be: a nat a thousandth of which no run tells
 ALIKE = 1.05  # numbers of parameters, or of tokens, within this factor count as one
 CONSTANTS = {"params": ("A", "alpha"), "tokens": ("B", "beta")}  # of a law that depends on that number
+
+WORDS = {"params": "parameters", "tokens": "tokens"}
 
 
 class Point(NamedTuple):
@@ -77,7 +79,7 @@ class Fit:
         for name in CONSTANTS.keys() - set(self.varies):
             ours = [getattr(point, f"num_{name}") for point in self.points]
             if not min(ours) / ALIKE <= numbers[name] <= max(ours) * ALIKE:
-                words = {"params": "parameters", "tokens": "tokens"}[name]
+                words = WORDS[name]
                 raise ValueError(f"these runs tell a law for {ours[0]:,} {words} alone: it says nothing of "
                                  f"{numbers[name]:,.0f}; add runs of other numbers of {words}")
         logs = np.log([[numbers[name]] for name in self.varies]) - self.center[:, None]
@@ -89,10 +91,10 @@ class Fit:
         return float(np.sqrt(max(0.0, direction @ self.covariance @ direction)))
 
 
-def choose(points: Sequence[Point]) -> tuple[list[Point], tuple[str, ...]]:
+def choose(points: Sequence[Point], left_out: dict[str, str]) -> tuple[list[Point], tuple[str, ...]]:
     """The points that a law can be fitted to, and what it depends on: parameters and tokens if there are enough of
-    both; else tokens alone, of the runs of one size, or parameters alone, of the runs of one length. Raises
-    ValueError that says what is missing."""
+    both; else tokens alone, of the runs of one size, or parameters alone, of the runs of one length; the other runs
+    go to those `left_out`. Raises ValueError that says what is missing."""
     numbers = {name: _grouped([getattr(point, f"num_{name}") for point in points]) for name in CONSTANTS}
     distinct = {name: len(set(groups)) for name, groups in numbers.items()}
     if len(points) >= 6 and min(distinct.values()) >= 3:
@@ -104,18 +106,22 @@ def choose(points: Sequence[Point]) -> tuple[list[Point], tuple[str, ...]]:
             if len(members) >= 4 and len({numbers[name][i] for i in members}) >= 3:
                 candidates.append(([points[i] for i in members], (name,)))
     if not candidates:
+        why = f"; left out: {'; '.join(f'{name}: {reason}' for name, reason in [*left_out.items()][:3])}"
         raise ValueError(
             f"{len(points)} finished runs of {distinct['params']} sizes and {distinct['tokens']} lengths do not "
             "determine a law: one over parameters and tokens takes 6 runs, with 3 sizes and 3 lengths among them; one "
             "over tokens alone, 4 runs of one size, with 3 lengths; one over parameters alone, 4 runs of one length, "
-            "with 3 sizes")
-    return max(candidates, key=lambda candidate: len(candidate[0]))
+            f"with 3 sizes{why if left_out else ''}" + (f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""))
+    chosen, varies = max(candidates, key=lambda candidate: len(candidate[0]))
+    left_out |= {point.name: f"the law is over {WORDS[varies[0]]} alone, of the runs that agree in the other number"
+                 for point in points if point not in chosen}
+    return chosen, varies
 
 
 def _grouped(values: Sequence[int]) -> list[int]:
     """For each value the number of its group; values are of one where no gap of more than ALIKE lies between them."""
     ordered = sorted(values)
-    starts = [value for before, value in zip(ordered, ordered[1:]) if value > ALIKE * before]
+    starts = [value for before, value in pairwise(ordered) if value > ALIKE * before]
     return [sum(value >= start for start in starts) for value in values]
 
 

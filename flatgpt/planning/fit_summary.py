@@ -55,8 +55,8 @@ def _noise_of_seeds(fit: Fit) -> float | None:
 def fit_as_text(found: Mapping[str, Any]) -> Iterator[str]:
     """The lines that a person reads."""
     constants, runs, to = found["constants"], found["runs"], found["extrapolation"]
-    yield (f"L = {found['law']}, in nats a token, of N parameters and D tokens; fitted to {len(runs)} runs, intervals of "
-           f"{found['level']:.0%}")
+    yield (f"L = {found['law']}, in nats a token, of N parameters and D tokens; fitted to {len(runs)} runs, intervals "
+           f"of {found['level']:.0%}")
     for name, its in constants.items():
         yield f"    {name:<6}{its['value']:>10.4g}   {its['low']:.4g} to {its['high']:.4g}"
     seeds = found["noise_of_seeds"]
@@ -75,6 +75,6 @@ def fit_as_text(found: Mapping[str, Any]) -> Iterator[str]:
         if name in constants and constants[name]["low"] == 0:
             yield (f"warning: the interval of {name} reaches 0: these runs hardly tell how the loss falls with "
                    f"{'parameters' if name == 'alpha' else 'tokens'}")
-    yield (f"extrapolated to {to['parameters']:,} parameters and {to['tokens']:,} tokens, {to['times_the_compute']:.3g} "
-           f"times the most compute of a run: {to['loss']:.3f} ({to['low']:.3f} to {to['high']:.3f}) for one run, if the "
-           "law holds there")
+    yield (f"extrapolated to {to['parameters']:,} parameters and {to['tokens']:,} tokens, "
+           f"{to['times_the_compute']:.3g} times the most compute of a run: a loss of {to['loss']:.4g} "
+           f"({to['low']:.4g} to {to['high']:.4g}) for one run, if the law holds there")

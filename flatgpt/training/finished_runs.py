@@ -38,10 +38,10 @@ def gather(folders: Sequence[str]) -> tuple[list[FinishedRun], dict[str, str]]:
     left_out: dict[str, str] = {}
     for folder in dict.fromkeys(map(Path, folders)):
         name = str(folder)
-        if not folder.exists():
-            raise FileNotFoundError(f"there is no run folder {folder}")
         if folder.suffix == ".py":
             raise ValueError(f"{name} stands among the runs of --fit: name config files before it")
+        if not folder.exists():
+            raise FileNotFoundError(f"there is no run folder {folder}")
         try:
             runs.append(finished_run(folder))
         except (OSError, ValueError) as error:
@@ -65,12 +65,12 @@ def finished_run(folder: Path) -> FinishedRun:
     run = read_run(folder, str(folder))
     options, last = run.options, next((record for record in reversed(run.records) if "val/loss" in record), {})
     newest, max_iters = run_folder.newest_checkpoint(folder), number(options.get("max_iters"))
-    if run.num_params is None or newest is None:
-        raise ValueError("it has no checkpoint whose parameters can be counted")
     step = run.records[-1]["step"]
     if last.get("step") != max_iters:
         raise ValueError(f"it has reached its target before its learning rate decayed, at step {step:,}"
                          if run.summary()["reached"] else f"it is not finished: step {step:,} of {max_iters:,.0f}")
+    if run.num_params is None or newest is None:
+        raise ValueError("it has no checkpoint whose parameters can be counted")
     if options.get("init_from", "scratch") not in ("scratch", "resume") and not options.get("branch_from"):
         raise ValueError(f"it began with the weights of {options['init_from']}, whose tokens are not counted")
     loss, tokens = number(last["val/loss"]), number(last.get("tokens"))
@@ -110,7 +110,7 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def differences(runs: Sequence[FinishedRun]) -> dict[str, list[str]]:
-    """Options of the recipe that the runs differ in, with their values."""
-    values = {key: sorted({str(run.options.get(key)) for run in runs}) for key in RECIPE}
+def differences(runs: Sequence[FinishedRun], points: Sequence[Point]) -> dict[str, list[str]]:
+    """Options of the recipe that the runs behind these points differ in, with their values."""
+    values = {key: sorted({str(run.options.get(key)) for run in runs if run.point in points}) for key in RECIPE}
     return {key: found for key, found in values.items() if len(found) > 1}

@@ -8,9 +8,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from flatgpt.planning.fit import Fit
+from flatgpt.planning.fit import Fit, Point
 from flatgpt.training.plots import COLOURS, dashes, short
 
+OF_RUNS = {"marker": "o", "markersize": 5, "linestyle": ""}
 BEYOND = "#555555"  # the colour of the extrapolation
 AXES = {"tokens": "tokens", "params": "parameters", "flops": "flops, 6 N D"}
 
@@ -28,6 +29,7 @@ def picture_of_fit(fit: Fit, to: tuple[float, float]) -> Figure:
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=7))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _, kind=kind: (
             f"{value:.0e}" if kind == "flops" else short(value))))
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -49,28 +51,29 @@ def _is_narrow(fit: Fit, to: tuple[float, float]) -> bool:
 
 def _draw(axes: Axes, kind: str, fit: Fit, to: tuple[float, float]) -> dict[str, Line2D]:
     """The runs and the curves over `kind`; returns what the legend explains."""
-    if kind == "params":  # a law of one length: one curve
-        lines = {f"{short(to[1])} tokens": fit.points}
-    else:
-        sizes = sorted({point.num_params for point in fit.points})
-        lines = {f"{short(size)} parameters": [point for point in fit.points if point.num_params == size]
-                 for size in sizes}
+    groups: dict[str, list[Point]] = {}
+    for point in sorted(fit.points, key=lambda point: point.num_params):
+        label = "runs" if kind == "params" else f"{short(point.num_params)} parameters"
+        groups.setdefault(label, []).append(point)
     handles = {}
-    for index, (label, points) in enumerate(lines.items()):
+    for index, (label, points) in enumerate(groups.items()):
         style = {"color": COLOURS[index % len(COLOURS)], "linestyle": (0, dashes(index))}
-        params, tokens = np.array([[point.num_params, point.num_tokens] for point in points], float).T
-        axes.plot(_place(kind, params, tokens), [point.loss for point in points], color=style["color"], marker="o",
-                  markersize=5, linestyle="", zorder=3)
-        path = _path(kind, points, points[0].num_params, min(tokens), fit)
+        numbers = np.array([[point.num_params, point.num_tokens] for point in points], float).T
+        axes.plot(_place(kind, *numbers), [point.loss for point in points], color=style["color"], zorder=3, **OF_RUNS)
+        path = np.geomspace(numbers.min(1), numbers.max(1), 100).T
         axes.plot(_place(kind, *path), fit.law.loss(*path), linewidth=1.3, **style)
-        handles[label] = Line2D([], [], marker="o", markersize=5, **style)
-    path = _path(kind, fit.points, to[0], min(point.num_tokens for point in fit.points), fit, to)
-    value, low, high = np.array([fit.predict(*numbers) for numbers in path.T]).T
-    axes.plot(_place(kind, *path), value, color=BEYOND, linewidth=1.2, linestyle=":")
-    axes.fill_between(_place(kind, *path), low, high, color=BEYOND, alpha=0.15, linewidth=0)
-    value, low, high = fit.predict(*to)
-    axes.errorbar(_place(kind, *to), value, [[value - low], [high - value]], color=BEYOND, marker="D", markersize=5,
-                  capsize=3)
-    handles[f"{short(to[0])} parameters, {short(to[1])} tokens: {value:.2f} ({low:.2f} to {high:.2f})"] = Line2D(
-        [], [], color=BEYOND, marker="D", markersize=5, linestyle=":")
-    return handles
+        handles[label] = Line2D([], [], **style | OF_RUNS | {"linestyle": style["linestyle"]})
+    lowest = min(fit.points, key=lambda point: getattr(point, f"num_{fit.varies[-1]}"))
+    begin = (lowest.num_params, to[1]) if kind == "params" else (to[0], lowest.num_tokens)
+    path = np.geomspace(begin, to, 100)
+    value, low, high = np.array([fit.predict(*numbers) for numbers in path]).T
+    axes.plot(_place(kind, *path.T), value, color=BEYOND, linewidth=1.2, linestyle=":")
+    axes.fill_between(_place(kind, *path.T), low, high, color=BEYOND, alpha=0.15, linewidth=0)
+    axes.errorbar(_place(kind, *to), value[-1], [[value[-1] - low[-1]], [high[-1] - value[-1]]], color=BEYOND,
+                  marker="D", markersize=5, capsize=3)
+    asked = f"{short(to[0])} parameters, {short(to[1])} tokens: {value[-1]:.3g} ({low[-1]:.3g} to {high[-1]:.3g})"
+    return handles | {asked: Line2D([], [], color=BEYOND, marker="D", markersize=5, linestyle=":")}
+
+
+def _place(kind: str, params: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    return {"params": params, "tokens": tokens, "flops": 6 * params * tokens}[kind]
