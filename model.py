@@ -11,7 +11,7 @@ flatgpt/models/language_model.py: `forward` with the loss, `generate`, `from_pre
 attention.py has the kernels of attention, positions.py the formulas of positions, fused.py the loss in chunks, and
 generate.py the cache of keys and values.
 nanoGPT's `configure_optimizers` is flatgpt.training.optim.build_optimizer, and what its `estimate_mfu` counts is
-flatgpt.training.metrics.flops_per_token. Nothing here knows about files, devices or processes.
+flatgpt.planning.flops.flops_per_token. Nothing here knows about files, devices or processes.
 
 Letters: B sequences, T positions, S positions that can be seen (those in a cache and the T new ones), C channels
 (n_embd), H heads, K heads of keys and values, D channels a head, V vocabulary, N = B * T rows.

@@ -25,13 +25,13 @@ import itertools
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from flatgpt import machine
-from flatgpt.options import check_options, failed_rules, flatten, parse_options, run_script
+from flatgpt.options import check_options, flatten, parse_options, run_script
 
 if __name__ == "__main__":
     machine.warn_of_little_memory()
@@ -42,78 +42,21 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from flatgpt import files
 from flatgpt.data import loader
-from flatgpt.data.loader import DataConfig
 from flatgpt.data.order import Batch, derive_seed
 from flatgpt.models import inference, weights
 from flatgpt.training import compiling, distributed, optim, parallel, preflight, resume, setup
-from flatgpt.training.checkpoint import RunConfig, RunFolder
-from flatgpt.training.device import DeviceConfig, Numerics
-from flatgpt.training.distributed import Job, ParallelConfig
-from flatgpt.training.metrics import LogConfig, Reporter, Validation, describe_losses, write_samples
-from flatgpt.training.optim import OptimConfig, SpikeDetector
+from flatgpt.training.checkpoint import RunFolder
+from flatgpt.training.config import TrainConfig
+from flatgpt.training.device import Numerics
+from flatgpt.training.distributed import Job
+from flatgpt.training.metrics import Reporter, Validation, describe_losses, write_samples
+from flatgpt.training.optim import SpikeDetector
 from flatgpt.training.resume import Progress
-from model import GPTConfig, LanguageModel
+from model import LanguageModel
 
 UNFINISHED = 75  # exit status of a run that was asked to stop: EX_TEMPFAIL, start it again
 SAVING_FAILS = "failed saves"  # a reason to stop without another save
 VERSIONS = {"python": sys.version.split()[0], "torch": torch.__version__}
-
-
-@dataclass
-class ModelConfig(GPTConfig):
-    """Model; --init_from other than scratch loads its own shape"""
-
-    vocab_size: int = 0  # vocabulary; 0 = the data set's own (50257 where it does not say)
-
-    def validate(self) -> list[str]:
-        return []  # TrainConfig, which knows whether they make a model by themselves, has them checked
-
-
-# What only rank 0 acts on is marked {"rank": 0}: the ranks need not agree, rank 0's value counts for all.
-@dataclass
-class TrainConfig:
-    init_from: Annotated[str, "path"] = "scratch"  # scratch, gpt2, hub id, model or run folder, ckpt.pt; resume: go on
-    max_iters: int = 600000  # updates in the whole run
-    eval_interval: int = 2000  # steps between evaluations on the validation split
-    eval_iters: int = 200  # batches an evaluation, evenly spaced over the split; 0 = the whole split, as at the end
-    eval_tokens: int = 0  # evaluate on the first so many tokens of the split in place of eval_iters, also at the end
-    target_val_loss: float = 0.0  # the run is finished with the first evaluation at or below it; 0 = never
-    eval_only: bool = False  # evaluate on the whole validation split and exit
-    seed: int = 1337  # seed of the initial weights, the data order and dropout
-    compile: Literal["auto", "True", "False"] = "auto"  # torch.compile the blocks; auto = on CUDA only
-    attention: Literal["auto", "sdpa", "math", "flash3"] = "auto"  # kernel; auto = FlashAttention-3 where it runs
-    activation_checkpointing: bool = False  # run the blocks again in the backward pass: less memory, more time
-    bigram_counts: bool = False  # with model=bigram: count its best table instead of training, evaluate it and save it
-    bigram_k: float = 1.0  # with bigram_counts: added to each count, so that no pair of tokens is impossible
-    max_minutes: float = field(default=0.0, metadata={"rank": 0})  # minutes after the launch: save and stop; 0 = never
-    run: RunConfig = field(default_factory=RunConfig, metadata={"rank": 0})
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    log: LogConfig = field(default_factory=LogConfig, metadata={"rank": 0})
-    where: DeviceConfig = field(default_factory=DeviceConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-
-    def validate(self) -> list[str]:
-        """What is wrong with these options, a sentence each."""
-        faults = failed_rules(
-            self, ("seed", 0 <= self.seed < 2**63, "0 or more, below 2**63"),
-            ("max_iters", self.max_iters >= 0, "0 or more"), ("eval_interval", self.eval_interval > 0, "positive"),
-            ("eval_iters", self.eval_iters >= 0, "0 or more"), ("eval_tokens", self.eval_tokens >= 0, "0 or more"),
-            ("target_val_loss", self.target_val_loss >= 0, "0 (none) or more"),
-            ("bigram_k", self.bigram_k > 0, "positive"), ("max_minutes", self.max_minutes >= 0, "0 or more"))
-        if self.bigram_counts and (self.model.model != "bigram" or self.init_from != "scratch"):
-            faults.append(f"bigram_counts=True counts the table of --model=bigram --init_from=scratch, not of model="
-                          f"{self.model.model}, init_from={self.init_from}")
-        if self.optim.width_base and (self.model.model != "gpt" or self.init_from not in ("scratch", "resume")):
-            faults.append(f"width_base={self.optim.width_base} says how a new GPT begins, and this is model="
-                          f"{self.model.model}, init_from={self.init_from}")
-        elif self.optim.width_base and self.model.norm_position == "post" and self.model.tie_embeddings:
-            faults.append(f"width_base={self.optim.width_base} needs a norm before the head, or a head of its own: "
-                          "norm_position=pre, or tie_embeddings=False")
-        if self.init_from == "scratch":
-            faults += GPTConfig(**asdict(self.model) | {"vocab_size": self.model.vocab_size or 1}).validate()
-        return faults
 
 
 def main(argv: list[str]) -> None:

@@ -116,10 +116,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         loss = x.new_zeros((), dtype=torch.float32)
         dx = torch.empty_like(x) if want_grad else None
         dw = torch.zeros_like(weight, dtype=torch.float32) if want_grad else None
-        width, chunk_bytes = weight.size(0), LOGITS_CHUNK_BYTES_CUDA if x.is_cuda else LOGITS_CHUNK_BYTES
-        rows = _power_of_two(chunk_bytes // (w.element_size() * width))
+        rows = chunk_rows(weight.size(0), w.element_size(), x.is_cuda)
         # Only a CPU takes a chunk in parts: MPS adds nothing to a part that does not begin a tensor (pytorch 163327).
-        part = _power_of_two(SOFTMAX_ELEMENTS // width) if x.device.type == "cpu" else rows
+        part = part_rows(weight.size(0)) if x.device.type == "cpu" else rows
         for x_c, t_c, start in zip(x_all.split(rows), targets.unsqueeze(1).split(rows), range(0, x.size(0), rows)):
             logits = x_c @ w.t()  # (n, rows of w)
             for z, t in zip(logits.split(part), t_c.split(part)):
@@ -136,6 +135,16 @@ class LinearCrossEntropy(torch.autograd.Function):
         dx, dw = ctx.grads
         ctx.grads = None  # they are scaled in place below, so they serve one backward pass
         return dx.mul_(grad), dw.mul_(grad), None, None, None, None, None
+
+
+def chunk_rows(width: int, itemsize: int, on_cuda: bool) -> int:
+    """How many rows of logits, `width` numbers of `itemsize` bytes each, are made at a time."""
+    return _power_of_two((LOGITS_CHUNK_BYTES_CUDA if on_cuda else LOGITS_CHUNK_BYTES) // (itemsize * width))
+
+
+def part_rows(width: int) -> int:
+    """How many of them a CPU takes the softmax of at a time."""
+    return _power_of_two(SOFTMAX_ELEMENTS // width)
 
 
 def _power_of_two(n: int) -> int:

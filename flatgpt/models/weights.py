@@ -23,7 +23,7 @@ import contextlib
 import json
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,9 @@ from flatgpt.pickles import STAND_INS
 from flatgpt.run_folder import best_checkpoint, follow_link, newest_checkpoint
 from model import GPTConfig, LanguageModel
 
-HUB_ALIASES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+GPT2_SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280),
+              "gpt2-xl": (48, 25, 1600)}  # n_layer, n_head, n_embd
+HUB_ALIASES = {name: f"openai-community/{name}" for name in GPT2_SIZES}
 WEIGHT_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json"]  # of a hub repository
 TABLES = ("wte.weight", "lm_head.weight")  # a row a token: padded here, not in files
 QWEN2_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -65,7 +67,7 @@ def fill(model: LanguageModel, state: State, device: torch.device | str = "cpu")
     model.load_state_dict(made, assign=True)
 
 
-def resolve(source: str) -> Path:
+def resolve(source: str, hub_files: Sequence[str] = (*WEIGHT_FILES, *TOKENIZER_FILES)) -> Path:
     """Where a model lies: a nanoGPT .pt file, or a folder with config.json (a run folder means its best checkpoint,
     a hub id its snapshot in the local cache, downloaded when it is not there yet)."""
     path = follow_link(Path(source))
@@ -87,7 +89,18 @@ def resolve(source: str) -> Path:
     if not HUB_ID.fullmatch(repo_id) or source.endswith(".pt"):
         raise FileNotFoundError(f"no model at {source!r}: neither a file, a folder, a hub id (owner/name) nor one of "
                                 f"{', '.join(HUB_ALIASES)}")
-    return fetch_snapshot(repo_id, [*WEIGHT_FILES, *TOKENIZER_FILES])
+    return fetch_snapshot(repo_id, [*hub_files])
+
+
+def read_shape(source: str) -> GPTConfig:
+    """The shape of the model at any source that `resolve` knows, without its weights: GPT-2's own sizes are known, and
+    of a hub repository only config.json is fetched. Raises ValueError or OSError."""
+    if source in GPT2_SIZES and not Path(source).exists():
+        n_layer, n_head, n_embd = GPT2_SIZES[source]
+        return GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, bias=True, mlp="gelu_tanh")
+    path = resolve(source, ["config.json"])
+    with reading_values(path if path.is_file() else path / "config.json"):
+        return _nanogpt_config(path, read_nanogpt(path)) if path.is_file() else _read_config(path)[0]
 
 
 def full_name(source: str) -> str:
@@ -98,22 +111,27 @@ def full_name(source: str) -> str:
 def load_huggingface(folder: Path) -> tuple[GPTConfig, State]:
     """A Hugging Face folder of one of FAMILIES, or one of our own: config.json and model.safetensors (one file, or
     shards with an index). Raises ValueError for a model of another type, or with a part that model.py does not have."""
+    with reading_values(folder / "config.json"):
+        config, kind = _read_config(folder)
+        state = _read_safetensors(folder)
+        return config, _finish(config, FAMILIES[kind].read_state(config, state) if kind in FAMILIES else state, folder)
+
+
+def _read_config(folder: Path) -> tuple[GPTConfig, str]:
+    """What a folder's config.json says: the shape, and the type of the model. Raises as load_huggingface."""
     path = folder / "config.json"
-    with reading_values(path):
-        settings = read_json(path)
-        kind = settings.get("model_type")
-        if kind == "flatgpt":
-            own = {field.name: settings[field.name] for field in fields(GPTConfig) if field.name in settings}
-            config = _make_config(path, own)
-            return config, _finish(config, _read_safetensors(folder), folder)
-        if kind not in FAMILIES:
-            *names, last = FAMILIES
-            raise ValueError(f"{folder}: model_type is {kind!r}, and only {', '.join(names)} and {last} can be loaded")
-        values, faults = FAMILIES[kind].read_config(settings)
-        if faults:
-            raise ValueError(f"{path} asks for features that flatGPT does not have: {', '.join(faults)}")
-        config = _make_config(path, values)
-        return config, _finish(config, FAMILIES[kind].read_state(config, _read_safetensors(folder)), folder)
+    settings = read_json(path)
+    kind = settings.get("model_type")
+    if kind == "flatgpt":
+        return _make_config(path, {field.name: settings[field.name] for field in fields(GPTConfig)
+                                   if field.name in settings}), kind
+    if kind not in FAMILIES:
+        *names, last = FAMILIES
+        raise ValueError(f"{folder}: model_type is {kind!r}, and only {', '.join(names)} and {last} can be loaded")
+    values, faults = FAMILIES[kind].read_config(settings)
+    if faults:
+        raise ValueError(f"{path} asks for features that flatGPT does not have: {', '.join(faults)}")
+    return _make_config(path, values), kind
 
 
 def _make_config(path: Path, values: dict) -> GPTConfig:
@@ -131,10 +149,14 @@ def load_nanogpt(path: Path) -> tuple[GPTConfig, State]:
     """nanoGPT's ckpt.pt: `model_args`, and `model`."""
     checkpoint = read_nanogpt(path)
     with reading_values(path):
-        args = checkpoint["model_args"]
-        config = _make_config(path, {"mlp": "gelu"} | {key: args[key] for key in (
-            "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias") if key in args})
+        config = _nanogpt_config(path, checkpoint)
         return config, _finish(config, without_prefixes(checkpoint["model"]), path)
+
+
+def _nanogpt_config(path: Path, checkpoint: dict) -> GPTConfig:
+    args = checkpoint["model_args"]
+    return _make_config(path, {"mlp": "gelu"} | {key: args[key] for key in (
+        "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias") if key in args})
 
 
 def read_nanogpt(path: Path) -> dict:

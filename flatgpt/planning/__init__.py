@@ -1,4 +1,9 @@
 """What a run will take, before it runs, and what runs have told: no module here needs a GPU, data or weights.
 
-hardware.py     accelerators and links, from their vendors' data sheets
+hardware.py     accelerators and links, from their vendors' data sheets; 8xH100 in words
+layout.py       where a process stands among the ranks
+flops.py        parameters and floating-point operations, by part
+memory.py       what takes how many bytes on a rank
+laws.py         the loss to expect, by the scaling laws that others published
+summary.py      all of it, as plan.py prints it
 """

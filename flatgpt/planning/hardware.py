@@ -24,6 +24,7 @@ ACCELERATORS = {
     "H100 PCIe": Accelerator(756e12, 80e9, 2.0e12, 64e9),
     "H100 NVL": Accelerator(835e12, 94e9, 3.9e12, 300e9),
     "H100": Accelerator(989e12, 80e9, 3.35e12, 450e9),
+    "A100-SXM4-40GB": Accelerator(312e12, 40e9, 1.555e12, 300e9),
     "A100": Accelerator(312e12, 80e9, 2.0e12, 300e9),
     "L40S": Accelerator(362e12, 48e9, 0.864e12, 32e9),
     "A10G": Accelerator(70e12, 24e9, 0.6e12, 32e9),
@@ -33,8 +34,39 @@ ACCELERATORS = {
     "RTX 4090(?! )": Accelerator(165e12, 24e9, 1.01e12, 32e9),
     "RTX 3090(?! )": Accelerator(71e12, 24e9, 0.936e12, 32e9),
 }
+CARDS = {key.partition("(")[0]: accelerator for key, accelerator in ACCELERATORS.items()}  # as a person calls them
 # Between nodes, a GPU's share one way, where a node of eight has eight adapters of 400 Gbit/s, or one of 100.
 NETWORKS = {"InfiniBand": 50e9, "Ethernet": 12.5e9 / 8}
+
+
+class Machine(NamedTuple):
+    """What a run is planned on: nodes with as many processes each, one a GPU; no accelerator is a CPU."""
+
+    num_nodes: int
+    per_node: int
+    name: str
+    accelerator: Accelerator | None
+
+    @property
+    def world_size(self) -> int:
+        return self.num_nodes * self.per_node
+
+    def __str__(self) -> str:
+        nodes = f"{self.num_nodes} nodes of " if self.num_nodes > 1 else ""
+        return f"{nodes}{self.per_node} x {self.name}"
+
+
+def parse_machine(text: str) -> Machine:
+    """8xH100 is a node of eight, 2x8xH100 two of them, H100 a single one, cpu a process on a CPU. Raises ValueError."""
+    found = re.fullmatch(r"(?:(\d{1,6})x)?(?:(\d{1,6})x)?(\D.*)", text.strip(), re.IGNORECASE)
+    first, second, name = found.groups() if found else (None, None, text)
+    num_nodes, per_node = (int(first), int(second)) if second else (1, int(first or 1))
+    plain = {re.sub(r"\W", "", card).lower(): card for card in CARDS}
+    card = plain.get(re.sub(r"\W", "", name).lower())
+    if num_nodes < 1 or per_node < 1 or (card is None and name.lower() != "cpu"):
+        raise ValueError(f"gpus={text!r} is not known: write 8xH100, or 2x8xH100 for two nodes, with cpu or one of "
+                         f"{', '.join(CARDS)}")
+    return Machine(num_nodes, per_node, card or "cpu", CARDS.get(card))
 
 
 def find_accelerator(name: str) -> Accelerator | None:

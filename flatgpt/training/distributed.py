@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from flatgpt import launcher, machine
 from flatgpt.options import failed_rules
+from flatgpt.planning.layout import Layout
 from flatgpt.training import hosts
 from flatgpt.training.device import DeviceConfig, pick_device, pick_dtype
 
@@ -59,19 +60,9 @@ class ParallelConfig:
 
 
 @dataclass
-class Job:
-    """This process's place: rank of world_size, its device, and the number type of its matrix products.
+class Job(Layout):
+    """This process's place among the ranks, and the groups in which they talk."""
 
-    rank = replica * shard_size + shard: neighbours hold one copy of the model together."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-    dtype: torch.dtype
-    parallel: str = "ddp"
-    shard_size: int = 1  # ranks that hold one copy of the model together
-    reshard_after_forward: bool = True
-    reduce_every_micro_batch: bool = False
     shard_group: dist.ProcessGroup | None = None  # the ranks of this one's copy; None where each has a whole one
     replica_group: dist.ProcessGroup | None = None  # the ranks that hold the same part; None where there is one copy
     cpu_group: dist.ProcessGroup | None = None  # for plain Python between the ranks, with patience for slow disks
@@ -87,11 +78,6 @@ class Job:
             raise ValueError(f"dtype=float16 does not work with parallel={self.parallel}, which has no loss scaler "
                              "here: use --dtype=bfloat16 or float32")
         self.dtype = dtype
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
 
 
 @contextlib.contextmanager

@@ -34,9 +34,9 @@ from flatgpt import machine
 from flatgpt.data.loader import Mixture, batch_to_device, pin_batch, prefetch
 from flatgpt.data.order import Batch, EvalOrder
 from flatgpt.data.tokenizer import Tokenizer
-from flatgpt.models.generate import cache_slots
 from flatgpt.models.sampling import Sampler
 from flatgpt.options import failed_rules
+from flatgpt.planning.flops import flops_per_token
 from flatgpt.planning.hardware import find_accelerator
 from flatgpt.run_folder import EVENTS, read_records, write_records
 from flatgpt.training import trackers
@@ -65,16 +65,6 @@ class LogConfig:
         return failed_rules(self, ("log_interval", self.log_interval > 0, "positive"),
                             ("sample_interval", self.sample_interval >= 0, "0 or more"),
                             ("sample_tokens", self.sample_tokens > 0, "positive"))
-
-
-def flops_per_token(model: LanguageModel) -> int:
-    """Forward and backward: 6 N for the matrices, 12 L H Q T for attention (PaLM, arXiv:2204.02311, appendix B), where
-    T is at most the window in a layer that has one; the models of baselines.py have no attention. (A bigram multiplies
-    nothing: its MFU is of a product with its whole table.)"""
-    c = model.config
-    attention = 12 * c.n_head * c.head_size * sum(cache_slots(c, c.block_size)) if model.h else 0
-    looked_up = model.wte.weight.numel() if model.lm_head is not None else 0  # a table that is not the head as well
-    return 6 * (model.num_params() - looked_up) + attention
 
 
 def peak_flops(device: torch.device) -> float | None:
