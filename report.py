@@ -201,11 +201,11 @@ def reached(record: dict[str, Any]) -> str:
 
 
 def events(runs: list[Run]) -> str:
-    """Skipped steps, rollbacks and restarts, in a section that is closed at first."""
+    """Skipped steps, rollbacks, restarts and branches, in a section that is closed at first."""
     rows = [[name_of(run, runs), f"{record['step']:,}", short(run.place(record, "tokens")),
-             html.escape(kind + (f": {record['fault']}" if "fault" in record else ""))]
+             html.escape(": ".join([kind, *(record[why] for why in ("fault", "branched_from") if why in record)]))]
             for run in runs for kind, record in run.events()]
-    title = f"skipped steps, rollbacks and restarts, one by one ({len(rows):,})"
+    title = f"skipped steps, rollbacks, restarts and branches, one by one ({len(rows):,})"
     return folded(title, table(["run", "step", "tokens", "what"], rows)) if rows else ""
 
 

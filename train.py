@@ -24,8 +24,8 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds
 import itertools
 import math
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,11 +50,13 @@ from flatgpt.training.config import TrainConfig
 from flatgpt.training.device import Numerics
 from flatgpt.training.distributed import Job
 from flatgpt.training.metrics import Reporter, Validation, describe_losses, write_samples
-from flatgpt.training.optim import SpikeDetector
+from flatgpt.training.optim import OptimConfig, SpikeDetector
 from flatgpt.training.resume import Progress
 from model import LanguageModel
 
 UNFINISHED = 75  # exit status of a run that was asked to stop: EX_TEMPFAIL, start it again
+# Options of TrainConfig that a branch does not take over: what only a start means, and what a machine computes with.
+NOT_TAKEN_OVER = {*resume.OF_A_START, "bigram_counts", "bigram_k", "max_minutes", "compile", "attention"}
 SAVING_FAILS = "failed saves"  # a reason to stop without another save
 VERSIONS = {"python": sys.version.split()[0], "torch": torch.__version__}
 
@@ -69,7 +71,9 @@ def main(argv: list[str]) -> None:
         config.max_iters = 0
     with distributed.init_job(config.where, config.parallel) as job:
         distributed.share_rank0s(config, job)
-        report = Reporter(Path(config.run.out_dir), config.log, config.max_iters, job)
+        distributed.check_agreement(flatten(config) | {
+            "the code": files.code_fingerprint(), "torch": torch.__version__, "device": job.device.type}, job)
+        report = Reporter(Path(config.run.out_dir), config.log, job)
         with RunFolder(config.run, job, report.log) as run:
             try:
                 stopped_by = train(config, given, run, report, job)
@@ -85,15 +89,15 @@ def main(argv: list[str]) -> None:
 
 def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report: Reporter, job: Job) -> str:
     """One run, from the options to the last checkpoint; returns what stopped it before that, or ""."""
-    # 1) The data. What is wrong with it, the options or the run folder is said before anything is written.
-    data = setup.open_data(config.data, config.model.vocab_size, config.log.sample_interval, report.log)
-    distributed.check_agreement(flatten(config) | {
-        "the code": files.code_fingerprint(), "the data": data.fingerprint, "torch": torch.__version__,
-        "device": job.device.type}, job)  # whatever it is called on each rank
-
-    # 2) Where the run stands: rank 0 looks into the run folder, unless other weights are to be evaluated.
+    # 1) Where the run stands: rank 0 looks into the run folder, unless other weights are to be evaluated.
     elsewhere = config.eval_only and config.init_from not in ("scratch", "resume")
     trainer = resume.fresh_state() if elsewhere else run.start(lock=not config.eval_only)
+    if config.run.branch_from:
+        trainer = branch(config, given, trainer, report.log, job)
+
+    # 2) The data. What is wrong with it, the options or the run folder is said before anything is written.
+    data = setup.open_data(config.data, config.model.vocab_size, config.log.sample_interval, report.log)
+    distributed.check_agreement({"the data": data.fingerprint}, job)
 
     # 3) The model, then the batch, which needs its shape.
     torch.manual_seed(config.seed)
@@ -118,8 +122,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     validation = Validation(model, data, config.data.documents, config.eval_iters * config.data.batch_size,
                             config.eval_tokens, plan.micro_batch, job)  # in rows that compiled blocks know
     if config.eval_only:
-        losses = describe_losses(validation.losses(whole=True))
-        report.log(f"step {trainer['step']}: {losses} on {validation.extent}")
+        report.log(f"step {trainer['step']}: {describe_losses(validation.losses(whole=True))} on {validation.extent}")
         return ""
     if trainer["folder"] and (how := how_finished(config, trainer)):
         report.log(f"{run.path} is finished: {how}; for another run, choose another --out_dir.")
@@ -136,7 +139,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     scaler = torch.amp.GradScaler(job.device.type, enabled=job.dtype == torch.float16)
     if trainer["folder"]:
         resume.load_training_state(trainer, model, optimizer, scaler, spike_detector, job)
-    is_new = distributed.on_rank0(lambda: run.open(options, is_new=trainer["folder"] is None), job)
+    is_new = distributed.on_rank0(lambda: run.open(options, trainer["is_new"]), job)
     source = (trainer["folder"] or config.init_from) if job.rank == 0 else "scratch"  # rank 0 alone saves
     tokenizer = inference.tokenizer_to_save(source, model.config.vocab_size, data)
     now = Progress.of(trainer)
@@ -235,6 +238,27 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     return stopped_by
 
 
+def branch(config: TrainConfig, given: Mapping[str, str], trainer: dict[str, Any], log: Callable[[str], None],
+           job: Job) -> dict[str, Any]:
+    """The state that a branch goes on from: its own, once it has saved one, and before that its parent's. What decides
+    the training and nobody set becomes what is recorded there; where a run lies, reports and computes is its own."""
+    if trainer["folder"] is None:
+        trainer = distributed.on_rank0(partial(resume.branch_state, config.init_from, config.run.branch_from), job)
+    recorded, step = trainer["options"], trainer["step"]
+    for group in (config, config.data, config.model, config.optim):
+        own = {key for key, value in vars(group).items() if not is_dataclass(value)}
+        for key in own & recorded.keys() - given.keys() - NOT_TAKEN_OVER:
+            setattr(group, key, recorded[key])
+    if trainer["branched_from"]:
+        before = OptimConfig(**{key: recorded[key] for key in vars(config.optim).keys() & recorded.keys()})
+        optim.decay_from(step, config.max_iters, config.optim, given)
+        rates = [optim.learning_rate(at, of) for at, of in (
+            (step, before), (step, config.optim), (config.max_iters - 1, config.optim))]
+        log("learning rate: {:g} in the run that it branches from, {:g} here, {:g} in the last step".format(*rates))
+    check_options(config, given)
+    return trainer
+
+
 def how_finished(config: TrainConfig, trainer: Mapping[str, Any]) -> str:
     """How a run has come to its end, and what would make it go on; "" if it has not."""
     best, target = trainer["best_val_loss"], config.target_val_loss
@@ -257,6 +281,8 @@ def record_choices(config: TrainConfig, given: Mapping[str, str], model: Languag
         config.init_from = weights.full_name(config.init_from)  # the whole path of a folder is taken for no hub id
     if trainer["folder"]:
         config.init_from = trainer["options"]["init_from"]
+        config.run.branch_from = (trainer["folder"] if trainer["branched_from"]
+                                  else trainer["options"].get("branch_from", ""))
 
 
 def accumulate(config: TrainConfig, wrapped: nn.Module, batch: Batch, num_targets: torch.Tensor, first_seq: int,

@@ -25,8 +25,9 @@ TRAINER = {  # trainer.json's keys, and of what kind their values are
 RECORD = {  # the same for the records of metrics.jsonl; what is not named here are losses, or another version's
     **dict.fromkeys(("tokens", "elapsed_s", "lr", "grad_norm", "tokens_per_sec", "mfu", "memory_gb", "skipped",
                      "rollbacks", "next_seq", "reached", "train_s"), OPTIONAL_NUMBER),
-    "batch_hash": str, "machine": str, "fault": str, "samples": list, "stopped": str}
-EVENTS = {"fault": "skipped step", "rollbacks": "rollback", "resumed": "restart"}  # key of a record -> what it is of
+    "batch_hash": str, "machine": str, "fault": str, "samples": list, "stopped": str, "branched_from": str}
+EVENTS = {"fault": "skipped step", "rollbacks": "rollback", "resumed": "restart",
+          "branched_from": "branch"}  # key of a record -> what it is of
 
 
 def read_records(path: Path) -> list[dict]:
@@ -122,6 +123,32 @@ def _readable_trainers(folders: Iterable[Path]) -> Iterator[tuple[Path, dict]]:
     for folder in folders:
         with contextlib.suppress(OSError, ValueError):
             yield folder, read_trainer(folder)
+
+
+def find_checkpoint(run: Path, which: str) -> Path:
+    """The checkpoint of a run called `which`: best, latest, or step_5000 (zeros before the number do not count). Raises
+    ValueError, which lists the checkpoints that exist."""
+    steps = step_folders(run)
+    if not steps:
+        raise ValueError(f"{run} is not a run folder with checkpoints, as train.py makes one of its --out_dir")
+    there = {"best": best_checkpoint(run), "latest": newest_checkpoint(run)} | {
+        f"step_{step}": folder for step, folder in steps.items()}
+    if folder := there.get(re.sub("^step_0+(?=[0-9])", "step_", which)):
+        return folder
+    raise ValueError(f"there is no checkpoint {which!r} in {run}; it has "
+                     f"{', '.join(name for name, folder in there.items() if folder)}")
+
+
+def verified_checkpoint(run: Path, which: str) -> Path:
+    """The same, once its checksums hold. Raises ValueError, which lists the others, and OSError."""
+    folder = find_checkpoint(run, which)
+    with reading(folder):
+        try:
+            verify(folder)
+        except ValueError as error:
+            others = [f"step_{step}" for step, other in step_folders(run).items() if other != folder]
+            raise ValueError(f"{error}; besides it {run} has {', '.join(others) or 'none'}") from None
+    return folder
 
 
 def follow_link(path: Path) -> Path:

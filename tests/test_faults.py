@@ -689,7 +689,7 @@ def test_a_stop_amid_bad_steps_is_saved_and_gone_when_the_run_has_gone_back(data
 
 
 def test_a_log_that_cannot_be_written_is_said_and_does_not_end_the_run(data, capsys):
-    reporter = metrics.Reporter(data, metrics.LogConfig(), 10, Job(0, 1, torch.device("cpu"), torch.float32))
+    reporter = metrics.Reporter(data, metrics.LogConfig(), Job(0, 1, torch.device("cpu"), torch.float32))
     reporter.record({"step": 1, "loss": 2.0})
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40, before[1]))

@@ -9,6 +9,7 @@
     baselines.py       bigram, MLP and recurrent models to measure a GPT against; build, which makes any model
     families.py        the models that transformers knows (GPT-2, Llama, Mistral, Qwen): options and tensors' names
     weights.py         models in files: Hugging Face's folders, nanoGPT's ckpt.pt
+    averaging.py       the average of several checkpoints
     inference.py       a model that the options name, with its tokenizer, and what it is given to read
 
 model.py imports the first five, which do not import it; baselines.py, families.py and weights.py build on it.

@@ -96,7 +96,7 @@ class Curves:
                     "samples": [str(text)[:MAX_TEXT] for text in record["samples"][:MAX_TEXTS]]})
             for key, kind in (EVENTS | {"stopped": "stop"}).items():
                 if key in record:
-                    why = record.get("fault", record.get("stopped", ""))
+                    why = next((record[why] for why in ("fault", "stopped", "branched_from") if why in record), "")
                     self._events.append(self._placed(record) | {"kind": kind, "why": why[:500]})
         self._train.add(as_numbers(rows))
         for kept, most in ((self._evaluations, MAX_EVALUATIONS), (self._events, MAX_EVENTS),

@@ -60,6 +60,7 @@ class RunConfig:
 
     out_dir: Annotated[str, "path"] = "out"  # run folder
     resume: Literal["auto", "must", "never"] = "auto"  # auto: go on from the newest checkpoint in out_dir, if any
+    branch_from: str = ""  # with init_from=RUN: best, latest or step_5000 of it, to go on from in this folder
     overwrite: bool = False  # with resume=never: delete the run that is in out_dir
     save_interval: int = 0  # steps between checkpoints; 0 = at each evaluation
     always_save_checkpoint: bool = True  # False: after an evaluation save only if its val loss is the best so far
@@ -114,7 +115,8 @@ class RunFolder:
 
     def state_in(self, folder: Path | None) -> dict[str, Any]:
         """What a checkpoint's trainer.json says, and `folder`; without one, the state of a new run."""
-        found = {"options": self._begun()} if folder is None else read_trainer(folder) | {"folder": str(folder)}
+        found = {"options": self._begun()} if folder is None else read_trainer(folder) | {
+            "folder": str(folder), "is_new": False}
         return fresh_state() | found
 
     def find(self, lock: bool) -> Path | None:

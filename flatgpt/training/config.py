@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 from flatgpt.data.loader import DataConfig
@@ -62,12 +63,18 @@ class TrainConfig:
         if self.bigram_counts and (self.model.model != "bigram" or self.init_from != "scratch"):
             faults.append(f"bigram_counts=True counts the table of --model=bigram --init_from=scratch, not of model="
                           f"{self.model.model}, init_from={self.init_from}")
-        if self.optim.width_base and (self.model.model != "gpt" or self.init_from not in ("scratch", "resume")):
+        is_new = self.init_from not in ("scratch", "resume") and not self.run.branch_from
+        if self.optim.width_base and (self.model.model != "gpt" or is_new):
             faults.append(f"width_base={self.optim.width_base} says how a new GPT begins, and this is model="
                           f"{self.model.model}, init_from={self.init_from}")
         elif self.optim.width_base and self.model.norm_position == "post" and self.model.tie_embeddings:
             faults.append(f"width_base={self.optim.width_base} needs a norm before the head, or a head of its own: "
                           "norm_position=pre, or tie_embeddings=False")
+        if self.run.branch_from and (self.eval_only or self.init_from in ("scratch", "resume")):
+            faults.append(f"branch_from={self.run.branch_from} trains on from a checkpoint of --init_from=RUN, the "
+                          f"folder of a run; this is init_from={self.init_from}, eval_only={self.eval_only}")
+        elif self.run.branch_from and Path(self.init_from).resolve() == Path(self.run.out_dir).resolve():
+            faults.append(f"out_dir={self.run.out_dir} is the run that is to be branched: choose another --out_dir")
         if self.init_from == "scratch":
             faults += GPTConfig(**asdict(self.model) | {"vocab_size": self.model.vocab_size or 1}).validate()
         return faults

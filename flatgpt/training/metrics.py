@@ -163,9 +163,9 @@ def describe_losses(losses: Mapping[str, float]) -> str:
 class Reporter:
     """What rank 0 tells: `log` writes a line for people, `record` one of metrics.jsonl. Silent on the other ranks."""
 
-    def __init__(self, folder: Path, config: LogConfig, max_iters: int, job: Job):
+    def __init__(self, folder: Path, config: LogConfig, job: Job):
         """Nothing is written to `folder` before `start`."""
-        self._path, self._config, self._max_iters, self._job = folder / "metrics.jsonl", config, max_iters, job
+        self._path, self._config, self._job = folder / "metrics.jsonl", config, job
         self._speaks = job.rank == 0
         self._is_missing_lines = False
         self._line: ProgressLine | None = None
@@ -174,14 +174,16 @@ class Reporter:
     def start(self, model: LanguageModel, step: int, trainer: Mapping[str, Any], options: dict[str, Any],
               is_new: bool) -> None:
         """Begin to report at `step`, after the time of earlier work in `trainer`: cut what a killed run wrote past it,
-        open the progress line (on a terminal), and wandb and TensorBoard if wanted, which get the `options`."""
+        open the progress line (on a terminal), and wandb and TensorBoard if wanted, which get the `options`. A branch
+        begins with a line that says from which run."""
+        self._max_iters, parent = options["max_iters"], trainer["branched_from"]
         self._flops_per_token, self._peak_flops = flops_per_token(model), peak_flops(self._job.device)
         self._step, elapsed_s = step, trainer["elapsed_s"]
         self._began = time.perf_counter() - elapsed_s
         self._excluded_s, self._paused_at = 0.0, None
         self._excluded_before_s = elapsed_s - trainer.get("train_s", elapsed_s)  # older checkpoints do not say
         if self._speaks:
-            cut_metrics(self._path, step)
+            cut_metrics(self._path, 0 if parent else step)
             if sys.stderr.isatty() and sys.stdout.isatty():
                 self._line = ProgressLine(self._max_iters, step)
             config, folder, facts = self._config, self._path.parent, options | {
@@ -191,8 +193,9 @@ class Reporter:
                     folder, config.wandb_project, config.wandb_run_name, is_new, facts, self.log))
             if config.tensorboard:
                 self._trackers.add("TensorBoard", lambda: trackers.TensorBoard(folder, step, facts))
-        if step:
-            self.record({"step": step, "resumed": True, "elapsed_s": elapsed_s})
+        if step or parent:
+            self.record({"step": step, **({"branched_from": parent} if parent else {"resumed": True}),
+                         "elapsed_s": elapsed_s})
         self._restart_clock()
 
     def log(self, line: str) -> None:

@@ -8,7 +8,7 @@ depend on the order of groups.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -79,12 +79,23 @@ def learning_rate(step: int, config: OptimConfig) -> float:
         return config.min_lr
     begin = config.warmup_iters
     if config.schedule == "wsd":
-        begin = max(begin, config.lr_decay_iters * (1 - config.decay_fraction))
+        begin = max(begin, round(config.lr_decay_iters * (1 - config.decay_fraction)))
     if step < begin:
         return config.learning_rate
     progress = (step - begin) / (config.lr_decay_iters - begin)
     height = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
     return config.min_lr + height * (config.learning_rate - config.min_lr)
+
+
+def decay_from(step: int, max_iters: int, config: OptimConfig, given: Collection[str]) -> None:
+    """Have a branch that is told to decay (wsd) do so from its first step to its last, as far as the keys `given` do
+    not say otherwise."""
+    if config.schedule != "wsd" or "schedule" not in given:
+        return
+    if "lr_decay_iters" not in given:
+        config.lr_decay_iters = max_iters
+    if "decay_fraction" not in given and config.lr_decay_iters > step:
+        config.decay_fraction = 1 - step / config.lr_decay_iters
 
 
 def schedule_warnings(config: OptimConfig, max_iters: int) -> Iterator[str]:

@@ -45,7 +45,8 @@ OF_VALIDATION: dict[str, Any] = {"marker": "o", "markersize": 4, "markerfacecolo
 OF_WHOLE_SPLIT: dict[str, Any] = {"marker": "D", "markersize": 5, "linestyle": ""}
 OF_EVENTS: dict[str, dict[str, Any]] = {
     "skipped step": {"marker": "x", "markersize": 5, "linestyle": ""},
-    "rollback": {"marker": "<", "markersize": 5, "linestyle": ""}, "restart": {"linestyle": ":"}}
+    "rollback": {"marker": "<", "markersize": 5, "linestyle": ""}, "restart": {"linestyle": ":"},
+    "branch": {"linestyle": "-."}}
 
 
 class Picture(NamedTuple):
@@ -256,7 +257,7 @@ def _draw_run(axes: Axes, picture: Picture, run: Run, x_scale: float, style: dic
     at_bottom = axes.get_xaxis_transform()
     for kind, style in OF_EVENTS.items():
         when = [run.place(record, picture.x) / x_scale for happened, record in run.events() if happened == kind]
-        if kind == "restart":
+        if kind in ("restart", "branch"):
             axes.vlines(when, 0, 1, colors=colour, linewidth=0.9, transform=at_bottom, **style)
         else:
             axes.plot(when, [0.025] * len(when), color=colour, transform=at_bottom, **style)

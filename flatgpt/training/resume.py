@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from flatgpt import run_folder
 from flatgpt.models import weights
 from flatgpt.models.inference import SHAPE
 from flatgpt.training import distributed, optim, parallel
@@ -33,7 +34,7 @@ OF_TRAINING = ("optimizer", "muon_beta2", "seed", "seqs_per_step", "documents") 
 WORDS = {"data_fingerprint": "the tokens or the shares of the data sets changed",
          "muon_version": "Muon orthogonalises queries, keys and values, the two halves of swiglu and the gates of an "
                          "LSTM or GRU one by one, no longer as one matrix, and by other coefficients"}
-OF_A_START = ("init_from", "resume", "eval_only")  # options that no run keeps
+OF_A_START = ("init_from", "resume", "eval_only", "branch_from")  # options that no run keeps
 MAX_ROLLBACKS = 3
 
 
@@ -54,9 +55,19 @@ class Progress:
 
 
 def fresh_state() -> dict[str, Any]:
-    """The trainer's state of a run that begins."""
-    return asdict(Progress()) | {"folder": None, "options": {}, "scaler": None, "judge": {}, "elapsed_s": 0.0,
-                                   "train_s": 0.0}
+    """The trainer's state of a run that begins. `folder` is the checkpoint that it goes on from, its own or, where it
+    branches, one of the run `branched_from`."""
+    return asdict(Progress()) | {"folder": None, "is_new": True, "branched_from": None, "options": {}, "scaler": None,
+                                 "judge": {}, "elapsed_s": 0.0, "train_s": 0.0}
+
+
+def branch_state(parent: str, which: str) -> dict[str, Any]:
+    """The trainer's state of a run that begins where the checkpoint `which` of the run `parent` stands. Its best loss
+    is its own to find, since the parent's best checkpoint is not in its folder. Raises ValueError or OSError."""
+    folder = run_folder.verified_checkpoint(Path(parent), which)
+    with run_folder.reading(folder):
+        return fresh_state() | run_folder.read_trainer(folder) | {
+            "folder": str(folder), "branched_from": weights.full_name(parent), "best_val_loss": None}
 
 
 def check_same_run(trainer: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any],
@@ -66,17 +77,23 @@ def check_same_run(trainer: Mapping[str, Any], now: Mapping[str, Any], defaults:
     change."""
     before = {"muon_version": 1, **defaults, **trainer["options"], **trainer}
     shape = GPTConfig(**{key: before[key] for key in SHAPE})
+    left_out = (*OF_A_START, "out_dir") if trainer["branched_from"] else OF_A_START
     changed = {key: WORDS.get(key, f"{key} was {before[key]}, is {value}") for key, value in now.items()
                if key in before and before[key] not in (value, "auto")  # which leaves the choice to us
-               and key not in OF_A_START and not (key in SHAPE and shape.means(key, value))}
+               and key not in left_out and not (key in SHAPE and shape.means(key, value))}
     of_training = OF_TRAINING if now["eval_only"] else ()
+    is_branch = trainer["branched_from"] is not None
     if fixed := [text for key, text in changed.items() if key in FIXED and key not in of_training]:
-        raise ValueError(f"{trainer['folder']} was trained with other settings: {'; '.join(fixed)}. Go on with those, "
-                         "or choose another --out_dir")
+        raise ValueError(f"{trainer['folder']} was trained with other settings: {'; '.join(fixed)}. Go on with those"
+                         + ("" if is_branch else ", or choose another --out_dir"))
+    if is_branch and trainer["step"] >= now["max_iters"]:
+        raise ValueError(f"{trainer['folder']} has made {trainer['step']:,} steps, and max_iters={now['max_iters']}: "
+                         "raise --max_iters, or branch from an earlier checkpoint")
     if now["eval_only"] and "documents" in changed:
         log(f"it is not measured as it was trained: {changed['documents']}")
     if not now["eval_only"] and trainer["step"] < now["max_iters"]:
-        log(f"resuming {now['out_dir']} at step {trainer['step']:,}"
+        how = f"branching from {trainer['folder']} into" if is_branch else "resuming"
+        log(f"{how} {now['out_dir']} at step {trainer['step']:,}"
             + (f"; changed: {'; '.join(changed.values())}" if changed else ""))
 
 
@@ -97,7 +114,8 @@ def read_optimizer(folder: str | Path) -> dict[str, torch.Tensor]:
     """The optimiser's tensors of a checkpoint, on the host. Raises ValueError for a broken file."""
     path = Path(folder) / "training" / "optimizer.safetensors"
     try:
-        return load_file(path)
+        with run_folder.reading(Path(folder)):  # another run's, where this one branches from it
+            return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is broken: {error}") from None
 

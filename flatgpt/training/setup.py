@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from flatgpt import run_folder
 from flatgpt.data.loader import DataConfig, Mixture, open_mixture
 from flatgpt.data.shards import UNKNOWN_VOCAB_SIZE
 from flatgpt.models import inference, weights
@@ -44,7 +46,8 @@ def make_model(options: GPTConfig, optim: OptimConfig, init_from: str, given: Ma
     """The model on the meta device, and what its parameters are made of (see weights.open_pretrained): from the
     checkpoint `folder`, from elsewhere, fresh (see optim.width_ratio), or (with `bigram_k`) counted."""
     if folder:  # its checksums were verified when it was found
-        return weights.open_pretrained(folder, dropout=options.dropout)
+        with run_folder.reading(Path(folder)):  # another run's, where this one branches from it
+            return weights.open_pretrained(folder, dropout=options.dropout)
     if init_from != "scratch":
         return inference.open_for_training(init_from, options, given, data)
     config = GPTConfig(**asdict(options) | {"vocab_size": data.vocab_size})

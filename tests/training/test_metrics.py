@@ -21,7 +21,6 @@ from flatgpt import run_folder
 from flatgpt.data.order import EvalOrder
 from flatgpt.data.shards import Split
 from flatgpt.data.tokenizer import CharTokenizer, load_tokenizer
-from flatgpt.models.baselines import build
 from flatgpt.training.compiling import compile_in_place
 from flatgpt.training.distributed import Job
 from flatgpt.training.metrics import (
@@ -35,6 +34,7 @@ from flatgpt.training.metrics import (
     validation_loss,
     write_samples,
 )
+from flatgpt.training.resume import fresh_state
 from model import GPT, GPTConfig
 
 HERE = Job(0, 1, torch.device("cpu"), torch.float32)
@@ -208,8 +208,8 @@ def test_samples_do_not_meet_the_compiler(model):
 
 
 def test_control_characters_of_a_sample_do_not_reach_the_terminal(tmp_path, model, capsys):
-    reporter = Reporter(tmp_path, LogConfig(), 1, HERE)
-    reporter.start(model, 0, {"elapsed_s": 0.0}, {}, is_new=True)
+    reporter = Reporter(tmp_path, LogConfig(), HERE)
+    reporter.start(model, 0, fresh_state(), {"max_iters": 1}, is_new=True)
     text = "a\tb\n\x1b[31mred\x00\x07\r\x7f\x9b2J \\x1b \xa0\xe9 end"
     reporter.samples(1, [text])
     assert "a\tb\n\\x1b[31mred\\x00\\x07\\x0d\\x7f\\x9b2J \\x1b \xa0\xe9 end\n---" in capsys.readouterr().out

@@ -17,7 +17,7 @@ const CHARTS = [
   { key: "mfu", title: "MFU", unit: "% of the device's peak", factor: 100, fromZero: true },
   { key: "memory_gb", title: "Peak memory", unit: "GB", fromZero: true },
 ];
-const EVENT_SYMBOLS = { "skipped step": "x", rollback: "triangle-left", restart: "line-ns-open", stop: "square" };
+const EVENT_SYMBOLS = { "skipped step": "x", rollback: "triangle-left", restart: "line-ns-open", branch: "diamond-open", stop: "square" };
 const X_TITLES = { tokens: "tokens", step: "steps", elapsed_s: "time" };
 const TIMES = [[2 * 86400, 86400, "days"], [2 * 3600, 3600, "hours"], [180, 60, "minutes"], [0, 1, "seconds"]];
 
