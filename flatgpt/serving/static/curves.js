@@ -60,7 +60,7 @@ export async function makeCharts(element) {
     const title = options.x === "elapsed_s" ? `time, ${unit}` : X_TITLES[options.x];
     for (const { key, task, metric } of runs.flatMap((run) => run.history.scores)) {
       if (!cards.has(`score/${key}`)) {
-        addCard({ key: `score/${key}`, title: task, unit: `${metric}, ± standard error`, score: key });
+        addCard({ key: `score/${key}`, title: task, unit: `${metric} ± s.e.`, score: key });
       }
     }
     for (const { chart, card, plot } of cards.values()) {
