@@ -1,10 +1,14 @@
-"""Measure a model: loss, perplexity and bits per byte on text or data, and multiple-choice questions.
+"""Measure a model: loss, perplexity and bits per byte on text or data, and the tasks of lm-evaluation-harness.
 
     python eval.py --out_dir=out/run                                on the validation split of the run's own data
     python eval.py --init_from=gpt2 --text=book.txt --stride=512    on a text, each token with 512 before it or more
     python eval.py --init_from=gpt2 --dataset=openwebtext --json    on a data set; the numbers as one JSON object
-    python eval.py --init_from=gpt2 --tasks=hellaswag               accuracy on questions
+    python eval.py --init_from=gpt2 --tasks=hellaswag,arc_easy      accuracy on questions
     torchrun --nproc_per_node=8 eval.py --out_dir=out/run --tasks=hellaswag
+    python eval.py --watch=out/run --tasks=hellaswag,arc_easy,piqa,lambada_openai
+
+The last one scores each checkpoint of a run that goes on, in a process of its own, here or on another machine with the
+same folder, until the run has finished. It writes evals.jsonl there, which serve.py and report.py show.
 
 The loss, in nats, is the mean over all tokens of a text, or of a shard, but the first; nothing is put before that.
 Perplexity is e^loss. Bits per byte is the sum of those losses, in bits, over the bytes of text that the same tokens
@@ -22,30 +26,29 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds
 
 import json
 import math
-import re
-import sys
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from flatgpt import machine
-from flatgpt.options import check_options, closest, failed_rules, parse_options, run_script
+from flatgpt.options import check_options, failed_rules, parse_options, run_script
 
 if __name__ == "__main__":
     machine.warn_of_little_memory()
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from tqdm import tqdm
 
 from flatgpt import run_folder
-from flatgpt.data import local_files, records
 from flatgpt.data.loader import Mixture, separator
 from flatgpt.data.order import EvalOrder
 from flatgpt.data.shards import Split
 from flatgpt.data.tokenizer import Tokenizer
+from flatgpt.evaluation import watching
+from flatgpt.evaluation.questions import TASKS
+from flatgpt.evaluation.tasks import Score, describe, load_tasks
 from flatgpt.models import inference
 from flatgpt.models.language_model import LanguageModel
 from flatgpt.training import distributed
@@ -53,7 +56,7 @@ from flatgpt.training.device import DeviceConfig, pick_numerics
 from flatgpt.training.distributed import Job
 from flatgpt.training.metrics import validation_loss
 
-Row = tuple[list[int], int]  # the ids of a question and an answer, and how many of the last of them are the answer's
+OF_A_MODEL = ("init_from", "out_dir", "dataset", "split", "documents", "text", "stride", "eval_iters", "json")
 
 
 @dataclass
@@ -64,7 +67,10 @@ class EvalConfig:
     split: Literal["train", "val", "test"] = "val"  # of the data set
     documents: Literal["auto", "stream", "mask"] = "auto"  # mask: attend within documents; auto: as in the model's run
     text: Annotated[str, "path"] = ""  # a text file, read whole as one text
-    tasks: str = ""  # multiple-choice questions: hellaswag
+    watch: Annotated[str, "path"] = ""  # run folder: score each of its checkpoints on the tasks until the run has ended
+    tasks: str = ""  # hellaswag; with lm-evaluation-harness also its tasks and groups: arc_easy,piqa
+    include_path: Annotated[str, "path"] = ""  # folder of one's own task files, in the harness's YAML
+    limit: int = 0  # read only so many questions of each task, to try it out; 0 = all
     hellaswag_file: Annotated[str, "path"] = ""  # HellaSwag's, a JSON object a line; empty: the hub's validation
     block_size: int = 0  # tokens in a window; 0 = the model's own context length
     stride: int = 0  # tokens from a window to the next, which sees at least block_size - stride before; 0 = block_size
@@ -78,26 +84,51 @@ class EvalConfig:
         faults = failed_rules(
             self, ("block_size", self.block_size >= 0, "0 (the model's) or more"),
             ("stride", self.stride >= 0, "0 (block_size) or more"),
-            ("eval_iters", self.eval_iters >= 0, "0 (all) or more"),
+            ("eval_iters", self.eval_iters >= 0, "0 (all) or more"), ("limit", self.limit >= 0, "0 (all) or more"),
             ("batch_size", 1 <= self.batch_size <= 10**6, "1 to 1,000,000"))
         names = task_names(self)
-        faults += [f"there is no task {name!r}; {closest(name, TASKS) or 'there is ' + ', '.join(TASKS)}"
-                   for name in names if name not in TASKS]
+        if not names:
+            faults += [f"{key}={getattr(self, key)} is for --tasks=..." for key in ("watch", "include_path", "limit")
+                       if getattr(self, key)]
         faults += [f"{name}_file={questions_file(self, name)} is for --tasks={name}" for name in TASKS
                    if questions_file(self, name) and name not in names]
         return faults
 
 
+    def conflicts(self, given: Collection[str]) -> list[str]:
+        """Which of the given keys have no effect together with the others."""
+        unwanted = [key for key in OF_A_MODEL if key in given] if self.watch else []
+        return [f"--watch={self.watch} scores a run's checkpoints on tasks, and prints lines: leave out "
+                + " ".join(f"--{key}" for key in unwanted)] if unwanted else []
+
+
 def main(argv: list[str]) -> None:
-    config, _ = parse_options(EvalConfig, argv, usage=__doc__)
-    check_options(config)
-    with distributed.init_job(config.where) as job:
-        evaluate(config, job)
+    config, given = parse_options(EvalConfig, argv, usage=__doc__)
+    check_options(config, given)
+    if config.watch:
+        watching.check_folder(Path(config.watch))
+    with distributed.init_job(config.where, alone=bool(config.watch)) as job:
+        (watch if config.watch else evaluate)(config, job)
+
+
+def watch(config: EvalConfig, job: Job) -> None:
+    """Score the checkpoints of a run as they appear. Training, which may run beside it, comes first."""
+    os.nice(10)
+    folder = Path(config.watch)
+    with watching.only_watcher(folder):
+        watcher = watching.Watcher(folder, asked_tasks(config), config.limit, partial(print, flush=True))
+        watcher.run(partial(open_model, config, job), config.batch_size, job)
+
+
+def open_model(config: EvalConfig, job: Job, path: Path) -> tuple[LanguageModel, Tokenizer]:
+    """The model at path and the tokenizer that it has. Raises ValueError or OSError."""
+    model = load_model(config, path, job)
+    return model, inference.find_tokenizer(path, model.config.vocab_size)
 
 
 def evaluate(config: EvalConfig, job: Job) -> None:
     """Measure what the options ask for, and print it on rank 0; every rank does its share of the work."""
-    asked = {name: load_questions(name, questions_file(config, name)) for name in task_names(config)}
+    asked = asked_tasks(config)
     path, called = inference.find_model(config.init_from, config.out_dir)
     with run_folder.reading(path):
         model = load_model(config, path, job)
@@ -137,10 +168,12 @@ def evaluate(config: EvalConfig, job: Job) -> None:
         results["mixture"] = {"loss": loss, "perplexity": perplexity(loss)}
         say("mixture, each by its share: loss {loss:.4f} nats per token, perplexity {perplexity:.4f}".format(
             **results["mixture"]))
-    for name, questions in asked.items():
-        results[name] = answer(model, questions, tokenizer, config, job)
-        say("{}: acc {acc:.4f} +- {acc_stderr:.4f}, acc_norm {acc_norm:.4f} +- {acc_norm_stderr:.4f} "
-            "({questions:,} questions)".format(name, **results[name]))
+    for name, score in asked.items():
+        outcome = score(model, tokenizer, config.batch_size, job)
+        for line in describe(outcome["scores"]):
+            say(line)
+        results |= outcome.pop("scores")
+        report.setdefault("tasks", {})[name] = outcome
     if job.rank == 0 and config.json:
         # JSON has no NaN and no infinity: null.
         print(json.dumps({**report, "results": {name: {key: value if math.isfinite(value) else None for key, value
@@ -201,151 +234,18 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-# Multiple choice: the answer that the model finds likeliest is its own. Texts are formed, encoded and judged as
-# EleutherAI's lm-evaluation-harness does it (0.4.13, model "hf"), whose numbers are those that people compare.
-
-
-class Question(NamedTuple):
-    where: str  # file and line, or data set and row, for messages
-    context: str
-    choices: list[str]
-    correct: int
-
-
-class Task(NamedTuple):
-    hub: str  # data set on the hub
-    split: str  # of it
-    form: Callable[[dict[str, Any]], tuple[str, list[str], int]]  # a record -> context, choices, which is correct
-
-
-def form_hellaswag(record: dict[str, Any]) -> tuple[str, list[str], int]:
-    """Zellers et al. 2019, arXiv:1905.07830: which ending follows ctx_a, of whose last sentence ctx_b is the start."""
-    context = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
-    return tidy_wikihow(context), [tidy_wikihow(ending) for ending in record["endings"]], int(record["label"])
-
-
-def tidy_wikihow(text: str) -> str:
-    """The text without the marks of WikiHow: [title] becomes the end of a sentence, other brackets are removed."""
-    text = text.strip().replace(" [title]", ". ")
-    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
-
-
-# To add a task, add a line here, and its NAME_file to EvalConfig.
-TASKS = {"hellaswag": Task("Rowan/hellaswag", "validation", form_hellaswag)}
+def asked_tasks(config: EvalConfig) -> dict[str, Score]:
+    """What scores a model on each of the tasks, in their order. Raises ValueError or OSError."""
+    own_files = {name: questions_file(config, name) for name in TASKS}
+    return load_tasks(task_names(config), own_files, config.include_path, config.limit)
 
 
 def task_names(config: EvalConfig) -> list[str]:
-    return [name.strip() for name in config.tasks.split(",") if name.strip()]
+    return list(dict.fromkeys(name.strip() for name in config.tasks.split(",") if name.strip()))
 
 
 def questions_file(config: EvalConfig, name: str) -> str:
     return getattr(config, f"{name}_file")
-
-
-def load_questions(name: str, file: str) -> list[Question]:
-    """A task's questions. Raises ValueError, which names the line that is not a question, and OSError."""
-    questions = []
-    for where, record in read_lines(Path(file)) if file else read_hub(name):
-        try:
-            context, choices, correct = TASKS[name].form(record)
-            if not (context.strip() and all(choices) and 0 <= correct < len(choices)):
-                raise ValueError("the context or a choice is empty, or none is correct")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            what = f"it has no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
-            raise ValueError(f"{where} is not a question of {name}: {what}") from None
-        questions.append(Question(where, context, choices, correct))
-    if not questions:
-        raise ValueError(f"{file or TASKS[name].hub} holds no questions")
-    return questions
-
-
-def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """The JSON values in a file, one a line, each with its place."""
-    for record in local_files.read_lines(path):
-        value, replaced = records.json_of(record)
-        if replaced:
-            raise ValueError(f"{record.where} holds {replaced:,} bytes that are not valid text")
-        yield record.where, value
-
-
-def read_hub(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the rows of a task's data set on the hub, each with its place. Raises OSError."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    task = TASKS[name]
-    try:
-        rows = datasets.load_dataset(task.hub, split=task.split)
-    except Exception as error:  # of many kinds: no network, no such data set, files of no known format
-        raise OSError(f"could not get the data set {task.hub}: {type(error).__name__}: {error} (without network: on a "
-                      f"machine that has it, datasets.load_dataset({task.hub!r}, split={task.split!r}).to_json(FILE) "
-                      f"writes its questions; then copy FILE to this machine and pass --{name}_file=FILE)") from None
-    for number, row in enumerate(rows):
-        yield f"{task.hub} {task.split} row {number}", row
-
-
-def answer(model: LanguageModel, questions: list[Question], tokenizer: Tokenizer, config: EvalConfig,
-           job: Job) -> dict[str, float]:
-    """How often the correct choice is the likeliest (acc), and that with the likeliest by character (acc_norm), each
-    with its standard error; the same on every rank."""
-    rows = [row for question in questions for row in encode_question(question, tokenizer, model.config.block_size)]
-    scores = iter(log_likelihoods(model, rows, config.batch_size, job))
-    right = right_by_character = 0
-    for question in questions:
-        score = np.array([next(scores) for _ in question.choices])
-        right += int(score.argmax() == question.correct)
-        right_by_character += int((score / [len(choice) for choice in question.choices]).argmax() == question.correct)
-    count, result = len(questions), {}
-    for key, number in (("acc", right), ("acc_norm", right_by_character)):
-        share = number / count
-        result |= {key: share, f"{key}_stderr": math.sqrt(share * (1 - share) / max(1, count - 1))}
-    return result | {"questions": count}
-
-
-def encode_question(question: Question, tokenizer: Tokenizer, block_size: int) -> list[Row]:
-    """A row for each choice, cut on the left to what the model can read. Raises ValueError for a choice beyond that.
-
-    A choice stands behind a space, and its tokens are those that the whole has more than the context: so that a space
-    is encoded with the word behind it, one at the context's end counts as the choice's."""
-    context = question.context.rstrip()
-    blank = question.context[len(context):] + " "
-    head, rows = [*tokenizer.opening(), *tokenizer.encode(context).tolist()], []
-    for choice in question.choices:
-        whole = [*tokenizer.opening(), *tokenizer.encode(context + blank + choice).tolist()]
-        tail = whole[len(head):]
-        if not 0 < len(tail) <= block_size:
-            raise ValueError(f"{question.where}: this answer has {len(tail)} tokens, but the model reads 1 to "
-                             f"{block_size}: {choice[:60]!r}")
-        rows.append(((head + tail)[-(block_size + 1):], len(tail)))
-    return rows
-
-
-def log_likelihoods(model: LanguageModel, rows: list[Row], batch_size: int, job: Job) -> list[float]:
-    """ln p(answer | question) of each row, on every rank. A batch has rows of like length, and ranks take turns."""
-    by_length = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
-    batches = [by_length[i:i + batch_size] for i in range(0, len(rows), batch_size)][job.rank::job.world_size]
-    found: dict[int, float] = {}
-    for batch in tqdm(batches, desc="answers", disable=job.rank > 0 or not sys.stderr.isatty()):
-        found |= zip(batch, score(model, [rows[i] for i in batch], job))
-    for theirs in distributed.gather(found, job):
-        found |= theirs
-    return [found[i] for i in range(len(rows))]
-
-
-@torch.no_grad()
-def score(model: LanguageModel, rows: list[Row], job: Job) -> list[float]:
-    """ln p(answer | question) of each row of a batch. Padding stands behind a row, where nothing looks at it."""
-    B, T = len(rows), max(len(ids) for ids, _ in rows) - 1
-    x, y = torch.zeros(B, T, dtype=torch.long), torch.full((B, T), -1)
-    for i, (ids, num_answer) in enumerate(rows):
-        x[i, :len(ids) - 1] = torch.tensor(ids[:-1])
-        y[i, len(ids) - 1 - num_answer:len(ids) - 1] = torch.tensor(ids[-num_answer:])
-    x, y = x.to(job.device), y.to(job.device)
-    with job.autocast():
-        logits = model(x)[0]  # (B, T, V)
-    at = y >= 0
-    losses = F.cross_entropy(logits[at].float(), y[at], reduction="none")
-    return [-loss for loss in losses.new_zeros(B).index_add_(0, at.nonzero()[:, 0], losses).tolist()]
 
 
 if __name__ == "__main__":

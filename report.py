@@ -4,8 +4,9 @@
     python report.py --runs out/a out/b --out=compare.html
 
 It reads what train.py leaves in a run folder: metrics.jsonl, train_config.json, and from the newest checkpoint the
-number of parameters. A run that is under way can be looked at. The page needs no network and no script, and the same
-runs give the same bytes; the numbers that its pictures show are in it, as JSON in the element `numbers`.
+number of parameters; and the scores in evals.jsonl, which eval.py --watch writes. A run that is under way can be looked
+at. The page needs no network and no script, and the same runs give the same bytes; the numbers that its pictures show
+are in it, as JSON in the element `numbers`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ if __name__ == "__main__":  # before matplotlib is imported, which takes a secon
 
 import base64
 import html
+import itertools
 import json
 import math
 import os
@@ -40,6 +42,7 @@ from flatgpt.training.plots import (
     picture_of,
     read_run,
     render,
+    score_pictures,
     short,
 )
 
@@ -65,14 +68,14 @@ def main(argv: list[str]) -> None:
     out = Path(config.out)
     folders = list({Path(folder).resolve(): Path(folder) for folder in config.runs}.values())
     runs = read_runs(folders)
-    figures = {picture: figure for picture in PICTURES if (figure := picture_of(picture, runs))}
+    pictures = [*PICTURES, *score_pictures(runs)]
+    figures = {picture: figure for picture in pictures if (figure := picture_of(picture, runs))}
     beside = out.with_name(f"{out.stem}_files")
     beside.mkdir(parents=True, exist_ok=True)
-    for picture in PICTURES:
-        if picture in figures:
-            files.write_bytes(beside / f"{picture.name}.png", render(figures[picture], "png"))
-        else:
-            (beside / f"{picture.name}.png").unlink(missing_ok=True)  # an earlier report's
+    for path in [*(beside / f"{picture.name}.png" for picture in PICTURES), *beside.glob("score_*.png")]:
+        path.unlink(missing_ok=True)  # an earlier report's
+    for picture, figure in figures.items():
+        files.write_bytes(beside / f"{picture.name}.png", render(figure, "png"))
     files.write_text(out, page(runs, figures))
     print(f"wrote {out}, and {len(figures)} pictures into {beside}")
 
@@ -105,7 +108,7 @@ def labels(folders: list[Path]) -> list[str]:
 def page(runs: list[Run], figures: dict[Picture, Figure]) -> str:
     """The whole HTML page, which loads nothing from a network."""
     title = " · ".join(run.label for run in runs) if len(runs) <= 4 else f"{len(runs)} runs"
-    sections = {"Summary": summary_table(runs) + events(runs), "Curves": curves(figures),
+    sections = {"Summary": summary_table(runs) + events(runs), "Scores": scores(runs), "Curves": curves(figures),
                 "Options": options(runs), "Samples": samples(runs)}
     body = "".join(f"<section><h2>{name}</h2>{content}</section>\n" for name, content in sections.items() if content)
     numbers = json.dumps([plotted(run) for run in runs], allow_nan=False).replace("<", r"\u003c")
@@ -193,6 +196,25 @@ def summary_table(runs: list[Run]) -> str:
         "evaluation of a run reads. Time includes evaluations and saves, and leaves out what a restart has lost.</p>")
 
 
+def scores(runs: list[Run]) -> str:
+    """For each task and metric the last score of each run with its standard error, and the best."""
+    keys = dict.fromkeys(key for run in runs for key in run.scores)
+    rows = [[html.escape(key.rpartition("/")[0]) + f"<small>{html.escape(key.rpartition('/')[2])}</small>",
+             *(last_and_best(run.scores[key]) if key in run.scores else "–" for run in runs)] for key in keys]
+    return table(["task", *(name_of(run, runs) for run in runs)], rows) if rows else ""
+
+
+def last_and_best(score: dict[str, Any]) -> str:
+    points = score["points"]
+    best = (min if score["is_lower_better"] else max)(points, key=lambda point: point["value"])
+
+    def said(point: dict[str, Any]) -> str:
+        return show(point["value"], ".4f") + ("" if point["stderr"] is None else f" ± {point['stderr']:.4f}")
+
+    return (f"{said(points[-1])}<small>step {points[-1]['step']:,}</small>"
+            + ("" if best is points[-1] else f"<small>best {said(best)}, step {best['step']:,}</small>"))
+
+
 def reached(record: dict[str, Any]) -> str:
     """The target of a run, and what it took to reach it."""
     seconds, machine = record.get("train_s"), html.escape(record.get("machine", ""))
@@ -249,7 +271,7 @@ def options(runs: list[Run]) -> str:
 def curves(figures: dict[Picture, Figure]) -> str:
     """The pictures, side by side where there is room."""
     return '<div class="grid">' + "".join(
-        f'<img alt="{picture.title}" src="data:image/svg+xml;base64,'
+        f'<img alt="{html.escape(picture.title)}" src="data:image/svg+xml;base64,'
         f'{base64.b64encode(render(figure, "svg")).decode()}">\n' for picture, figure in figures.items()) + "</div>\n"
 
 
@@ -258,8 +280,16 @@ def samples(runs: list[Run]) -> str:
     last = [(run, written[-1]) for run in runs if (written := [r for r in run.records if "samples" in r])]
     return '<div class="grid">' + "".join(
         f"<div><h3>{name_of(run, runs)}<small>step {record['step']:,}</small></h3>"
-        + "".join(f"<pre>{html.escape(str(text))}</pre>" for text in record["samples"]) + "</div>\n"
+        + "".join(map(sample, record["samples"], itertools.chain(record.get("prompts", ()), itertools.repeat(""))))
+        + "</div>\n"
         for run, record in last) + "</div>\n" if last else ""
+
+
+def sample(text: Any, prompt: Any) -> str:
+    """A text, with the prompt that it begins with in bold."""
+    text, prompt = str(text), str(prompt)
+    return f"<pre><b>{html.escape(prompt)}</b>{html.escape(text[len(prompt):])}</pre>" if prompt else (
+        f"<pre>{html.escape(text)}</pre>")
 
 
 STYLE = """

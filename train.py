@@ -49,9 +49,10 @@ from flatgpt.training.checkpoint import RunFolder
 from flatgpt.training.config import TrainConfig
 from flatgpt.training.device import Numerics
 from flatgpt.training.distributed import Job
-from flatgpt.training.metrics import Reporter, Validation, describe_losses, write_samples
+from flatgpt.training.metrics import Reporter, Validation, describe_losses
 from flatgpt.training.optim import OptimConfig, SpikeDetector
 from flatgpt.training.resume import Progress
+from flatgpt.training.samples import Samples
 from model import LanguageModel
 
 UNFINISHED = 75  # exit status of a run that was asked to stop: EX_TEMPFAIL, start it again
@@ -121,6 +122,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     train_order = loader.train_order(data, config.data.documents, block_size, config.seed)
     validation = Validation(model, data, config.data.documents, config.eval_iters * config.data.batch_size,
                             config.eval_tokens, plan.micro_batch, job)  # in rows that compiled blocks know
+    samples = Samples(config.log, model, data.tokenizer, job)
     if config.eval_only:
         report.log(f"step {trainer['step']}: {describe_losses(validation.losses(whole=True))} on {validation.extent}")
         return ""
@@ -171,10 +173,9 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
                                       config.target_val_loss if is_reached else None)
 
             # Once in a while: read what it writes (all ranks).
-            interval = config.log.sample_interval
-            if interval and now.step and (now.step % interval == 0 or is_last) and not is_done:
+            if not is_done and (prompts := samples.due(now.step, evaluated, is_last)):
                 with report.excluded():
-                    report.samples(now.step, write_samples(model, data.tokenizer, config.log.sample_tokens, job))
+                    report.samples(now.step, *samples.write(prompts))
 
             # Once in a while: save (all ranks hand in their part, rank 0 writes). Not amid bad steps: what is saved is
             # what the run may have to go back to.

@@ -1,7 +1,8 @@
 """Files on disk: small ones that are replaced whole, checksums, syncing, the hub's cache.
 
-Owns how small files are written so that a kill or a full disk leaves the old one or the new one, never half of either;
-which encoding a text has; and what a file is by its first bytes, for those that are not what their name says.
+Owns how small files are written, and lines added, so that a kill or a full disk leaves the old one or the new one,
+never half of either; how a lock is taken; which encoding a text has; and what a file is by its first bytes, for those
+that are not what their name says.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
+
+from filelock import FileLock, Timeout
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name on the Hugging Face hub
 BOMS = {codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",  # before UTF-16's, which begin alike
@@ -122,6 +126,46 @@ def write_bytes(path: Path, content: bytes) -> None:
     except BaseException:
         hidden.unlink(missing_ok=True)
         raise
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file and sync it, all of it or nothing; a line that a kill has left torn is cut first. Raises
+    OSError that names the file. For a file that no other process writes."""
+    with named_errors(path), open(path, "ab+") as file:
+        end = _end_of_lines(file)
+        try:
+            file.truncate(end)
+            file.write(line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(path, end)
+            raise
+
+
+def _end_of_lines(file: BinaryIO) -> int:
+    """Where the last whole line of a file ends."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - 65536)
+        file.seek(start)
+        if (place := file.read(end - start).rfind(b"\n")) >= 0:
+            return start + place + 1
+        end = start
+    return 0
+
+
+def take_lock(lock: FileLock, refusal: str) -> None:
+    """Raises OSError with the words of `refusal` when another process holds the lock. The system frees it when this
+    process dies."""
+    path = Path(lock.lock_file)
+    with contextlib.suppress(OSError):  # there is none yet, or it is another user's
+        path.chmod(path.stat().st_mode | 0o200)  # of a copy of what was read-only
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OSError(refusal) from None
 
 
 @contextlib.contextmanager

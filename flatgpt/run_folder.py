@@ -1,5 +1,6 @@
-"""How a run folder is read, by every script: the records of metrics.jsonl, and which checkpoints there are, which is
-the newest, the best, and which are complete. training/checkpoint.py, which writes the folder, describes the layout.
+"""How a run folder is read, by every script: the records of metrics.jsonl, the scores of evals.jsonl, and which
+checkpoints there are, which is the newest, the best, and which are complete. training/checkpoint.py, which writes the
+folder, describes the layout.
 
 Owns how the newest and the best checkpoint of a run are found. The links `latest` and `best` are for people: a copy may
 have lost them, or have folders or text files in their places. Imports no torch.
@@ -8,14 +9,17 @@ have lost them, or have folders or text files in their places. Imports no torch.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from flatgpt.files import read_json, refuse_pointer, sha256_file, write_text
 
 LINKS = ("latest", "best")  # in a run's checkpoints/
+EVALS = "evals.jsonl"  # what evaluation/watching.py writes: the scores of checkpoints, a task a line
 NUMBER = int | float
 OPTIONAL_NUMBER = (int, float, type(None))  # a tuple is tested faster than a union, and files of a run are long
 TRAINER = {  # trainer.json's keys, and of what kind their values are
@@ -25,7 +29,12 @@ TRAINER = {  # trainer.json's keys, and of what kind their values are
 RECORD = {  # the same for the records of metrics.jsonl; what is not named here are losses, or another version's
     **dict.fromkeys(("tokens", "elapsed_s", "lr", "grad_norm", "tokens_per_sec", "mfu", "memory_gb", "skipped",
                      "rollbacks", "next_seq", "reached", "train_s"), OPTIONAL_NUMBER),
-    "batch_hash": str, "machine": str, "fault": str, "samples": list, "stopped": str, "branched_from": str}
+    "batch_hash": str, "machine": str, "fault": str, "samples": list, "prompts": list, "stopped": str,
+    "branched_from": str}
+EVAL = {  # the same for the records of evals.jsonl
+    **dict.fromkeys(("step", "next_seq", "seqs_per_step", "limit"), int), "tokens": NUMBER, "seconds": NUMBER,
+    "checkpoint": str, "task": str, "missed": bool, "scores": dict, "versions": dict, "lower_is_better": list,
+    "harness": str, "dtype": str}
 EVENTS = {"fault": "skipped step", "rollbacks": "rollback", "resumed": "restart",
           "branched_from": "branch"}  # key of a record -> what it is of
 
@@ -51,6 +60,89 @@ def parse_record(line: str | bytes) -> dict | None:
         return None
     return {key: value for key, value in record.items()
             if isinstance(value, RECORD.get(key, OPTIONAL_NUMBER if "/" in key else object))}
+
+
+def read_evals(path: Path) -> list[dict]:
+    """The records of an evals.jsonl; none when there is no such file. Lines that are none are left out."""
+    records = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if record := parse_eval(line):
+                records.append(record)
+    return records
+
+
+def parse_eval(line: str | bytes) -> dict | None:
+    """A line of evals.jsonl: of a task's `scores`, of which only numbers are kept, or of a checkpoint that was
+    `missed`. None for anything else."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not {"step", "checkpoint"} <= record.keys() or not (
+            all(isinstance(value, EVAL[key]) and (not isinstance(value, int | float) or _is_usable(value))
+                for key, value in record.items() if key in EVAL)):
+        return None
+    if not (record.get("missed") or {"task", "scores"} <= record.keys()):
+        return None
+    scores = {name: {key: value for key, value in metrics.items()
+                     if type(value) in (int, float) and _is_usable(value)}
+              for name, metrics in record.get("scores", {}).items() if isinstance(metrics, dict)}
+    return record | {"scores": scores}
+
+
+def _is_usable(value: float) -> bool:
+    """False for a number that is not finite, and for a whole one of hundreds of digits."""
+    return -1e300 < value < 1e300
+
+
+def turn_of(record: dict[str, Any]) -> tuple[int, int] | None:
+    """(step, next_seq) from which a run went on, for a record of a rollback or a resume; else None."""
+    if {"rollbacks", "resumed"} & record.keys() and isinstance(record.get("next_seq"), int):
+        return record["step"], record["next_seq"]
+    return None
+
+
+def current_scores(evals: Iterable[dict], turns: list[tuple[int, int]], newest_step: int) -> list[dict]:
+    """Those records of evals.jsonl with scores of what the run has in its past, in the order of steps: without what a
+    rollback, or a resume from an older checkpoint, went back from. `turns` are `turn_of` the records of metrics.jsonl,
+    in their order, and `newest_step` is the last one's.
+
+    Step and next_seq grow together, seqs_per_step at a time, but a rollback goes back in steps and not in the data: so
+    what was trained before it, and what was after, differ in what next_seq is at a step. Of two records of one step and
+    task the later counts."""
+    found = {}
+    for record in evals:
+        step = record["step"]
+        from_step, from_seq = next((turn for turn in reversed(turns) if turn[0] < step), (0, 0))
+        gained = record.get("next_seq", 0) - from_seq - (step - from_step) * record.get("seqs_per_step", 0)
+        is_told = {"next_seq", "seqs_per_step"} <= record.keys()  # else by an earlier version's checkpoint
+        if step <= newest_step and record["scores"] and not (is_told and gained):
+            found[step, record["task"]] = record
+    return sorted(found.values(), key=lambda record: record["step"])
+
+
+def curves_of_scores(records: Iterable[dict]) -> dict[str, dict[str, Any]]:
+    """`current_scores` by task and metric: "arc_easy/acc" -> {"task", "metric", "is_lower_better", "points"}, each
+    point a step, its tokens, the score and its standard error (None where none is known)."""
+    curves: dict[str, dict[str, Any]] = {}
+    for record in records:
+        for task, metrics in record["scores"].items():
+            for metric, value in metrics.items():
+                if metric == "questions" or "_stderr" in metric:
+                    continue
+                curve = curves.setdefault(f"{task}/{metric}", {
+                    "task": task, "metric": metric, "points": [],
+                    "is_lower_better": metric.partition(",")[0] in record.get("lower_is_better", ())})
+                curve["points"].append({"step": record["step"], "tokens": record.get("tokens"), "value": value,
+                                        "stderr": metrics.get(stderr_of(metric))})
+    return curves
+
+
+def stderr_of(metric: str) -> str:
+    """The name of a metric's standard error: acc_stderr; exact_match_stderr,strict-match for one with a filter."""
+    name, comma, filtered = metric.partition(",")
+    return f"{name}_stderr{comma}{filtered}"
 
 
 def write_records(path: Path, records: list[dict]) -> None:
@@ -91,6 +183,12 @@ def is_whole(folder: Path) -> bool:
         return bool(names) and all((folder / name).is_file() for name in names)
     except OSError:
         return False
+
+
+def checkpoint_id(folder: Path) -> str:
+    """What tells one save from all others, also of the same step: of SHA256SUMS, which covers trainer.json and so the
+    time of the save. Raises FileNotFoundError."""
+    return hashlib.sha256((folder / "SHA256SUMS").read_bytes()).hexdigest()[:16]
 
 
 def newest_checkpoint(run: Path) -> Path | None:

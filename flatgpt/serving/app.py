@@ -32,9 +32,10 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from flatgpt.run_folder import EVALS
 from flatgpt.serving.bodies import JSONAnswer, error_body, to_json
 from flatgpt.serving.curves import Curves
-from flatgpt.serving.runs import Run, RunTable, Tail
+from flatgpt.serving.runs import Run, RunTable, Tail, size_of
 
 STATIC = Path(__file__).parent / "static"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -100,7 +101,7 @@ def run_routes(runs: RunTable) -> list[Route]:
 
     async def events(request: Request) -> Response:
         wanted = [part for part in request.query_params.get("runs", "").split(",") if part]
-        matches = [re.fullmatch(r"([0-9a-f]{12})@(\d{1,15}\.\d{1,10})?", part) for part in wanted]
+        matches = [re.fullmatch(r"([0-9a-f]{12})@(\d{1,15}\.\d{1,10}\.\d{1,15})?", part) for part in wanted]
         if not all(matches) or len(wanted) > MAX_FOLLOWED:
             raise HTTPException(400, f"runs= takes up to {MAX_FOLLOWED} of id@position, with commas between them.")
         feed = Feed(runs, {match[1]: match[2] or "" for match in matches})
@@ -113,9 +114,10 @@ def run_routes(runs: RunTable) -> list[Route]:
 class Feed:
     """Server-sent events: `runs` has the lines of the list that have changed, `gone` the ids of runs that were deleted,
     `news` what the new records of a followed run come to, in the form of its history; `reload` is the id of one to ask
-    for anew."""
+    for anew, since it went back or has new scores."""
 
     def __init__(self, runs: RunTable, positions: dict[str, str]):
+        """`positions`: id -> up to where a run is known, as its history says it."""
         self._runs, self._positions = runs, positions
         self._followed: dict[str, tuple[Run, Tail]] = {}
         self._sent: dict[str, dict[str, Any]] = {}
@@ -140,14 +142,16 @@ class Feed:
 
     def _news(self, run_id: str) -> Iterator[str]:
         try:
+            place, _, evals_size = self._positions[run_id].rpartition(".")
             if run_id not in self._followed:
                 run = self._runs.get(run_id)
-                self._followed[run_id] = run, Tail(run.metrics, self._positions[run_id])
+                self._followed[run_id] = run, Tail(run.metrics, place)
             run, tail = self._followed[run_id]
+            has_scores = size_of(run.metrics.with_name(EVALS)) != int(evals_size or 0)
             records, is_another = tail.read()
         except (KeyError, OSError):  # it is being deleted, or has not reported yet
             return
-        if is_another or len(records) > MAX_NEW_RECORDS:
+        if is_another or has_scores or len(records) > MAX_NEW_RECORDS:
             del self._positions[run_id]
             yield event("reload", run_id)
         elif records:

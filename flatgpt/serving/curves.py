@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from flatgpt.run_folder import EVENTS
+from flatgpt.run_folder import EVENTS, turn_of
 
 MAX_POINTS = 2000
 MAX_EVALUATIONS, MAX_EVENTS, MAX_SAMPLES = 1000, 500, 100  # kept; beyond it every second one is left out
-MAX_TEXT, MAX_TEXTS = 10_000, 10  # characters of a sample, and samples of a step
+MAX_TEXT, MAX_TEXTS = 10_000, 100  # characters of a sample, and samples of a step
 MAX_LOSSES = 100  # of an evaluation
+MAX_TURNS = 10_000  # rollbacks and resumes, of which the latest are kept
 PLACES = ("step", "tokens", "elapsed_s")
 VALUES = ("train/loss", "lr", "grad_norm", "tokens_per_sec", "mfu", "memory_gb")
 COLUMNS = PLACES + VALUES
@@ -80,12 +81,17 @@ class Curves:
         self._events: list[dict] = []
         self._samples: list[dict] = []
         self._tokens_per_step = tokens_per_step
+        self.turns: list[tuple[int, int]] = []  # see run_folder.current_scores
+        self.newest_step = 0
 
     def add(self, records: list[dict[str, Any]]) -> None:
         """Take in the next records of metrics.jsonl."""
         rows = []
         for record in records:
             self._tokens_per_step = tokens_per_step(record) or self._tokens_per_step
+            self.newest_step = record["step"]
+            if turn := turn_of(record):
+                self.turns = [*self.turns[1 - MAX_TURNS:], turn]
             if "train/loss" in record:
                 rows.append([record.get(key) for key in COLUMNS])
             if "val/loss" in record:
@@ -93,7 +99,8 @@ class Curves:
                     key: plain(record[key]) for key in [k for k in record if k.startswith("val/")][:MAX_LOSSES]})
             if "samples" in record:
                 self._samples.append(self._placed(record) | {
-                    "samples": [str(text)[:MAX_TEXT] for text in record["samples"][:MAX_TEXTS]]})
+                    key: [str(text)[:MAX_TEXT] for text in record.get(key, [])[:MAX_TEXTS]]
+                    for key in ("samples", "prompts")})
             for key, kind in (EVENTS | {"stopped": "stop"}).items():
                 if key in record:
                     why = next((record[why] for why in ("fault", "stopped", "branched_from") if why in record), "")

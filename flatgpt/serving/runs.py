@@ -5,7 +5,7 @@ hash of its path, so that a browser can name no path. Files of any length and co
 
     table = RunTable(("out",))
     table.refresh()                  [{"id": "f3a9...", "name": "demo", "state": "running", "step": 120, ...}, ...]
-    table.history("f3a9...")         the run's curves and what else it wrote, thinned (curves.py)
+    table.history("f3a9...")         the run's curves and what else it wrote, thinned (curves.py), and its scores
 
 Of each run the list reads the end alone; the history is read whole, when it is asked for the first time.
 """
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from flatgpt import files
-from flatgpt.run_folder import parse_record
+from flatgpt.run_folder import EVALS, current_scores, curves_of_scores, parse_eval, parse_record
 from flatgpt.serving.curves import Curves, number, plain, tokens_per_step
 
 OPTIONS = "train_config.json"  # what makes a folder a run's
@@ -37,6 +37,8 @@ MAX_HISTORIES = 64  # kept in memory
 MAX_OPTIONS_BYTES = 1 << 20
 BLOCK_BYTES = 1 << 20  # read at a time; a longer line is passed over
 END_BYTES = 1 << 16  # of metrics.jsonl: what the list reads at first
+MAX_EVAL_BYTES = 8 << 20  # at the end of evals.jsonl, which are read; older scores are left out
+MAX_SCORES = 60  # curves of scores: tasks times metrics
 SEARCH_BYTES = 8 << 20  # at the end of metrics.jsonl, in which the list looks for an evaluation
 MARK_BYTES = 256  # before the place up to which a file was read: they tell whether it is the file that was read
 OVERVIEW_BYTES = 64 << 20  # with more than this to read, a first picture is made of OVERVIEW_BLOCKS pieces
@@ -134,16 +136,33 @@ def newest_evaluation(path: Path) -> dict[str, Any]:
     return parse_record(line) or {}
 
 
+def read_scores(path: Path, curves: Curves) -> list[dict[str, Any]]:
+    """The scores in an evals.jsonl as curves over what the run has in its past; none where there is no such file."""
+    with contextlib.suppress(OSError), open_file(path) as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - MAX_EVAL_BYTES))
+        records = filter(None, map(parse_eval, file.read(MAX_EVAL_BYTES).split(b"\n")))
+        found = curves_of_scores(current_scores(records, curves.turns, curves.newest_step))
+        return [{"key": key, **curve} for key, curve in [*found.items()][:MAX_SCORES]]
+    return []
+
+
+def size_of(path: Path) -> int:
+    """0 where there is no such file."""
+    return (_version(path) or (0, 0))[0]
+
+
 class History:
     """All that a run has written, thinned."""
 
     def __init__(self, path: Path):
+        self._evals = path.with_name(EVALS)
         self._tail, self._curves, self._overview = Tail(path), Curves(), None
         self._lock = threading.Lock()
 
     def catch_up(self, budget_s: float) -> dict[str, Any]:
         """Read on for at most about that time, and return what is known. `read` is the part of the file that was read:
-        below 1 it is a picture of a sample. `position` is where new records begin."""
+        below 1 it is a picture of a sample. `position` is where new records begin: a Tail's, and behind it the size of
+        evals.jsonl."""
         until = time.monotonic() + budget_s
         with self._lock:
             while True:
@@ -152,13 +171,16 @@ class History:
                     self._curves, self._overview = Curves(), None
                 self._curves.add(records)
                 if self._tail.is_at_end:
-                    self._overview = None
-                    return self._curves.as_dict() | {"read": 1.0, "position": self._tail.position}
+                    self._overview, size = None, size_of(self._evals)
+                    scores = read_scores(self._evals, self._curves)
+                    return self._curves.as_dict() | {
+                        "scores": scores, "read": 1.0, "position": f"{self._tail.position}.{size}"}
                 if self._overview is None and self._tail.size - self._tail.offset > OVERVIEW_BYTES:
                     self._overview = overview(self._tail.path)
                 if time.monotonic() > until:
                     shown = self._overview or self._curves
-                    return shown.as_dict() | {"read": self._tail.offset / self._tail.size, "position": None}
+                    return shown.as_dict() | {"scores": [], "read": self._tail.offset / self._tail.size,
+                                              "position": None}
 
 
 # State
@@ -370,5 +392,5 @@ class RunTable:
         try:
             shown = history.catch_up(budget_s)
         except OSError:  # it has not reported yet, or nobody can read it
-            shown = Curves().as_dict() | {"read": 1.0, "position": ""}
+            shown = Curves().as_dict() | {"scores": [], "read": 1.0, "position": ""}
         return {"id": run_id, "options": run.options, **shown}

@@ -5,6 +5,7 @@
         train_config.json       the options of the run
         launch.json             what began it, and may go on with it against resume=never
         metrics.jsonl           metrics.py's
+        evals.jsonl             of eval.py --watch, which locks it by .evals.lock and writes nothing else here
         checkpoints/
             latest -> step_00000500     links for people and other programs, on disks that have links; a script
             best   -> step_00000250     here goes by the step folders and their trainer.json (run_folder.py)
@@ -36,7 +37,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from flatgpt import files, launcher
 from flatgpt.data.tokenizer import Tokenizer
@@ -187,13 +188,7 @@ class RunFolder:
         return {}
 
     def _take_lock(self) -> None:
-        lock = self.path / ".lock"
-        with contextlib.suppress(OSError):  # there is none yet, or it is another user's
-            lock.chmod(lock.stat().st_mode | 0o200)  # of a copy of what was read-only
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise OSError(f"{self.path} is in use by another run: wait for it, or choose another --out_dir") from None
+        files.take_lock(self._lock, f"{self.path} is in use by another run: wait for it, or choose another --out_dir")
 
     def steps(self) -> list[Path]:
         """Checkpoint folders, oldest first."""

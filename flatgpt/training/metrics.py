@@ -1,6 +1,7 @@
-"""What a run reports: console lines or a progress line, metrics.jsonl, validation loss, samples, throughput, MFU.
+"""What a run reports: console lines or a progress line, metrics.jsonl, validation loss, throughput, MFU.
 
-Owns every number that leaves a run; trackers.py hands them on to wandb and TensorBoard. Only rank 0 reports; the other
+Owns every number that leaves a run; trackers.py hands them on to wandb and TensorBoard, with the scores that another
+process finds for the run's checkpoints (evals.jsonl). Only rank 0 reports; the other
 ranks hold a Reporter that says nothing, so that train.py needs no `if` for it. metrics.jsonl has one JSON object a
 line, with `step` = updates made; a resume cuts what was written after its checkpoint and adds a line that says
 `resumed`, as a stop adds one that says `stopped`, so that but for those the file reads as if the run had never been
@@ -25,7 +26,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from tqdm import tqdm
@@ -33,20 +34,15 @@ from tqdm import tqdm
 from flatgpt import machine
 from flatgpt.data.loader import Mixture, batch_to_device, pin_batch, prefetch
 from flatgpt.data.order import Batch, EvalOrder
-from flatgpt.data.tokenizer import Tokenizer
-from flatgpt.models.sampling import Sampler
 from flatgpt.options import failed_rules
 from flatgpt.planning.flops import flops_per_token
 from flatgpt.planning.hardware import find_accelerator
-from flatgpt.run_folder import EVENTS, read_records, write_records
+from flatgpt.run_folder import EVALS, EVENTS, read_records, write_records
 from flatgpt.training import trackers
-from flatgpt.training.compiling import eager
 from flatgpt.training.distributed import Job, sum_over_ranks
 from flatgpt.training.parallel import reshard
 from flatgpt.training.terminal import ProgressLine
 from model import LanguageModel
-
-NUM_SAMPLES = 2  # texts that a run writes at a time
 
 
 @dataclass
@@ -60,6 +56,7 @@ class LogConfig:
     tensorboard: bool = False  # write event files for TensorBoard to out_dir/tensorboard as well
     sample_interval: int = 0  # steps between text samples from the model; 0 = never
     sample_tokens: int = 100  # tokens in each sample
+    sample_prompts: Annotated[str, "path"] = ""  # file with a prompt a line: continue each at every evaluation
 
     def validate(self) -> list[str]:
         return failed_rules(self, ("log_interval", self.log_interval > 0, "positive"),
@@ -108,23 +105,6 @@ def validation_loss(model: LanguageModel, order: EvalOrder, batch_size: int, job
     return (loss_sum / count).item()
 
 
-def write_samples(model: LanguageModel, tokenizer: Tokenizer, num_tokens: int, job: Job) -> list[str]:
-    """What the model writes when nothing is given; the draws are the same each time, so that what changes is its doing.
-
-    Every rank takes part and gets the same texts. Training does not notice: the generator is a separate one."""
-    start = torch.tensor([tokenizer.encode_prompt("").tolist()] * NUM_SAMPLES, device=job.device)
-    sampler = Sampler(temperature=0.8, top_k=200, generator=torch.Generator().manual_seed(0))
-
-    def choose(logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        return sampler(logits.cpu(), seen.cpu()).to(job.device)  # CUDA's cumulative sum is not deterministic
-
-    # No cache: on CUDA that is read by a recorded graph, which FSDP's parts of weights are no good for.
-    with job.autocast(), eager(model):
-        tokens = torch.stack([*model.stream(start, num_tokens, choose, use_cache=False)], dim=1)
-    reshard(model)
-    return [tokenizer.decode(row) for row in tokens.tolist()]
-
-
 class Validation:
     """The validation losses of a run: of the same sample of the split each time, so that its checkpoints can be
     compared, and of the whole split."""
@@ -170,6 +150,7 @@ class Reporter:
         self._is_missing_lines = False
         self._line: ProgressLine | None = None
         self._trackers = trackers.Trackers(self.log)
+        self._scores = trackers.Scores(folder / EVALS)
 
     def start(self, model: LanguageModel, step: int, trainer: Mapping[str, Any], options: dict[str, Any],
               is_new: bool) -> None:
@@ -183,7 +164,7 @@ class Reporter:
         self._excluded_s, self._paused_at = 0.0, None
         self._excluded_before_s = elapsed_s - trainer.get("train_s", elapsed_s)  # older checkpoints do not say
         if self._speaks:
-            cut_metrics(self._path, 0 if parent else step)
+            self._scores.start(cut_metrics(self._path, 0 if parent else step))
             if sys.stderr.isatty() and sys.stdout.isatty():
                 self._line = ProgressLine(self._max_iters, step)
             config, folder, facts = self._config, self._path.parent, options | {
@@ -195,7 +176,7 @@ class Reporter:
                 self._trackers.add("TensorBoard", lambda: trackers.TensorBoard(folder, step, facts))
         if step or parent:
             self.record({"step": step, **({"branched_from": parent} if parent else {"resumed": True}),
-                         "elapsed_s": elapsed_s})
+                         "next_seq": trainer["next_seq"], "elapsed_s": elapsed_s})
         self._restart_clock()
 
     def log(self, line: str) -> None:
@@ -285,11 +266,12 @@ class Reporter:
                  f"{times['train_s']:,.1f} s of training on {where}")
         self.record({"step": step, "tokens": tokens, "reached": target, "machine": where, **times})
 
-    def samples(self, step: int, texts: list[str]) -> None:
-        """Report what the model writes after `step` updates."""
+    def samples(self, step: int, texts: list[str], prompts: list[str]) -> None:
+        """Report what the model writes after `step` updates: texts, each with the prompt that it begins with, or ""."""
         for number, text in enumerate(texts, 1):
             self.log(f"step {step}: sample {number} of {len(texts)}\n{printable(text)}\n---------------")
-        self.record({"step": step, "samples": texts, "elapsed_s": self.elapsed_s()})
+        self.record({"step": step, "samples": texts, "elapsed_s": self.elapsed_s()}
+                    | ({"prompts": prompts} if any(prompts) else {}))
 
     def rollback(self, step: int, rollbacks: int, skipped: int, next_seq: int) -> None:
         """The run goes on from an earlier `step`: of what was reported since only the events stay, with this one."""
@@ -299,6 +281,7 @@ class Reporter:
         if self._speaks:
             cut_to_events(self._path, step)
             self._trackers.each(lambda tracker: tracker.go_back(step))
+            self._scores.rewind()
         self.record({"step": step, "rollbacks": rollbacks, "skipped": skipped, "next_seq": next_seq,
                      "elapsed_s": self.elapsed_s()})
         if self._line is not None:
@@ -323,6 +306,8 @@ class Reporter:
                 self.log(f"warning: {self._path} cannot be written ({error.strerror}); going on without")
             self._is_missing_lines = True
         self._trackers.each(lambda tracker: tracker.log(values))
+        for scores in self._scores.after(values) if self._trackers.is_wanted else ():
+            self._trackers.each(lambda tracker, scores=scores: tracker.log(scores))
 
     def close(self) -> None:
         if self._line is not None:
@@ -335,13 +320,19 @@ def printable(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
-def cut_metrics(path: Path, step: int) -> None:
-    """Drop the lines that a run has written since it was at `step` (all, for a new run at step 0), and a line torn by a
-    kill. Events past `step` that a rollback has left stay: they lie before it."""
-    if path.is_file():
-        records = read_records(path) if step else []
-        until = max((number for number, record in enumerate(records, 1) if record["step"] <= step), default=0)
-        write_records(path, records[:until])
+def cut_metrics(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop the lines that a run has written since it was at `step` (all, for a new run at step 0, and the scores of
+    what was here before), and a line torn by a kill. Events past `step` that a rollback has left stay: they lie before
+    it. Returns the records that are left."""
+    if not step:
+        with contextlib.suppress(OSError):  # it is another user's
+            path.with_name(EVALS).unlink(missing_ok=True)
+    if not path.is_file():
+        return []
+    records = read_records(path) if step else []
+    until = max((number for number, record in enumerate(records, 1) if record["step"] <= step), default=0)
+    write_records(path, records[:until])
+    return records[:until]
 
 
 def cut_to_events(path: Path, step: int) -> None:

@@ -1,9 +1,10 @@
 """The curves of a run folder, and pictures of several runs in one.
 
-Owns what the lines of metrics.jsonl mean as curves: null is a gap. A run of more than MAX_POINTS reports is
-drawn through the means of neighbouring ones, in a band from their lowest to their highest. The validation loss is that
-of the windows which every evaluation of a run reads; the loss over the whole split, which a run ends with, is a point
-of its own (`whole/val/loss` among the curves).
+Owns what the lines of metrics.jsonl and evals.jsonl mean as curves: null is a gap. A run of more than MAX_POINTS
+reports is drawn through the means of neighbouring ones, in a band from their lowest to their highest. The validation
+loss is that of the windows which every evaluation of a run reads; the loss over the whole split, which a run ends with,
+is a point of its own (`whole/val/loss` among the curves). A score (`score/arc_easy/acc`) has its standard error to both
+sides.
 
     run = read_run(Path("out/a"), "a")
     run.curves["train/loss"]["value"]      (points,), with "step", "tokens", "elapsed_s", "low", "high" beside it
@@ -14,10 +15,11 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import statistics
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +38,7 @@ from flatgpt import files, run_folder
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ((), (5, 2), (1.5, 1.5))
 MAX_POINTS = 400  # of a curve
+MAX_SCORES = 60  # pictures of scores
 WIDE = 20  # times as much: what reaches further than that gets a logarithmic axis
 
 PARTS = ("step", "tokens", "elapsed_s", "value", "low", "high")
@@ -62,6 +65,10 @@ class Picture(NamedTuple):
     def is_loss(self) -> bool:
         return self.key == "train/loss"
 
+    @property
+    def is_score(self) -> bool:
+        return self.key.startswith("score/")
+
 
 PICTURES = (
     Picture("loss_over_tokens", "Loss over tokens", "train/loss", unit="nats a token"),
@@ -86,6 +93,7 @@ class Run:
     records: list[Record]
     options: dict[str, Any]
     num_params: int | None  # None when there is no checkpoint yet
+    scores: dict[str, dict[str, Any]] = field(default_factory=dict)  # see run_folder.curves_of_scores
 
     def __post_init__(self) -> None:
         self._tokens_per_step = next((r["tokens"] / r["step"] for r in self.records if r["step"] and r.get("tokens")),
@@ -96,6 +104,16 @@ class Run:
         self.curves["val/loss"] = self._curve(
             [r | {"val/loss": r.get("val/sampled_loss", r["val/loss"])} for r in self.evaluated], "val/loss")
         self.curves["whole/val/loss"] = self._curve([r for r in self.evaluated if "val/sampled_loss" in r], "val/loss")
+        self.curves |= {f"score/{key}": self._score(score["points"]) for key, score in self.scores.items()}
+
+    def curve(self, key: str) -> Curve:
+        """One of `curves`; without a point where the run has no such score."""
+        return self.curves.get(key) or self._curve([], key)
+
+    def _score(self, points: list[dict[str, Any]]) -> Curve:
+        rows = [(point["step"], number(point["tokens"]), math.nan, point["value"],
+                 point["value"] - (point["stderr"] or 0), point["value"] + (point["stderr"] or 0)) for point in points]
+        return dict(zip(PARTS, np.array(rows, float).reshape(-1, len(PARTS)).T))
 
     def events(self) -> list[tuple[str, Record]]:
         """The events of the run: for each its kind, a value of run_folder.EVENTS, and its record."""
@@ -174,7 +192,10 @@ def read_run(folder: Path, label: str) -> Run:
     if not records:
         raise ValueError(f"{metrics} holds no report yet")
     newest = run_folder.newest_checkpoint(folder)
-    return Run(label, folder, records, files.read_json(options), count_parameters(newest) if newest else None)
+    turns = [turn for record in records if (turn := run_folder.turn_of(record))]
+    scores = run_folder.curves_of_scores(run_folder.current_scores(
+        run_folder.read_evals(folder / run_folder.EVALS), turns, records[-1]["step"]))
+    return Run(label, folder, records, files.read_json(options), count_parameters(newest) if newest else None, scores)
 
 
 def count_parameters(checkpoint: Path) -> int | None:
@@ -192,15 +213,22 @@ def count_parameters(checkpoint: Path) -> int | None:
 # Pictures
 
 
+def score_pictures(runs: list[Run]) -> list[Picture]:
+    """One for each task and metric that a run has scores of, MAX_SCORES at most."""
+    keys = dict.fromkeys(key for run in runs for key in run.scores)
+    return [Picture(f"score_{re.sub('[^A-Za-z0-9_.-]+', '_', key)}", key.rpartition("/")[0], f"score/{key}",
+                    unit=f"{key.rpartition('/')[2]} ± standard error") for key in [*keys][:MAX_SCORES]]
+
+
 def picture_of(picture: Picture, runs: list[Run]) -> Figure | None:
     """One picture of all runs, or None when none of them has its numbers."""
     keys = (picture.key, "val/loss", "whole/val/loss") if picture.is_loss else (picture.key,)
-    curves = [run.curves[key] for run in runs for key in keys if has_values(run.curves[key])]
+    curves = [run.curve(key) for run in runs for key in keys if has_values(run.curve(key))]
     if not curves:
         return None
     figure = Figure(figsize=(5.4, 3.7), layout="constrained")
     axes = figure.add_subplot()
-    axes.set_title(picture.title, loc="left", fontweight="bold")
+    axes.set_title(escape(picture.title), loc="left", fontweight="bold")
     x_scale = _set_x_axis(axes, picture.x, [run.place(run.records[-1], picture.x) for run in runs])
     _set_y_axis(axes, picture, np.concatenate([[curve["low"], curve["high"]] for curve in curves], axis=1))
     styles = [{"color": COLOURS[i % len(COLOURS)], "linestyle": (0, dashes(i))} for i in range(len(runs))]
@@ -220,6 +248,11 @@ def dashes(index: int) -> tuple[float, ...]:
 
 def shorten(text: str, most: int = 60) -> str:
     return text if len(text) <= most else f"{text[:most // 2 - 1]}…{text[-most // 2:]}"
+
+
+def escape(text: str) -> str:
+    """For matplotlib, which would read formulas between two $."""
+    return text.replace("$", r"\$")
 
 
 def short(value: float) -> str:
@@ -242,12 +275,14 @@ def _draw_run(axes: Axes, picture: Picture, run: Run, x_scale: float, style: dic
         on_axis = (curve[picture.x] > 0) | (axes.get_xscale() != "log")  # step 0 is not on a logarithmic one
         return np.where(on_axis, curve[picture.x] / x_scale, np.nan)
 
-    colour, line = style["color"], run.curves[picture.key]
+    colour, line = style["color"], run.curve(picture.key)
     has_few = len(line["step"]) <= 20  # a single point makes no line
     low, mean, high = (line[part] * picture.factor for part in ("low", "value", "high"))
     alpha = 0.45 if picture.is_loss else 1  # the validation loss is what counts
     axes.plot(place(line), mean, linewidth=1.2, marker="." if has_few else "", alpha=alpha, **style)
-    if not np.array_equal(low, high, equal_nan=True):
+    if picture.is_score:
+        axes.errorbar(place(line), mean, [mean - low, high - mean], fmt="none", ecolor=colour, elinewidth=1, capsize=2)
+    elif not np.array_equal(low, high, equal_nan=True):
         axes.fill_between(place(line), low, high, color=colour, alpha=0.15, linewidth=0)
     if not picture.is_loss:
         return
@@ -276,7 +311,7 @@ def _explain_signs(axes: Axes, runs: list[Run]) -> None:
 
 def _name_runs(figure: Figure, labels: list[str], strokes: list[Line2D]) -> None:
     """Add the runs' names below the axes, in as many columns as fit, and make the picture higher by that."""
-    names = [shorten(label).replace("$", r"\$") for label in labels]  # matplotlib would read formulas between two $
+    names = [escape(shorten(label)) for label in labels]
     columns = max(1, min(len(names), 72 // (max(map(len, names)) + 6)))
     figure.set_figheight(figure.get_figheight() + 0.21 * math.ceil(len(names) / columns))
     figure.legend(strokes, names, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
@@ -304,7 +339,7 @@ def _set_x_axis(axes: Axes, x: str, ends: list[float]) -> float:
 def _set_y_axis(axes: Axes, picture: Picture, reach: np.ndarray) -> None:
     """Logarithmic where the numbers, of which `reach` has the lowest and highest, go far (a loss: from 3 times on)."""
     low, high = np.nanmin(reach), np.nanmax(reach)
-    axes.set_ylabel(picture.unit)
+    axes.set_ylabel(escape(picture.unit))
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     if not picture.from_zero and low > 0 and high > (3 if picture.is_loss else WIDE) * low:

@@ -1,7 +1,8 @@
 """Where a run reports besides its own files: Weights & Biases and TensorBoard.
 
 Owns both services' ways of starting, resuming and going back. A tracker gets each record of metrics.jsonl: its numbers
-become curves over `step`, its samples texts.
+become curves over `step`, its samples texts. And it gets the scores of evals.jsonl, which eval.py --watch writes while
+the run goes on, as eval/TASK/METRIC over `tokens`.
 
 Invariants: a service is imported only when it is asked for; whatever fails in one, at any time, ends its reports with
 one line, and never the run; nothing here waits for a person.
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from flatgpt.files import write_text
+from flatgpt.run_folder import current_scores, parse_eval, turn_of
 from flatgpt.training.device import one_line
 
 
@@ -27,6 +29,10 @@ class Trackers:
     def __init__(self, log: Callable[[str], None]):
         self._log = log
         self._open: dict[str, Wandb | TensorBoard] = {}
+
+    @property
+    def is_wanted(self) -> bool:
+        return bool(self._open)
 
     def add(self, name: str, start: Callable[[], Wandb | TensorBoard]) -> None:
         self._guard(name, lambda: self._open.update({name: start()}))
@@ -42,6 +48,44 @@ class Trackers:
         except (Exception, SystemExit) as error:  # no network, no disk, a server's error: a run is worth more
             self._open.pop(name, None)
             self._log(f"warning: {name} failed ({one_line(error)}); going on without it")
+
+
+class Scores:
+    """The scores in an evals.jsonl that trackers have not got yet. After a start and after a rollback all of what the
+    run has in its past comes again: TensorBoard has dropped those past the step, and a point twice is one."""
+
+    def __init__(self, path: Path):
+        self._path, self._turns = path, []
+        self.rewind()
+
+    def start(self, records: list[dict[str, Any]]) -> None:
+        """`records` of metrics.jsonl lie before what is reported from now on."""
+        self._turns = [turn for record in records if (turn := turn_of(record))]
+
+    def rewind(self) -> None:
+        self._offset, self._size = 0, 0
+
+    def after(self, record: dict[str, Any]) -> list[dict[str, Any]]:
+        """What is new when the run has reported `record`: each with step, tokens, eval/TASK/METRIC. It costs a look at
+        the file's size, unless that has changed."""
+        if turn := turn_of(record):
+            self._turns.append(turn)
+        try:
+            size = self._path.stat().st_size
+            if size == self._size:
+                return []
+            with open(self._path, "rb") as file:
+                file.seek(self._offset if size > self._size else 0)
+                block = file.read()
+        except OSError:  # there are none
+            return []
+        lines = block[:block.rfind(b"\n") + 1]
+        self._offset, self._size = (self._offset if size > self._size else 0) + len(lines), size
+        evals = filter(None, map(parse_eval, lines.split(b"\n")))
+        return [{"step": found["step"], "tokens": found.get("tokens", 0),
+                 **{f"eval/{task}/{metric}": value for task, metrics in found["scores"].items()
+                    for metric, value in metrics.items() if metric != "questions"}}
+                for found in current_scores(evals, self._turns, record["step"])]
 
 
 class Wandb:
@@ -80,6 +124,7 @@ class Wandb:
         self._run.config.update(options, allow_val_change=True)
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
+        self._run.define_metric("eval/*", step_metric="tokens")
 
     def log(self, record: dict[str, Any]) -> None:
         values = numbers(record)
@@ -126,7 +171,9 @@ class TensorBoard:
 
     def log(self, record: dict[str, Any]) -> None:
         for key, value in numbers(record).items():
-            if key != "step":
+            if key.startswith("eval/"):
+                self._writer.add_scalar(key, value, int(record["tokens"]))
+            elif key != "step":
                 self._writer.add_scalar(key, value, record["step"])
         for number, text in enumerate(record.get("samples", ()), 1):
             lines = "\n".join(f"    {line}" for line in text.splitlines())  # as code: it is shown as Markdown

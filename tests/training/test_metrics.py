@@ -32,9 +32,9 @@ from flatgpt.training.metrics import (
     peak_flops,
     summarize,
     validation_loss,
-    write_samples,
 )
 from flatgpt.training.resume import fresh_state
+from flatgpt.training.samples import write_samples
 from model import GPT, GPTConfig
 
 HERE = Job(0, 1, torch.device("cpu"), torch.float32)
@@ -181,7 +181,7 @@ def test_a_run_that_goes_on_writes_no_sample_twice(cli, tiny_data):
 
 
 def test_samples_do_not_count_as_training(cli, tiny_data, monkeypatch):
-    monkeypatch.setattr("train.write_samples", lambda *args: time.sleep(0.5) or ["text"])
+    monkeypatch.setattr("flatgpt.training.samples.write_samples", lambda *args: time.sleep(0.5) or ["text"])
     assert cli("train", *TINY_RUN, "--sample_interval=1").code == 0
     speeds = [record["tokens_per_sec"] for record in records_of("out/tiny") if "tokens_per_sec" in record]
     assert min(speeds[1:]) > 128 / 0.5
@@ -211,7 +211,7 @@ def test_control_characters_of_a_sample_do_not_reach_the_terminal(tmp_path, mode
     reporter = Reporter(tmp_path, LogConfig(), HERE)
     reporter.start(model, 0, fresh_state(), {"max_iters": 1}, is_new=True)
     text = "a\tb\n\x1b[31mred\x00\x07\r\x7f\x9b2J \\x1b \xa0\xe9 end"
-    reporter.samples(1, [text])
+    reporter.samples(1, [text], [""])
     assert "a\tb\n\\x1b[31mred\\x00\\x07\\x0d\\x7f\\x9b2J \\x1b \xa0\xe9 end\n---" in capsys.readouterr().out
     assert records_of(tmp_path)[-1]["samples"] == [text]
 

@@ -164,7 +164,7 @@ def test_a_restart_by_torchrun_before_the_first_checkpoint_is_the_same_run_at_wa
     monkeypatch.setattr("flatgpt.launcher.UNDER_TORCHRUN", True)
     monkeypatch.setattr("flatgpt.launcher.end_torchrun", lambda: None)
     with monkeypatch.context() as patch:
-        patch.setattr("train.write_samples", fail)
+        patch.setattr("flatgpt.training.samples.write_samples", fail)
         with pytest.raises(RuntimeError):
             cli("train", *RUN, *BOTH[:3], "--sample_interval=1")
     first = (TINY / "wandb_id").read_text()

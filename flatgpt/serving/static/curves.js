@@ -2,7 +2,7 @@
 
 import { baseLayout, CONFIG, loadPlotly } from "./charts.js";
 import { el } from "./dom.js";
-import { whole } from "./format.js";
+import { significant, whole } from "./format.js";
 
 // Okabe and Ito's colours, which people who see fewer of them can tell apart; then the same in dashes, and in dots.
 const LIGHT = ["#0072B2", "#D55E00", "#009E73", "#B6508F", "#B87C00", "#3B9BD9", "#444444"];
@@ -40,25 +40,35 @@ export function smoothed(values, weight) {
 }
 
 /** A grid of charts in `element`. draw(runs, options) shows runs [{ name, index, history }] with options { x, logX,
- * logY, smooth }; close() frees what the charts hold. */
+ * logY, smooth }; close() frees what the charts hold. A chart of scores is made when a run has them. */
 export async function makeCharts(element) {
   const Plotly = await loadPlotly();
-  const cards = CHARTS.map((chart) => {
+  const cards = new Map();
+  CHARTS.forEach(addCard);
+
+  function addCard(chart) {
     const plot = el("div", { class: "plot" });
     const heading = el("h3", {}, chart.title, chart.unit ? el("small", {}, ` ${chart.unit}`) : null);
     const card = el("figure", { class: `card chart${chart.isLoss ? " main-chart" : ""}`, "data-key": chart.key },
       el("figcaption", {}, heading), plot);
     element.append(card);
-    return { chart, card, plot };
-  });
+    cards.set(chart.key, { chart, card, plot });
+  }
 
   function draw(runs, options) {
     const [, size, unit] = timeUnit(runs, options.x);
     const title = options.x === "elapsed_s" ? `time, ${unit}` : X_TITLES[options.x];
-    for (const { chart, card, plot } of cards) {
-      const traces = runs.flatMap((run) => tracesOf(chart, run, { ...options, size }));
+    for (const { key, task, metric } of runs.flatMap((run) => run.history.scores)) {
+      if (!cards.has(`score/${key}`)) {
+        addCard({ key: `score/${key}`, title: task, unit: `${metric} ± s.e.`, score: key });
+      }
+    }
+    for (const { chart, card, plot } of cards.values()) {
+      const traces = runs.flatMap((run) => (chart.score
+        ? scoreTraces(chart, run, options) : tracesOf(chart, run, { ...options, size })));
       card.hidden = !traces.some((trace) => trace.y.some((value) => value != null));
-      if (!card.hidden) Plotly.react(plot, traces, layoutOf(chart, options, title), CONFIG);
+      const xTitle = chart.score && options.x === "elapsed_s" ? X_TITLES.tokens : title;
+      if (!card.hidden) Plotly.react(plot, traces, layoutOf(chart, options, xTitle), CONFIG);
     }
   }
   return { draw, close: () => cards.forEach(({ plot }) => Plotly.purge(plot)) };
@@ -105,6 +115,22 @@ function tracesOf(chart, { name, index, history }, { x, size, smooth, isDark }) 
   }
   if (!chart.isLoss) return traces;
   return [...traces, ...validationTraces(history, name, x, size, line), eventTrace(history, name, x, size, color)];
+}
+
+/** Scores have no time in the run: over the time axis they are drawn over tokens. */
+function scoreTraces(chart, { name, index, history }, { x, isDark }) {
+  const points = history.scores.find((score) => score.key === chart.score)?.points ?? [];
+  const { color, dash } = strokeOf(index, isDark);
+  return [{
+    type: "scatter", mode: "lines+markers", name, line: { color, dash, width: 2 }, marker: { size: 6, color },
+    x: points.map((point) => point[x === "step" ? "step" : "tokens"]), y: points.map((point) => point.value),
+    error_y: { type: "data", array: points.map((point) => point.stderr ?? 0), color, thickness: 1, width: 3 },
+    hovertemplate: "%{text}", text: points.map((point) => plain(scoreText(point))),
+  }];
+}
+
+function scoreText({ step, value, stderr }) {
+  return `${significant(value)}${stderr == null ? "" : ` ± ${significant(stderr)}`} at step ${whole(step)}`;
 }
 
 function validationTraces(history, name, x, size, line) {

@@ -13,6 +13,11 @@ export function fixed(value, digits) {
   return value == null ? "–" : value.toFixed(digits);
 }
 
+/** A number in four digits. */
+export function significant(value) {
+  return `${Number(value.toPrecision(4))}`;
+}
+
 export function whole(value) {
   return value == null ? "–" : Math.round(value).toLocaleString("en");
 }

@@ -89,7 +89,10 @@ export function sampleColumn(run, step, isDark, onPick) {
   const texts = el("div");
   const show = (picked) => {
     const record = samples.find((sample) => sample.step === picked) ?? samples.at(-1);
-    texts.replaceChildren(...record.samples.map((text) => el("p", { class: "text sample" }, text)));
+    texts.replaceChildren(...record.samples.map((text, i) => {
+      const prompt = record.prompts?.[i] ?? "";
+      return el("p", { class: "text sample" }, prompt ? el("b", {}, prompt) : null, text.slice(prompt.length));
+    }));
   };
   const pick = el("select", { "aria-label": `Samples of ${run.line.name} after`, onchange: (event) => {
     const picked = event.target.value === "newest" ? undefined : Number(event.target.value);

@@ -1,0 +1,7 @@
+"""How good a model is: what eval.py measures besides the loss, and when.
+
+    scoring.py      ln p(answer | question) of tokens, shared by the ranks
+    questions.py    multiple choice of our own: HellaSwag
+    harness.py      the tasks of lm-evaluation-harness, over any model of ours
+    watching.py     scores each checkpoint of a run that goes on, into evals.jsonl
+"""
