@@ -10,4 +10,5 @@
     checkpoint.py   the run folder: lock, find, save, delete; resume.py, how a run continues from one
     metrics.py      what is reported; terminal.py, its line on a terminal
     trackers.py     wandb and TensorBoard; plots.py, curves and pictures of runs, for the report page
+    finished_runs.py what a scaling law is fitted to, of finished runs; fit_plots.py, the picture of it
 """
