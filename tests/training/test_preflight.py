@@ -82,7 +82,8 @@ def test_the_micro_batch_is_the_largest_that_memory_holds(monkeypatch):
     monkeypatch.setattr("flatgpt.training.preflight.resident_bytes", lambda: 300_000_000)
 
     def needed(micro_batch: int) -> float:
-        return sum(preflight.memory_parts(model, BatchPlan(24, micro_batch, 24 // micro_batch, 1), "adamw", HERE).values())
+        plan = BatchPlan(24, micro_batch, 24 // micro_batch, 1)
+        return sum(preflight.memory_parts(model, plan, "adamw", HERE).values())
 
     for limit, free in (("memory_bytes", "free_memory_bytes"), ("free_memory_bytes", "memory_bytes")):
         monkeypatch.setattr(preflight, free, lambda: 10**12)
