@@ -219,6 +219,8 @@ def speed_of(config: PlanConfig, hardware: Machine) -> Speed:
     """What a process computes in a second: as a run has been measured, as the options say, or as is assumed."""
     if config.measured:
         return measured_speed(Path(config.measured), hardware)
+    if hardware.accelerator is None and config.mfu:
+        raise ValueError(f"mfu={config.mfu:g} is for GPUs: a CPU has no listed peak")
     if hardware.accelerator is None:
         return Speed(None, "a CPU has no listed peak; --measured=RUN_FOLDER takes the speed of a run on one")
     if config.mfu:
@@ -275,6 +277,8 @@ def propose(config: PlanConfig, given: Mapping[str, str]) -> dict[str, Setting]:
         why += f", {compute:.3g} flops in all"
     fixed = {key: getattr(options, key) for options in (train.data, train.optim)
              for key in ("total_batch_size", "learning_rate") if key in given and hasattr(options, key)}
+    if hardware.accelerator is None and "device" not in given:
+        chosen["device"] = Setting("cpu", "")
     return chosen | proposal.propose(depth, shape, tokens, hardware.world_size, why, fixed)
 
 

@@ -174,7 +174,7 @@ def as_text(found: dict[str, Any]) -> Iterator[str]:
                f"{work.get(part, 0) / model['flops_per_token']:>8.1%} of the flops")
     many = "es" if batch["accumulation_steps"] > 1 else ""
     yield (f"a step: {batch['tokens_per_step']:,} tokens = {batch['accumulation_steps']} micro-batch{many} x "
-           f"{batch['micro_batch']} sequences x {model['shape']['block_size']} tokens x {batch['world_size']} processes")
+           f"{batch['micro_batch']} sequences x {model['shape']['block_size']} tokens x {batch['world_size']} ranks")
     yield from _memory_text(found)
     yield f"checkpoints: {size(disk['bytes_each'])} each, at most {disk['kept']}: {size(disk['bytes'])} on the disk"
     epochs = "" if tokens["epochs"] is None else f", {tokens['epochs']:.3g} epochs of {tokens['dataset_tokens']:,}"

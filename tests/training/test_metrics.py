@@ -21,7 +21,6 @@ from flatgpt import run_folder
 from flatgpt.data.order import EvalOrder
 from flatgpt.data.shards import Split
 from flatgpt.data.tokenizer import CharTokenizer, load_tokenizer
-from flatgpt.models.baselines import build
 from flatgpt.training.compiling import compile_in_place
 from flatgpt.training.distributed import Job
 from flatgpt.training.metrics import (
