@@ -31,6 +31,8 @@ ROOM = 0.95  # of a GPU's memory, for tensors
 # What of the C library's heap lies in holes on a CPU, measured with glibc: a share of the activations; where RMSNorm is
 # made of many operations; and of what the blocks would keep, where they are run again.
 HOLES, HOLES_RMSNORM, HOLES_CHECKPOINTING = 0.25, 0.5, 0.6
+HOLES_FSDP = 4  # times the blocks' weights, which are gathered and reduced in buffers that come and go
+HEAP_BYTES = 2**25  # of an allocation, from which on the C library gives it back to the system
 MUON_STACK_ELEMENTS = 2**24  # that Muon makes at a time, see training/muon.py
 FIRST_STEP_BYTES = 60_000_000  # that torch's libraries take when they are first used
 
@@ -45,6 +47,7 @@ def forecast(model: LanguageModel, plan: BatchPlan, layout: Layout, optimizer: s
         copy = copy_bytes(model, layout.device, optimizer) if layout.rank == 0 else 0
         for moment in moments:
             moment["activations"] += _hole_bytes(model, moment["activations"], layout, plan)
+            moment["workspace"] += _fsdp_hole_bytes(model, layout)
             moment["checkpoint"] = copy - copy // 4  # what stays for the next save is no copy for Hugging Face's names
         in_ddp = layout.world_size > 1 and layout.shard_size == 1
         moments.append({"gradients": moments[-1]["gradients"] if in_ddp else 0, "activations": 0, "logits": 0,
@@ -219,6 +222,12 @@ def _hole_bytes(model: LanguageModel, activations: float, layout: Layout, plan: 
         rows = plan.micro_batch * model.config.block_size
         return HOLES_CHECKPOINTING * model.config.n_layer * _block_bytes(model, rows, layout)
     return activations * (HOLES_RMSNORM if _keeps_normed(model, layout) else HOLES)
+
+
+def _fsdp_hole_bytes(model: LanguageModel, layout: Layout) -> int:
+    """The same of the buffers of FSDP, where a block is small."""
+    blocks = [4 * sum(p.numel() for p in block.parameters()) for block in model.h]
+    return HOLES_FSDP * sum(blocks) if layout.shard_size > 1 and max(blocks, default=0) < HEAP_BYTES else 0
 
 
 def _mask_bytes(model: LanguageModel, micro_batch: int, layout: Layout) -> int:

@@ -135,8 +135,12 @@ def warnings(run: Run, found: dict[str, Any]) -> Iterator[str]:
         fitting = [f"--parallel={other['parallel']}" + (" --activation_checkpointing=True" * other[
             "activation_checkpointing"]) + f" --batch_size={other['largest_micro_batch']}"
                    for other in found["memory"] if other["largest_micro_batch"]]
-        yield ("this will not fit the memory: " + (f"what fits is {', or '.join(fitting)}" if fitting else
-                                                   "take more or larger GPUs, a smaller model or --block_size"))
+        adds_up_whole = run.machine.world_size > 1 and run.plan.accumulation_steps > 1 and not (
+            run.layout.reduce_every_micro_batch)
+        yield ("this will not fit the memory: " + (
+            f"what fits is {', or '.join(fitting)}" if fitting else
+            "try --reduce_every_micro_batch=True with fsdp or hsdp, which adds up no whole gradients" if adds_up_whole
+            else "take more or larger GPUs, a smaller model or --block_size"))
     if tokens["epochs"] and tokens["epochs"] > 4:
         yield (f"{tokens['epochs']:.1f} epochs: beyond 4 a repeated token is worth less than a new one "
                "(arXiv:2305.16264)")
