@@ -252,7 +252,8 @@ def measured_speed(run: Path, hardware: Machine) -> Speed:
 
 
 def propose(config: PlanConfig, given: Mapping[str, str]) -> dict[str, Setting]:
-    """A model for the depth, the operations or the hours that were asked for. Raises ValueError."""
+    """A model for the depth, the operations or the hours that were asked for: those options that were not given. Raises
+    ValueError."""
     train, hardware = config.train, machine_of(config)
     chosen = {key: Setting(value, why) for key, (value, why) in DEFAULTS.items() if key not in given}
     shape = GPTConfig(**asdict(train.model) | {key: setting.value for key, setting in chosen.items()
@@ -272,14 +273,11 @@ def propose(config: PlanConfig, given: Mapping[str, str]) -> dict[str, Setting]:
     depth = depth or proposal.depth_for(compute, shape, num_tokens)
     size = proposal.size_of(proposal.shape_of_depth(depth, shape))
     tokens = compute / size.flops if compute and not config.tokens else num_tokens(size.params)
-    why = f"{tokens / size.params:.3g} a parameter (20 are best, arXiv:2203.15556)"
-    if compute:
-        why += f", {compute:.3g} flops in all"
-    fixed = {key: getattr(options, key) for options in (train.data, train.optim)
-             for key in ("total_batch_size", "learning_rate") if key in given and hasattr(options, key)}
+    why = f"{tokens / size.params:.3g} a parameter (arXiv:2203.15556: 20)" + (f", {compute:.3g} flops" if compute else "")
+    asked = {key: value for key, value in flatten(train).items() if key in given}
     if hardware.accelerator is None and "device" not in given:
         chosen["device"] = Setting("cpu", "")
-    return chosen | proposal.propose(depth, shape, tokens, hardware.world_size, why, fixed)
+    return chosen | proposal.propose(depth, shape, tokens, hardware.world_size, why, asked)
 
 
 def fitting(table: list[dict], config: PlanConfig, given: Mapping[str, str]) -> dict[str, Setting]:

@@ -145,7 +145,8 @@ def warnings(run: Run, found: dict[str, Any]) -> Iterator[str]:
         yield (f"{tokens['epochs']:.1f} epochs: beyond 4 a repeated token is worth less than a new one "
                "(arXiv:2305.16264)")
     if tokens["dataset_tokens"] is None:
-        yield "nobody knows how many tokens the data set has: --dataset_tokens=N says so"
+        yield ("the data set is not here and not well known: --dataset_tokens=N says how many tokens it has, and "
+               "--vocab_size=N its vocabulary, which is GPT-2's otherwise")
     if 0 < tokens["per_parameter"] < 10:
         yield (f"{tokens['per_parameter']:.1f} tokens a parameter: a smaller model that sees more of them would reach "
                "a lower loss with the same compute (20 are best, arXiv:2203.15556)")
