@@ -141,6 +141,7 @@ def fit_runs(config: PlanConfig, given: Mapping[str, str]) -> None:
     to = fit_summary.target(law, num_params, num_tokens)
     found = fit_summary.summarize_fit(law, to, left_out, finished_runs.differences(runs, points))
     picture = Path(config.picture)
+    picture.parent.mkdir(parents=True, exist_ok=True)
     files.write_bytes(picture, plots.render(fit_plots.picture_of_fit(law, to), picture.suffix[1:]))
     print(json.dumps(found | {"picture": config.picture}, indent=1) if config.json else
           "\n".join((*fit_summary.fit_as_text(found), f"wrote {picture}")))
