@@ -141,6 +141,7 @@ def fit_runs(config: PlanConfig, given: Mapping[str, str]) -> None:
     to = fit_summary.target(law, num_params, num_tokens)
     found = fit_summary.summarize_fit(law, to, left_out, finished_runs.differences(runs, points))
     picture = Path(config.picture)
+    picture.parent.mkdir(parents=True, exist_ok=True)
     files.write_bytes(picture, plots.render(fit_plots.picture_of_fit(law, to), picture.suffix[1:]))
     print(json.dumps(found | {"picture": config.picture}, indent=1) if config.json else
           "\n".join((*fit_summary.fit_as_text(found), f"wrote {picture}")))
@@ -219,6 +220,8 @@ def speed_of(config: PlanConfig, hardware: Machine) -> Speed:
     """What a process computes in a second: as a run has been measured, as the options say, or as is assumed."""
     if config.measured:
         return measured_speed(Path(config.measured), hardware)
+    if hardware.accelerator is None and config.mfu:
+        raise ValueError(f"mfu={config.mfu:g} is for GPUs: a CPU has no listed peak")
     if hardware.accelerator is None:
         return Speed(None, "a CPU has no listed peak; --measured=RUN_FOLDER takes the speed of a run on one")
     if config.mfu:
@@ -250,7 +253,8 @@ def measured_speed(run: Path, hardware: Machine) -> Speed:
 
 
 def propose(config: PlanConfig, given: Mapping[str, str]) -> dict[str, Setting]:
-    """A model for the depth, the operations or the hours that were asked for. Raises ValueError."""
+    """A model for the depth, the operations or the hours that were asked for: those options that were not given. Raises
+    ValueError."""
     train, hardware = config.train, machine_of(config)
     chosen = {key: Setting(value, why) for key, (value, why) in DEFAULTS.items() if key not in given}
     shape = GPTConfig(**asdict(train.model) | {key: setting.value for key, setting in chosen.items()
@@ -270,12 +274,11 @@ def propose(config: PlanConfig, given: Mapping[str, str]) -> dict[str, Setting]:
     depth = depth or proposal.depth_for(compute, shape, num_tokens)
     size = proposal.size_of(proposal.shape_of_depth(depth, shape))
     tokens = compute / size.flops if compute and not config.tokens else num_tokens(size.params)
-    why = f"{tokens / size.params:.3g} a parameter (20 are best, arXiv:2203.15556)"
-    if compute:
-        why += f", {compute:.3g} flops in all"
-    fixed = {key: getattr(options, key) for options in (train.data, train.optim)
-             for key in ("total_batch_size", "learning_rate") if key in given and hasattr(options, key)}
-    return chosen | proposal.propose(depth, shape, tokens, hardware.world_size, why, fixed)
+    why = f"{tokens / size.params:.3g} a parameter (arXiv:2203.15556: 20)" + (f", {compute:.3g} flops" if compute else "")
+    asked = {key: value for key, value in flatten(train).items() if key in given}
+    if hardware.accelerator is None and "device" not in given:
+        chosen["device"] = Setting("cpu", "")
+    return chosen | proposal.propose(depth, shape, tokens, hardware.world_size, why, asked)
 
 
 def fitting(table: list[dict], config: PlanConfig, given: Mapping[str, str]) -> dict[str, Setting]:

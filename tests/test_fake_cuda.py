@@ -56,6 +56,14 @@ def test_the_end_of_a_step_takes_few_launches(traced):
     assert launches["zero"] <= 2
 
 
+def test_the_memory_of_a_step_is_forecast(library):
+    """Within 5% of what torch's tracker counts; see fake_memory.py."""
+    found = run_with(library, "fake_memory.py")
+    assert len(found) == 11
+    assert {name: forecast / peak for name, (peak, forecast) in found.items()} == pytest.approx(
+        dict.fromkeys(found, 1), rel=0.05)
+
+
 def test_the_heads_gradient_is_added_within_the_product(traced):
     assert traced["launches"]["add_product"] == 1
 

@@ -259,7 +259,7 @@ def test_a_key_that_exists_twice_is_a_defect():
 
 @pytest.mark.parametrize(("script", "options"), [
     ("train", "TrainConfig"), ("sample", "SampleConfig"), ("prepare_data", "PrepareConfig"),
-    ("eval", "EvalConfig")])
+    ("eval", "EvalConfig"), ("plan", "PlanConfig")])
 def test_help_lists_every_key_with_its_default(cli, monkeypatch, script, options):
     monkeypatch.setenv("COLUMNS", "80")
     result = cli(script, "--help")
@@ -411,7 +411,8 @@ NO_PATHS = {  # text options that are none, in whatever script
     "train": {"device", "backend", "wandb_project", "wandb_run_name", "window_pattern"}}
 SCRIPTS = {"train": "TrainConfig", "sample": "SampleConfig", "prepare_data": "PrepareConfig",
            "benchmarks.zoo": "ZooConfig", "benchmarks.ladder": "LadderConfig", "benchmarks.widths": "WidthsConfig",
-           "eval": "EvalConfig", "export": "ExportConfig", "report": "ReportConfig", "benchmarks.bench": "BenchConfig"}
+           "eval": "EvalConfig", "export": "ExportConfig", "report": "ReportConfig", "benchmarks.bench": "BenchConfig",
+           "plan": "PlanConfig"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -15,7 +15,7 @@ def ladder(cli) -> list[str]:
 
 
 def test_fit_recovers_the_planted_law_within_its_intervals_and_draws_it(cli, ladder):
-    result = cli("plan", "--fit", *ladder, "--json=True", "--params=2e5", "--tokens=4e6", "--picture=out/law.png")
+    result = cli("plan", "--fit", *ladder, "--json=True", "--params=2e5", "--tokens=4e6", "--picture=laws/law.png")
     assert result.code == 0, result.err
     found = json.loads(result.out)
     for name, value in PLANTED._asdict().items():
@@ -24,8 +24,8 @@ def test_fit_recovers_the_planted_law_within_its_intervals_and_draws_it(cli, lad
     assert (asked["parameters"], asked["tokens"]) == (200_000, 4_000_000)
     assert asked["low"] <= PLANTED.loss(2e5, 4e6) <= asked["high"]
     assert [run["run"] for run in found["runs"]] == ladder
-    assert found["picture"] == "out/law.png"
-    image = imread("out/law.png")[..., :3]
+    assert found["picture"] == "laws/law.png"
+    image = imread("laws/law.png")[..., :3]
     assert (image.max(-1) - image.min(-1) > 0.3).sum() > 1000  # curves, in colours
 
 

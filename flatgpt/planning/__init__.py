@@ -5,5 +5,7 @@ layout.py       where a process stands among the ranks
 flops.py        parameters and floating-point operations, by part
 memory.py       what takes how many bytes on a rank
 laws.py         the loss to expect, by the scaling laws that others published
-summary.py      all of it, as plan.py prints it
+fit.py          a scaling law fitted to runs, and its intervals; fit_summary.py, as numbers and text
+proposal.py     a shape, a batch and rates for a depth or a budget
+summary.py      the whole plan, as numbers and as text
 """

@@ -60,15 +60,15 @@ class Fit:
 
     def interval(self, constant: str) -> tuple[float, float]:
         """Where a constant of the law lies: not below 0, and E not above the lowest loss."""
-        direction = np.zeros(len(self.theta))
-        index, k = next(((i, len(self.varies)) for i, name in enumerate(self.varies) if constant in CONSTANTS[name]),
-                        (0, 0))
-        if constant in ("A", "B"):
-            direction[1 + index], direction[1 + k + index] = 1, self.center[index]
+        k = len(self.varies)
+        names = ["E", *(CONSTANTS[name][0] for name in self.varies), *(CONSTANTS[name][1] for name in self.varies)]
+        place, value = names.index(constant), getattr(self.law, constant)
+        direction = np.eye(len(names))[place]
+        if 1 <= place <= k:  # a coefficient: log A is that at the center and alpha times the center
+            direction[place + k] = self.center[place - 1]
             spread = self.quantile * self._deviation(direction)
-            return tuple((getattr(self.law, constant) * np.exp(np.clip([-spread, spread], -300, 300))).tolist())
-        direction[1 + k + index if k else 0] = 1
-        value, spread = getattr(self.law, constant), self.quantile * self._deviation(direction)
+            return tuple((value * np.exp(np.clip([-spread, spread], -300, 300))).tolist())
+        spread = self.quantile * self._deviation(direction)
         highest = min(point.loss for point in self.points) if constant == "E" else np.inf
         return max(0.0, value - spread), float(max(value, min(highest, value + spread)))
 
@@ -138,10 +138,7 @@ def fit_law(points: Sequence[Point], varies: tuple[str, ...]) -> Fit:
     delta = max(DELTA, EFFICIENT * float(np.median(apart)) / 0.6745)
     theta = _descend(theta, logs, log_losses, delta)
     residuals = log_losses - _log_loss(theta, logs)
-    # Huber's estimate of the variance, with his correction for few points (Robust Statistics, 1981, chapter 7.6).
-    share = np.mean(abs(residuals) <= delta)
-    noise = np.sqrt((np.clip(residuals, -delta, delta) ** 2).sum() / freedom) / share
-    noise *= 1 + len(theta) / len(points) * (1 - share) / share
+    noise = _noise(residuals, delta, len(theta))
     slopes = _slopes(theta, logs)
     scale = np.sqrt((slopes**2).sum(0))
     inverse = np.linalg.inv(slopes.T @ slopes / np.outer(scale, scale) + 1e-12 * np.eye(len(theta)))
@@ -151,8 +148,16 @@ def fit_law(points: Sequence[Point], varies: tuple[str, ...]) -> Fit:
     for name, middle, coefficient, exponent in zip(varies, center, theta[1:], theta[1 + len(varies):]):
         constants |= dict(zip(CONSTANTS[name], (np.exp(coefficient + exponent * middle), exponent)))
     return Fit(list(points), varies, Law(**{key: float(value) for key, value in constants.items()}), residuals,
-               float(noise), center, theta, noise**2 * inverse / np.outer(scale, scale),
+               noise, center, theta, noise**2 * inverse / np.outer(scale, scale),
                float(student.ppf((1 + LEVEL) / 2, freedom)))
+
+
+def _noise(residuals: np.ndarray, delta: float, num_constants: int) -> float:
+    """The deviation of a run: Huber's estimate, with his correction for few points (Robust Statistics, 1981, chapter
+    7.6)."""
+    share = np.mean(abs(residuals) <= delta)
+    squares = (np.clip(residuals, -delta, delta) ** 2).sum() / (len(residuals) - num_constants)
+    return float(np.sqrt(squares) / share * (1 + num_constants / len(residuals) * (1 - share) / share))
 
 
 # theta: log E, then a log coefficient for each number that the law depends on, then an exponent for each; logs are the

@@ -71,6 +71,9 @@ def fit_as_text(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"left out: {name}: {reason}"
     for option, values in found["differences"].items():
         yield f"warning: the runs differ in {option} ({', '.join(values)}), and the law takes them for one recipe"
+    if seeds and found["noise"] > 2 * seeds:
+        yield ("warning: the law misses the runs by more than seeds explain, so that they are not quite of its form: "
+               "intervals say too little about a run far from these")
     for name in ("alpha", "beta"):
         if name in constants and constants[name]["low"] == 0:
             yield (f"warning: the interval of {name} reaches 0: these runs hardly tell how the loss falls with "

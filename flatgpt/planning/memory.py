@@ -28,7 +28,11 @@ from flatgpt.planning.layout import Layout
 from model import LanguageModel
 
 ROOM = 0.95  # of a GPU's memory, for tensors
-HEAP = 1.5  # on a CPU, what a micro-batch takes of the heap, its holes included, to what of it is in use
+# What of the C library's heap lies in holes on a CPU, measured with glibc: a share of the activations; where RMSNorm is
+# made of many operations; and of what the blocks would keep, where they are run again.
+HOLES, HOLES_RMSNORM, HOLES_CHECKPOINTING = 0.25, 0.5, 0.6
+HOLES_FSDP = 4  # times the blocks' weights, which are gathered and reduced in buffers that come and go
+HEAP_BYTES = 2**25  # of an allocation, from which on the C library gives it back to the system
 MUON_STACK_ELEMENTS = 2**24  # that Muon makes at a time, see training/muon.py
 FIRST_STEP_BYTES = 60_000_000  # that torch's libraries take when they are first used
 
@@ -37,16 +41,21 @@ def forecast(model: LanguageModel, plan: BatchPlan, layout: Layout, optimizer: s
              program_bytes: float = 0) -> dict[str, float]:
     """Part -> bytes of the device on one rank; on a CPU, all that lies in the host's memory, where the process has
     `program_bytes` before it has a model."""
-    fullest = max(_moments(model, plan, layout, optimizer), key=lambda parts: sum(parts.values()))
+    on_host = layout.device.type != "cuda"
+    moments = _moments(model, plan, layout, optimizer)
+    if on_host:
+        copy = copy_bytes(model, layout.device, optimizer) if layout.rank == 0 else 0
+        for moment in moments:
+            moment["activations"] += _hole_bytes(model, moment["activations"], layout, plan)
+            moment["workspace"] += _fsdp_hole_bytes(model, layout)
+            moment["checkpoint"] = copy - copy // 4  # what stays for the next save is no copy for Hugging Face's names
+        in_ddp = layout.world_size > 1 and layout.shard_size == 1
+        moments.append({"gradients": moments[-1]["gradients"] if in_ddp else 0, "activations": 0, "logits": 0,
+                        "workspace": 0, "checkpoint": copy})
+    fullest = max(moments, key=lambda parts: sum(parts.values()))
     own = 4 * sum(p.numel() for p in model.parameters()) // layout.shard_size
-    means = optimizer_bytes(model, optimizer) // layout.shard_size
-    parts = {"weights": own, "gradients": 0, "optimiser": means} | fullest
-    if layout.device.type != "cuda":
-        for part in ("activations", "logits"):
-            parts[part] *= HEAP
-        parts["checkpoint"] = copy_bytes(model, layout.device, optimizer) if layout.rank == 0 else 0
-        parts["program"] = program_bytes + FIRST_STEP_BYTES
-    return parts
+    parts = {"weights": own, "gradients": 0, "optimiser": optimizer_bytes(model, optimizer) // layout.shard_size}
+    return parts | fullest | ({"program": program_bytes + FIRST_STEP_BYTES} if on_host else {})
 
 
 def largest_micro_batch(seqs_per_rank: int, world_size: int, fits: Callable[[BatchPlan], bool]) -> int:
@@ -207,12 +216,29 @@ def _backward_bytes(model: LanguageModel, rows: int, layout: Layout) -> int:
     return again + rows * (4 * c.n_embd + layout.dtype.itemsize * hidden)
 
 
+def _hole_bytes(model: LanguageModel, activations: float, layout: Layout, plan: BatchPlan) -> float:
+    """On a CPU: of the heap, what is neither in use nor given back to the system."""
+    if model.h and model.activation_checkpointing and activations:
+        rows = plan.micro_batch * model.config.block_size
+        return HOLES_CHECKPOINTING * model.config.n_layer * _block_bytes(model, rows, layout)
+    return activations * (HOLES_RMSNORM if _keeps_normed(model, layout) else HOLES)
+
+
+def _fsdp_hole_bytes(model: LanguageModel, layout: Layout) -> int:
+    """The same of the buffers of FSDP, where a block is small."""
+    blocks = [4 * sum(p.numel() for p in block.parameters()) for block in model.h]
+    return HOLES_FSDP * sum(blocks) if layout.shard_size > 1 and max(blocks, default=0) < HEAP_BYTES else 0
+
+
 def _mask_bytes(model: LanguageModel, micro_batch: int, layout: Layout) -> int:
-    """Of what says which keys a query sees, as truth values twice and as numbers, where they are needed."""
+    """Of what says which keys a query sees, where no kernel knows it: numbers that each block with a window makes of
+    truth values, or, for documents and ALiBi, those values twice and numbers once for all blocks."""
     c = model.config
-    has_rows = model.keeps_within_documents and not _has_varlen_kernel(model, layout)
+    has_kernel = _has_varlen_kernel(model, layout)
+    has_rows = model.keeps_within_documents and not has_kernel
     if not has_rows and c.pos != "alibi":
-        return 0
+        num_windows = 0 if has_kernel else sum(0 < window < c.block_size for window in c.windows)
+        return num_windows * layout.dtype.itemsize * c.block_size**2
     return (2 + 4) * c.block_size**2 * (micro_batch if has_rows else 1) * (c.n_head if c.pos == "alibi" else 1)
 
 

@@ -7,6 +7,7 @@ learning rate. The other way round, compute gives the depth that spends it best.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -86,19 +87,18 @@ def depth_for(compute: float, shape: GPTConfig, num_tokens: Callable[[int], floa
 
 def propose(depth: int, shape: GPTConfig, tokens: float, world_size: int, tokens_why: str,
             given: Mapping[str, object]) -> dict[str, Setting]:
-    """Option -> value, for a GPT of `depth` blocks on about so many tokens. What is `given` (total_batch_size,
-    learning_rate) stays as it is, and the rest follows from it."""
+    """Option -> value, for a GPT of `depth` blocks on about so many tokens. What is `given` stays as it is, and what is
+    proposed follows from it."""
     shape = shape_of_depth(depth, shape)
     size = size_of(shape)
     compute = size.flops_without_head * tokens
     law = "DeepSeek LLM, arXiv:2401.02954"
     wanted = batch_tokens(compute)
     seqs = world_size * 2 ** max(0, round(math.log2(wanted / shape.block_size / world_size)))
-    total = int(given.get("total_batch_size", seqs * shape.block_size))
+    total = int(given.get("total_batch_size") or seqs * shape.block_size)
     steps = max(1, round(tokens / total))
-    rate = float(given.get("learning_rate", float(f"{learning_rate(compute):.2g}")))
-    warmup = min(2000, max(1, steps // 20))
-    return {
+    rate = float(given.get("learning_rate") or f"{learning_rate(compute):.2g}")
+    settings = {
         "n_layer": Setting(depth, f"the dial: {size.params:,} parameters, {size.flops:.3g} flops a token"),
         "n_head": Setting(shape.n_head, f"of {HEAD_SIZE} channels, as in GPT-2"),
         "n_embd": Setting(shape.n_embd, f"{WIDTH_PER_BLOCK} x depth, as in nanochat and in GPT-2 small"),
@@ -107,10 +107,11 @@ def propose(depth: int, shape: GPTConfig, tokens: float, world_size: int, tokens
         "max_iters": Setting(steps, f"x {total:,} = {steps * total:,} tokens, {tokens_why}"),
         "lr_decay_iters": Setting(steps, "a cosine as long as the run (arXiv:2203.15556, figure A1)"),
         "min_lr": Setting(float(f"{rate / 10:.2g}"), "a tenth, as there and in GPT-3"),
-        "warmup_iters": Setting(warmup, "2,000 as in DeepSeek LLM, but at most a twentieth of the run"),
+        "warmup_iters": Setting(min(2000, steps // 20), "2,000 as in DeepSeek LLM, but at most a twentieth of the run"),
         "eval_interval": Setting(max(1, steps // 20), "twenty evaluations"),
         "eval_iters": Setting(20, "batches each"),
         "log_interval": Setting(10 if steps >= 100 else 1, "")}
+    return {key: setting for key, setting in settings.items() if key not in given}
 
 
 def micro_batch_limit(block_size: int) -> int:
@@ -121,7 +122,7 @@ def micro_batch_limit(block_size: int) -> int:
 def as_lines(settings: Mapping[str, Setting]) -> Iterator[str]:
     """The assignments of a config file, with their reasons as comments."""
     for key, setting in settings.items():
-        value = f'"{setting.value}"' if isinstance(setting.value, str) else setting.value
+        value = json.dumps(setting.value, ensure_ascii=False) if isinstance(setting.value, str) else setting.value
         yield f"{key} = {value}" + (f"  # {setting.why}" if setting.why else "")
 
 

@@ -135,13 +135,18 @@ def warnings(run: Run, found: dict[str, Any]) -> Iterator[str]:
         fitting = [f"--parallel={other['parallel']}" + (" --activation_checkpointing=True" * other[
             "activation_checkpointing"]) + f" --batch_size={other['largest_micro_batch']}"
                    for other in found["memory"] if other["largest_micro_batch"]]
-        yield ("this will not fit the memory: " + (f"what fits is {', or '.join(fitting)}" if fitting else
-                                                   "take more or larger GPUs, a smaller model or --block_size"))
+        adds_up_whole = run.machine.world_size > 1 and run.plan.accumulation_steps > 1 and not (
+            run.layout.reduce_every_micro_batch)
+        yield ("this will not fit the memory: " + (
+            f"what fits is {', or '.join(fitting)}" if fitting else
+            "try --reduce_every_micro_batch=True with fsdp or hsdp, which adds up no whole gradients" if adds_up_whole
+            else "take more or larger GPUs, a smaller model or --block_size"))
     if tokens["epochs"] and tokens["epochs"] > 4:
         yield (f"{tokens['epochs']:.1f} epochs: beyond 4 a repeated token is worth less than a new one "
                "(arXiv:2305.16264)")
     if tokens["dataset_tokens"] is None:
-        yield "nobody knows how many tokens the data set has: --dataset_tokens=N says so"
+        yield ("the data set is not here and not well known: --dataset_tokens=N says how many tokens it has, and "
+               "--vocab_size=N its vocabulary, which is GPT-2's otherwise")
     if 0 < tokens["per_parameter"] < 10:
         yield (f"{tokens['per_parameter']:.1f} tokens a parameter: a smaller model that sees more of them would reach "
                "a lower loss with the same compute (20 are best, arXiv:2203.15556)")
@@ -174,7 +179,7 @@ def as_text(found: dict[str, Any]) -> Iterator[str]:
                f"{work.get(part, 0) / model['flops_per_token']:>8.1%} of the flops")
     many = "es" if batch["accumulation_steps"] > 1 else ""
     yield (f"a step: {batch['tokens_per_step']:,} tokens = {batch['accumulation_steps']} micro-batch{many} x "
-           f"{batch['micro_batch']} sequences x {model['shape']['block_size']} tokens x {batch['world_size']} processes")
+           f"{batch['micro_batch']} sequences x {model['shape']['block_size']} tokens x {batch['world_size']} ranks")
     yield from _memory_text(found)
     yield f"checkpoints: {size(disk['bytes_each'])} each, at most {disk['kept']}: {size(disk['bytes'])} on the disk"
     epochs = "" if tokens["epochs"] is None else f", {tokens['epochs']:.3g} epochs of {tokens['dataset_tokens']:,}"

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from flatgpt import run_folder
+from flatgpt.files import read_json
 from flatgpt.planning.fit import Point
-from flatgpt.training.plots import number, read_run
+from flatgpt.training.plots import count_parameters, number
 
 # Options by which a recipe differs that a law takes for one, and the loss that it speaks of; sizes and lengths are not
 # among them, nor learning rates, which are often chosen for a size.
@@ -44,6 +45,8 @@ def gather(folders: Sequence[str]) -> tuple[list[FinishedRun], dict[str, str]]:
             raise FileNotFoundError(f"there is no run folder {folder}")
         try:
             runs.append(finished_run(folder))
+        except FileNotFoundError as error:
+            left_out[name] = f"it is no run of train.py, or has not begun: it has no {Path(error.filename).name}"
         except (OSError, ValueError) as error:
             left_out[name] = str(error)
     seen: dict[Point, str] = {}
@@ -62,25 +65,39 @@ def finished_run(folder: Path) -> FinishedRun:
     """Raises OSError or ValueError, with the reason, for what is no run, or is one that cannot be compared."""
     if not folder.is_dir():
         raise ValueError("it is no folder")
-    run = read_run(folder, str(folder))
-    options, last = run.options, next((record for record in reversed(run.records) if "val/loss" in record), {})
+    options, last = read_json(folder / "train_config.json"), _last_records(folder / "metrics.jsonl")
     newest, max_iters = run_folder.newest_checkpoint(folder), number(options.get("max_iters"))
-    step = run.records[-1]["step"]
-    if last.get("step") != max_iters:
+    if last["val/loss"].get("step") != max_iters:
+        step = last["step"]["step"]
         raise ValueError(f"it has reached its target before its learning rate decayed, at step {step:,}"
-                         if run.summary()["reached"] else f"it is not finished: step {step:,} of {max_iters:,.0f}")
-    if run.num_params is None or newest is None:
+                         if "reached" in last["step"] else f"it is not finished: step {step:,} of {max_iters:,.0f}")
+    num_params = count_parameters(newest) if newest else None
+    if num_params is None:
         raise ValueError("it has no checkpoint whose parameters can be counted")
     if options.get("init_from", "scratch") not in ("scratch", "resume") and not options.get("branch_from"):
         raise ValueError(f"it began with the weights of {options['init_from']}, whose tokens are not counted")
-    loss, tokens = number(last["val/loss"]), number(last.get("tokens"))
+    loss, tokens = (number(last["val/loss"].get(key)) for key in ("val/loss", "tokens"))
     if not loss > 0:  # null, where it was not a number
         raise ValueError("its last validation loss is not a number")
     if not tokens > 0:
         raise ValueError("it was trained on no tokens")
     fingerprint = str(run_folder.read_trainer(newest).get("data_fingerprint"))
-    return FinishedRun(Point(str(folder), run.num_params, int(tokens), loss), options, fingerprint,
+    return FinishedRun(Point(str(folder), num_params, int(tokens), loss), options, fingerprint,
                        _has_decayed(options, max_iters))
+
+
+def _last_records(path: Path) -> dict[str, dict[str, Any]]:
+    """The last record of all (`step`), and the last that has a `val/loss`, {} where none has. Only the end of the file
+    is parsed, which may be long. Raises ValueError where there is no record."""
+    last: dict[str, dict[str, Any]] = {}
+    for line in reversed(path.read_bytes().splitlines()):
+        record = run_folder.parse_record(line) or {}
+        last = {key: record for key in ("step", "val/loss") if key in record} | last
+        if len(last) == 2:
+            return last
+    if not last:
+        raise ValueError("it has not reported anything yet")
+    return last | {"val/loss": {}}
 
 
 def _has_decayed(options: dict[str, Any], max_iters: float) -> bool:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from flatgpt.planning.fit import Fit, Point
 from flatgpt.training.plots import COLOURS, dashes, short
@@ -28,29 +32,29 @@ def picture_of_fit(fit: Fit, to: tuple[float, float]) -> Figure:
         axes.set_xlabel(AXES[kind])
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=7))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _, kind=kind: (
-            f"{value:.0e}" if kind == "flops" else short(value))))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=np.arange(1, 10, 0.2 if _is_narrow(fit, to) else 1)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    np.ravel(figure.axes)[0].set_ylabel("validation loss, nats a token")
-    figure.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=5 * len(kinds) // 2, frameon=False,
+        _set_ticks(axes.xaxis, *axes.get_xlim(), lambda value, is_flops=kind == "flops": (
+            f"{value:.0e}" if is_flops else short(value)))
+        _set_ticks(axes.yaxis, *axes.get_ylim(), "{:g}".format)
+    figure.axes[0].set_ylabel("validation loss, nats a token")
+    *sizes, asked = handles
+    columns = 3 * len(kinds)
+    figure.set_figheight(figure.get_figheight() + 0.21 * math.ceil(len(sizes) / columns))
+    figure.legend([handles[size] for size in sizes], sizes, loc="outside lower left", ncols=columns, frameon=False,
                   fontsize=9)
+    figure.axes[0].legend([handles[asked]], [asked], loc="upper right", fontsize=9, framealpha=0.85, edgecolor="none")
     return figure
 
 
-def _is_narrow(fit: Fit, to: tuple[float, float]) -> bool:
-    """Whether the losses reach so little that whole numbers would leave the axis bare."""
-    reach = [*(point.loss for point in fit.points), *fit.predict(*to)]
-    return max(reach) < 4 * min(reach)
+def _set_ticks(axis: Axis, low: float, high: float, write: Callable[[float], str]) -> None:
+    """Powers of ten, or where there are too few of them, round numbers in equal steps."""
+    axis.set_major_locator(LogLocator(numticks=8) if high > 30 * low else MaxNLocator(6))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: write(value)))
+    axis.set_minor_locator(NullLocator())
 
 
 def _draw(axes: Axes, kind: str, fit: Fit, to: tuple[float, float]) -> dict[str, Line2D]:
     """The runs and the curves over `kind`; returns what the legend explains."""
+    axes.set(xscale="log", yscale="log")
     groups: dict[str, list[Point]] = {}
     for point in sorted(fit.points, key=lambda point: point.num_params):
         label = "runs" if kind == "params" else f"{short(point.num_params)} parameters"

@@ -73,6 +73,15 @@ def test_seeds_of_one_run_tell_the_noise():
     assert summarize_fit(fitted(planted(GRID, 0.005)), (1e6, 1e6), {}, {})["noise_of_seeds"] is None
 
 
+def test_runs_of_another_form_than_the_law_are_told_by_their_seeds():
+    bent = [point._replace(loss=point.loss * (
+        1 + 0.02 * np.log(point.num_params / 2e5) * np.log(point.num_tokens / 1e6)))
+            for point in planted(GRID * 2, noise=0.001)]
+    for points, is_told in ((bent, True), (planted(GRID * 2, noise=0.001), False)):
+        fit = fitted(points)
+        assert ("not quite of its form" in " ".join(fit_as_text(summarize_fit(fit, target(fit), {}, {})))) == is_told
+
+
 @pytest.mark.parametrize("varying", ["tokens", "params"])
 def test_runs_that_differ_in_one_number_get_a_law_of_that_number(varying):
     numbers = [(2e5, length) for length in LENGTHS] if varying == "tokens" else [

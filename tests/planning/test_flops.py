@@ -13,12 +13,12 @@ GPT2 = {"bias": True, "mlp": "gelu_tanh"}
 # OpenAI's GPT-2, whose four sizes are published as 124M, 355M, 774M and 1.5B; the numbers are those of their files
 GPT2_SIZES = [(12, 12, 768, 124_439_808), (24, 16, 1024, 354_823_168), (36, 20, 1280, 774_030_080),
               (48, 25, 1600, 1_557_611_200)]
-# GPT-3 (arXiv:2005.14165): n_layer, n_head, channels a head from table 2.1; millions of parameters and operations for
-# 300 billion tokens from table D.1. (In table 2.1 the 1.3B has 24 heads, which does not give its d_model of 2048.)
-GPT3 = [(12, 12, 64, 125, 2.25e20), (24, 16, 64, 356, 6.41e20), (24, 16, 96, 760, 1.37e21), (24, 16, 128, 1320, 2.38e21),
-        (32, 32, 80, 2650, 4.77e21), (32, 32, 128, 6660, 1.20e22), (40, 40, 128, 12850, 2.31e22),
-        (96, 96, 128, 174600, 3.14e23)]
-# Llama 3 (arXiv:2407.21783, table 3): n_layer, n_head, n_embd, mlp_hidden; the numbers are those of the files on the hub
+# GPT-3 (arXiv:2005.14165): n_layer, n_head, channels a head from table 2.1; millions of parameters, and operations for
+# 300 billion tokens, from table D.1. (In table 2.1 the 1.3B has 24 heads, which does not give its d_model of 2048.)
+GPT3 = [(12, 12, 64, 125, 2.25e20), (24, 16, 64, 356, 6.41e20), (24, 16, 96, 760, 1.37e21),
+        (24, 16, 128, 1320, 2.38e21), (32, 32, 80, 2650, 4.77e21), (32, 32, 128, 6660, 1.20e22),
+        (40, 40, 128, 12850, 2.31e22), (96, 96, 128, 174600, 3.14e23)]
+# Llama 3 (arXiv:2407.21783, table 3): n_layer, n_head, n_embd, mlp_hidden; the numbers are those of the hub's files
 LLAMA3 = [(32, 32, 4096, 14336, 8_030_261_248), (80, 64, 8192, 28672, 70_553_706_496),
           (126, 128, 16384, 53248, 405_853_388_800)]
 

@@ -49,7 +49,7 @@ def test_the_depth_for_a_compute_spends_it_with_20_tokens_a_parameter(compute):
 
 
 def test_chinchilla_itself_is_about_what_its_compute_buys():
-    """70 billion parameters and 1.4 trillion tokens, for 5.76e23 operations (arXiv:2203.15556, section 3 and table A9)."""
+    """70 billion parameters and 1.4 trillion tokens, for 5.76e23 operations (arXiv:2203.15556, section 3)."""
     shape = GPTConfig(vocab_size=32000, block_size=2048)
     depth = proposal.depth_for(5.76e23, shape, lambda params: 20 * params)
     params = proposal.size_of(proposal.shape_of_depth(depth, shape)).params

@@ -38,10 +38,10 @@ def test_a_run_that_cannot_be_compared_is_left_out_with_its_reason(tmp_path, rea
 
 def test_what_out_holds_besides_runs_is_left_out(tmp_path):
     folders = [make_run(tmp_path / "good")]
-    for name in ("empty", "no_metrics", "broken", "no_weights", "half", "file.jsonl"):
+    for name in ("empty", "no_reports", "broken", "no_weights", "half", "file.jsonl"):
         folders.append(tmp_path / name)
     (tmp_path / "empty").mkdir()
-    write_run(tmp_path / "no_metrics", [], OPTIONS)
+    write_run(tmp_path / "no_reports", [], OPTIONS)
     (make_run(tmp_path / "broken") / "train_config.json").write_text("{")
     write_run(tmp_path / "no_weights", [{"step": 10, "tokens": 1, "val/loss": 2.0}], OPTIONS)
     trainer = next(make_run(tmp_path / "half").rglob("trainer.json"))
@@ -50,6 +50,8 @@ def test_what_out_holds_besides_runs_is_left_out(tmp_path):
     runs, left_out = gather([str(folder) for folder in folders])
     assert [run.point.name for run in runs] == [str(folders[0])]
     assert list(left_out) == [str(folder) for folder in folders[1:]]
+    assert [reason.rpartition(": ")[2] for reason in left_out.values()][:2] == [
+        "it has no train_config.json", "it has not reported anything yet"]
     with pytest.raises(FileNotFoundError, match="there is no run folder"):
         gather([str(tmp_path / "nowhere")])
 
