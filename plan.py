@@ -274,7 +274,8 @@ def propose(config: PlanConfig, given: Mapping[str, str]) -> dict[str, Setting]:
     depth = depth or proposal.depth_for(compute, shape, num_tokens)
     size = proposal.size_of(proposal.shape_of_depth(depth, shape))
     tokens = compute / size.flops if compute and not config.tokens else num_tokens(size.params)
-    why = f"{tokens / size.params:.3g} a parameter (arXiv:2203.15556: 20)" + (f", {compute:.3g} flops" if compute else "")
+    budget = f", {compute:.3g} flops" if compute else ""
+    why = f"{tokens / size.params:.3g} a parameter (arXiv:2203.15556: 20){budget}"
     asked = {key: value for key, value in flatten(train).items() if key in given}
     if hardware.accelerator is None and "device" not in given:
         chosen["device"] = Setting("cpu", "")

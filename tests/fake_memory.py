@@ -19,9 +19,8 @@ from peaks import peak_and_forecast
 SHAPE = {"block_size": 1024, "vocab_size": 50257, "n_layer": 3, "n_head": 12, "n_embd": 768}
 LLAMA = {"pos": "rope", "mlp": "swiglu", "n_kv_head": 4, "tie_embeddings": False}
 CASES = {
-    "gpt2": {"micro_batch": 8, "n_layer": 12}, "checkpointing": {"micro_batch": 16, "checkpointing": True},
+    "gpt2": {"micro_batch": 8, "n_layer": 6}, "checkpointing": {"micro_batch": 16, "checkpointing": True},
     "accumulated": {"micro_batch": 1, "steps": 2}, "llama": {"micro_batch": 8} | LLAMA,
-    "llama checkpointing": {"micro_batch": 16, "checkpointing": True} | LLAMA,
     "dropout": {"micro_batch": 8, "dropout": 0.1, "bias": True}, "documents": {"micro_batch": 8, "documents": "mask"},
     "qk-norm": {"micro_batch": 8, "qk_norm": True}, "muon": {"micro_batch": 1, "optimizer": "muon"},
     "small vocabulary": {"micro_batch": 8, "vocab_size": 256},
