@@ -51,6 +51,7 @@ from flatgpt.training.device import DeviceConfig, Numerics
 from flatgpt.training.distributed import Job, ParallelConfig
 from flatgpt.training.metrics import LogConfig, Reporter, Validation, describe_losses, write_samples
 from flatgpt.training.optim import OptimConfig, SpikeDetector
+from flatgpt.training.profiling import Profiler
 from flatgpt.training.resume import Progress
 from model import GPTConfig, LanguageModel
 
@@ -104,6 +105,8 @@ class TrainConfig:
             ("eval_iters", self.eval_iters >= 0, "0 or more"), ("eval_tokens", self.eval_tokens >= 0, "0 or more"),
             ("target_val_loss", self.target_val_loss >= 0, "0 (none) or more"),
             ("bigram_k", self.bigram_k > 0, "positive"), ("max_minutes", self.max_minutes >= 0, "0 or more"))
+        if self.log.profile and self.eval_only:
+            faults.append(f"profile={self.log.profile} is for training, and this is eval_only=True")
         if self.bigram_counts and (self.model.model != "bigram" or self.init_from != "scratch"):
             faults.append(f"bigram_counts=True counts the table of --model=bigram --init_from=scratch, not of model="
                           f"{self.model.model}, init_from={self.init_from}")
@@ -212,7 +215,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     batches = loader.prefetch(partial(loader.read_step, train_order, plan, job.rank, job.device),
                               itertools.count(now.next_seq, plan.seqs_per_step))
     stopped_by, done_at = "", now.step if trainer["folder"] else None  # the step that was evaluated and saved before
-    with signals.stop_requests() as asked:
+    with signals.stop_requests() as asked, Profiler(run.path, config.log, now.step, model, report, job) as profiler:
         while True:
             is_last, is_done = now.step == config.max_iters, now.step == done_at
 
@@ -297,6 +300,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
                 now = resume.roll_back(run, now, fault, model, optimizer, scaler, spike_detector, job)
                 done_at = now.step
                 report.rollback(now.step, now.rollbacks, now.skipped, now.next_seq)
+            profiler.step()
         distributed.on_rank0(partial(finish, run, report, now, stopped_by, data.tokenizer is not None), job)
     return stopped_by
 
