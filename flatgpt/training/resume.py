@@ -36,8 +36,8 @@ WORDS = {"data_fingerprint": "the tokens or the shares of the data sets changed"
          "muon_version": "Muon orthogonalises queries, keys and values, the two halves of swiglu and the gates of an "
                          "LSTM or GRU one by one, no longer as one matrix, and by other coefficients"}
 OF_A_START = ("init_from", "resume", "eval_only", "branch_from")  # options that no run keeps
-# Options of training that a branch does not take over: what only a start means, and what a machine computes with.
-NOT_TAKEN_OVER = {*OF_A_START, "bigram_counts", "bigram_k", "max_minutes", "compile", "attention"}
+# Options of training that a branch does not take over: what only a start means, and what a machine may lack.
+NOT_TAKEN_OVER = {*OF_A_START, "bigram_counts", "bigram_k", "max_minutes", "attention"}
 MAX_ROLLBACKS = 3
 
 
