@@ -236,10 +236,13 @@ def shape_facts(model: LanguageModel) -> dict[str, str]:
 def run_facts(part: Part) -> dict[str, str]:
     """Rows of the card's table: what its run came to."""
     trainer, came_to = part.trainer, summarize(part.records)
+    branch = [f"step {record['step']:,} of `{Path(record['branched_from']).name}`"
+              for record in part.records if "branched_from" in record]
     losses = {"validation loss": part.val_loss(), "best validation loss of the run": came_to.get("best_val_loss"),
               "final validation loss of the run": came_to.get("final_val_loss")}
-    return {"step": f"{trainer['step']:,} of {part.options['max_iters']:,}", "tokens seen": f"{trainer['tokens']:,}"
-            } | {text: f"{loss:.4f}" for text, loss in losses.items() if loss is not None}
+    return {"step": f"{trainer['step']:,} of {part.options['max_iters']:,}",
+            **({"branched from": branch[0]} if branch else {}), "tokens seen": f"{trainer['tokens']:,}",
+            **{text: f"{loss:.4f}" for text, loss in losses.items() if loss is not None}}
 
 
 def average_section(parts: list[Part], name: str) -> str:

@@ -8,6 +8,10 @@ Two nodes of eight, the same command on both, node0 being the name of one of the
 
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=node0:29500 train.py config/gpt2_124m.py
 
+A new run that goes on from a checkpoint of another one, here to let its constant learning rate decay:
+
+    python train.py --init_from=out/run --branch_from=step_5000 --schedule=wsd --max_iters=6000 --out_dir=out/decayed
+
 The same command again goes on from the newest checkpoint in out_dir, also on another number of processes. SIGTERM,
 Ctrl-C and SIGUSR1 finish the step, save and exit with status 75, as does --max_minutes. Keys, meanings and
 defaults are nanoGPT's; where flatGPT differs (device, dtype and compile are `auto`), --help says so.
@@ -24,8 +28,8 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds
 import itertools
 import math
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, is_dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,14 +54,13 @@ from flatgpt.training.config import TrainConfig
 from flatgpt.training.device import Numerics
 from flatgpt.training.distributed import Job
 from flatgpt.training.metrics import Reporter, Validation, describe_losses
-from flatgpt.training.optim import OptimConfig, SpikeDetector
+from flatgpt.training.optim import SpikeDetector
+from flatgpt.training.profiling import Profiler
 from flatgpt.training.resume import Progress
 from flatgpt.training.samples import Samples
 from model import LanguageModel
 
 UNFINISHED = 75  # exit status of a run that was asked to stop: EX_TEMPFAIL, start it again
-# Options of TrainConfig that a branch does not take over: what only a start means, and what a machine computes with.
-NOT_TAKEN_OVER = {*resume.OF_A_START, "bigram_counts", "bigram_k", "max_minutes", "compile", "attention"}
 SAVING_FAILS = "failed saves"  # a reason to stop without another save
 VERSIONS = {"python": sys.version.split()[0], "torch": torch.__version__}
 
@@ -94,7 +97,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     elsewhere = config.eval_only and config.init_from not in ("scratch", "resume")
     trainer = resume.fresh_state() if elsewhere else run.start(lock=not config.eval_only)
     if config.run.branch_from:
-        trainer = branch(config, given, trainer, report.log, job)
+        trainer = resume.branch(config, given, trainer, report.log, job)
 
     # 2) The data. What is wrong with it, the options or the run folder is said before anything is written.
     data = setup.open_data(config.data, config.model.vocab_size, config.log.sample_interval, report.log)
@@ -151,7 +154,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     batches = loader.prefetch(partial(loader.read_step, train_order, plan, job.rank, job.device),
                               itertools.count(now.next_seq, plan.seqs_per_step))
     stopped_by, done_at = "", now.step if trainer["folder"] else None  # the step that was evaluated and saved before
-    with signals.stop_requests() as asked:
+    with signals.stop_requests() as asked, Profiler(run.path, config.log, now.step, model, report, job) as profiler:
         while True:
             is_last, is_done = now.step == config.max_iters, now.step == done_at
 
@@ -235,29 +238,9 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
                 now = resume.roll_back(run, now, fault, model, optimizer, scaler, spike_detector, job)
                 done_at = now.step
                 report.rollback(now.step, now.rollbacks, now.skipped, now.next_seq)
+            profiler.step()
         distributed.on_rank0(partial(finish, run, report, now, stopped_by, data.tokenizer is not None), job)
     return stopped_by
-
-
-def branch(config: TrainConfig, given: Mapping[str, str], trainer: dict[str, Any], log: Callable[[str], None],
-           job: Job) -> dict[str, Any]:
-    """The state that a branch goes on from: its own, once it has saved one, and before that its parent's. What decides
-    the training and nobody set becomes what is recorded there; where a run lies, reports and computes is its own."""
-    if trainer["folder"] is None:
-        trainer = distributed.on_rank0(partial(resume.branch_state, config.init_from, config.run.branch_from), job)
-    recorded, step = trainer["options"], trainer["step"]
-    for group in (config, config.data, config.model, config.optim):
-        own = {key for key, value in vars(group).items() if not is_dataclass(value)}
-        for key in own & recorded.keys() - given.keys() - NOT_TAKEN_OVER:
-            setattr(group, key, recorded[key])
-    if trainer["branched_from"]:
-        before = OptimConfig(**{key: recorded[key] for key in vars(config.optim).keys() & recorded.keys()})
-        optim.decay_from(step, config.max_iters, config.optim, given)
-        rates = [optim.learning_rate(at, of) for at, of in (
-            (step, before), (step, config.optim), (config.max_iters - 1, config.optim))]
-        log("learning rate: {:g} in the run that it branches from, {:g} here, {:g} in the last step".format(*rates))
-    check_options(config, given)
-    return trainer
 
 
 def how_finished(config: TrainConfig, trainer: Mapping[str, Any]) -> str:

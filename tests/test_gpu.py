@@ -458,3 +458,13 @@ def test_a_recording_that_breaks_off_is_done_without(monkeypatch):
     with pytest.warns(UserWarning, match="recording a CUDA graph failed"):
         drawn = model.generate(idx.to(CUDA), 50)  # from the device's own random numbers
     assert drawn.shape == (2, 57)
+
+
+def test_a_profile_has_a_memory_snapshot_and_changes_nothing(tiny_data, tmp_path):
+    options = (*RUN, "--compile=False", "--deterministic=True")
+    said = [run_process(ROOT / "train.py", *options, *more, cwd=tmp_path)
+            for more in (["--out_dir=out/plain"], ["--profile=2"])]
+    assert "profiled 2 steps from step 4 on; what took the most time:\n" in said[1]
+    assert sorted(path.name for path in tmp_path.glob("out/tiny/*_step_00000004*")) == [
+        "memory_step_00000004.pickle", "profile_step_00000004.json.gz"]
+    assert_same_weights(*(tmp_path / "out" / name for name in ("plain", "tiny")), "a profiler only looks on")

@@ -60,6 +60,8 @@ class TrainConfig:
             ("eval_iters", self.eval_iters >= 0, "0 or more"), ("eval_tokens", self.eval_tokens >= 0, "0 or more"),
             ("target_val_loss", self.target_val_loss >= 0, "0 (none) or more"),
             ("bigram_k", self.bigram_k > 0, "positive"), ("max_minutes", self.max_minutes >= 0, "0 or more"))
+        if self.log.profile and self.eval_only:
+            faults.append(f"profile={self.log.profile} is for training, and this is eval_only=True")
         if self.bigram_counts and (self.model.model != "bigram" or self.init_from != "scratch"):
             faults.append(f"bigram_counts=True counts the table of --model=bigram --init_from=scratch, not of model="
                           f"{self.model.model}, init_from={self.init_from}")

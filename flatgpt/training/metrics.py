@@ -44,6 +44,8 @@ from flatgpt.training.parallel import reshard
 from flatgpt.training.terminal import ProgressLine
 from model import LanguageModel
 
+EXCLUDED = "evaluation, samples or saving"  # what a profiler's trace calls the time that counts as no training
+
 
 @dataclass
 class LogConfig:
@@ -57,11 +59,13 @@ class LogConfig:
     sample_interval: int = 0  # steps between text samples from the model; 0 = never
     sample_tokens: int = 100  # tokens in each sample
     sample_prompts: Annotated[str, "path"] = ""  # file with a prompt a line: continue each at every evaluation
+    profile: int = 0  # so many steps, soon after the start: what takes their time, and a trace in out_dir; 0 = off
 
     def validate(self) -> list[str]:
         return failed_rules(self, ("log_interval", self.log_interval > 0, "positive"),
                             ("sample_interval", self.sample_interval >= 0, "0 or more"),
-                            ("sample_tokens", self.sample_tokens > 0, "positive"))
+                            ("sample_tokens", self.sample_tokens > 0, "positive"),
+                            ("profile", 0 <= self.profile <= 100, "0 to 100: a trace holds every operator"))
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -157,7 +161,7 @@ class Reporter:
         """Begin to report at `step`, after the time of earlier work in `trainer`: cut what a killed run wrote past it,
         open the progress line (on a terminal), and wandb and TensorBoard if wanted, which get the `options`. A branch
         begins with a line that says from which run."""
-        self._max_iters, parent = options["max_iters"], trainer["branched_from"]
+        self.max_iters, parent = options["max_iters"], trainer["branched_from"]
         self._flops_per_token, self._peak_flops = flops_per_token(model), peak_flops(self._job.device)
         self._step, elapsed_s = step, trainer["elapsed_s"]
         self._began = time.perf_counter() - elapsed_s
@@ -166,7 +170,7 @@ class Reporter:
         if self._speaks:
             self._scores.start(cut_metrics(self._path, 0 if parent else step))
             if sys.stderr.isatty() and sys.stdout.isatty():
-                self._line = ProgressLine(self._max_iters, step)
+                self._line = ProgressLine(self.max_iters, step)
             config, folder, facts = self._config, self._path.parent, options | {
                 "parameters": model.num_params(non_embedding=False), "world_size": self._job.world_size}
             if config.wandb_log:
@@ -190,7 +194,8 @@ class Reporter:
         if self._job.device.type == "cuda":
             torch.cuda.synchronize(self._job.device)  # the steps that are still under way do count
         self._paused_at = time.perf_counter()
-        yield
+        with torch.profiler.record_function(EXCLUDED):
+            yield
         self._excluded_s += time.perf_counter() - self._paused_at
         self._paused_at = None
 
@@ -206,6 +211,11 @@ class Reporter:
     def _restart_clock(self) -> None:
         self._excluded_before_s += self._excluded_s
         self._since, self._excluded_s, self._tokens_since = time.perf_counter(), 0.0, 0
+        self._is_slowed = False
+
+    def slowed(self) -> None:
+        """The next step runs under a profiler: the speed up to the next report is not the run's, and is left out."""
+        self._is_slowed = True
 
     def count(self, tokens: int) -> None:
         """Count a step over `tokens`, which the device may still be computing."""
@@ -223,11 +233,11 @@ class Reporter:
             return
         seconds = max(time.perf_counter() - self._since - self._excluded_s, 1e-9)
         ms_per_step = 1000 * seconds / (step - self._step)
-        tokens_per_sec = self._tokens_since / seconds
+        tokens_per_sec = None if self._is_slowed else self._tokens_since / seconds
         self._step = step
         self._restart_clock()
         mfu = None
-        if self._peak_flops:
+        if self._peak_flops and tokens_per_sec is not None:
             mfu = self._flops_per_token * tokens_per_sec / (self._peak_flops * self._job.world_size)
         self.record({"step": step, "tokens": tokens, "train/loss": loss, "lr": lr, "grad_norm": grad_norm,
                      "tokens_per_sec": tokens_per_sec, "mfu": mfu, "memory_gb": peak_memory_gb(self._job.device),
@@ -238,9 +248,10 @@ class Reporter:
         elif self._line is not None:
             self._line.trained(loss, tokens_per_sec)
         else:
-            self.log(f"step {step}/{self._max_iters}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.2f}, "
-                     f"{ms_per_step:.1f} ms, {tokens_per_sec:,.0f} tok/s, "
-                     f"mfu {'unknown' if mfu is None else format(mfu, '.1%')}")
+            speed = "profiled" if tokens_per_sec is None else (
+                f"{tokens_per_sec:,.0f} tok/s, mfu {'unknown' if mfu is None else format(mfu, '.1%')}")
+            self.log(f"step {step}/{self.max_iters}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.2f}, "
+                     f"{ms_per_step:.1f} ms, {speed}")
 
     def validation(self, step: int, tokens: int, losses: dict[str, float], sampled: dict[str, float] | None,
                    target: float | None) -> None:

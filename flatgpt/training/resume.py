@@ -7,7 +7,7 @@ Rank 0 reads; the other ranks get their part of each tensor from it. checkpoint.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 from flatgpt import run_folder
 from flatgpt.models import weights
 from flatgpt.models.inference import SHAPE
+from flatgpt.options import check_options
 from flatgpt.training import distributed, optim, parallel
 from flatgpt.training.distributed import Job
-from flatgpt.training.optim import SpikeDetector
+from flatgpt.training.optim import OptimConfig, SpikeDetector
 from model import GPTConfig, LanguageModel
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ WORDS = {"data_fingerprint": "the tokens or the shares of the data sets changed"
          "muon_version": "Muon orthogonalises queries, keys and values, the two halves of swiglu and the gates of an "
                          "LSTM or GRU one by one, no longer as one matrix, and by other coefficients"}
 OF_A_START = ("init_from", "resume", "eval_only", "branch_from")  # options that no run keeps
+# Options of training that a branch does not take over: what only a start means, and what a machine may lack.
+NOT_TAKEN_OVER = {*OF_A_START, "bigram_counts", "bigram_k", "max_minutes", "attention"}
 MAX_ROLLBACKS = 3
 
 
@@ -61,9 +64,31 @@ def fresh_state() -> dict[str, Any]:
                                  "judge": {}, "elapsed_s": 0.0, "train_s": 0.0}
 
 
-def branch_state(parent: str, which: str) -> dict[str, Any]:
+def branch(config: Any, given: Mapping[str, str], trainer: dict[str, Any], log: Callable[[str], None],
+           job: Job) -> dict[str, Any]:
+    """The state that a branch goes on from: its own `trainer`, once it has saved, and before that its parent's. Of
+    train.py's options, `config`, those that decide the training and are not among the keys `given` become what is
+    recorded there; where a run lies, reports and computes is its own. Raises ValueError or OSError."""
+    if trainer["folder"] is None:
+        trainer = distributed.on_rank0(partial(_branch_state, config.init_from, config.run.branch_from), job)
+    recorded, step = trainer["options"], trainer["step"]
+    for group in (config, config.data, config.model, config.optim):
+        own = {key for key, value in vars(group).items() if not is_dataclass(value)}
+        for key in own & recorded.keys() - given.keys() - NOT_TAKEN_OVER:
+            setattr(group, key, recorded[key])
+    if trainer["branched_from"]:
+        before = OptimConfig(**{key: recorded[key] for key in vars(config.optim).keys() & recorded.keys()})
+        optim.decay_from(step, config.max_iters, config.optim, given)
+        rates = [optim.learning_rate(at, of) for at, of in (
+            (step, before), (step, config.optim), (config.max_iters - 1, config.optim))]
+        log("learning rate: {:g} in the run that it branches from, {:g} here, {:g} in the last step".format(*rates))
+    check_options(config, given)
+    return trainer
+
+
+def _branch_state(parent: str, which: str) -> dict[str, Any]:
     """The trainer's state of a run that begins where the checkpoint `which` of the run `parent` stands. Its best loss
-    is its own to find, since the parent's best checkpoint is not in its folder. Raises ValueError or OSError."""
+    is its own to find, since the parent's best checkpoint is not in its folder."""
     folder = run_folder.verified_checkpoint(Path(parent), which)
     with run_folder.reading(folder):
         return fresh_state() | run_folder.read_trainer(folder) | {

@@ -32,10 +32,10 @@ class ProgressLine:
         """Count one step."""
         self._bar.update(1)
 
-    def trained(self, loss: float, tokens_per_sec: float) -> None:
+    def trained(self, loss: float, tokens_per_sec: float | None) -> None:
         trend = self._quick.add(loss) - self._slow.add(loss)
         self._texts |= {"loss": f"loss {loss:.3f} {arrow(0 if abs(trend) < FLAT * abs(loss) else trend)}",
-                        "speed": f"{tokens_per_sec:,.0f} tok/s"}
+                        "speed": "" if tokens_per_sec is None else f"{tokens_per_sec:,.0f} tok/s"}
         self._arrange()
 
     def validated(self, loss: float) -> None:

@@ -71,7 +71,7 @@ def test_a_branch_equals_the_run_that_was_told_to_decay_from_the_start(cli, tiny
 def test_a_branch_on_two_processes_equals_that_run_too_and_one_process_reads_the_same(cli, tiny_data, tmp_path,
                                                                                      options):
     layout = options[0]
-    for told in ((*CONSTANT, *options), (*WHOLE, *options), (*BRANCH, layout), ):
+    for told in ((*CONSTANT, *options), (*WHOLE, *options), (*BRANCH, layout)):
         code, log = start_ranks(2, tmp_path, *told)
         assert code == 0, log
     assert log.count("branching from") == 1
@@ -129,6 +129,10 @@ def test_a_branch_has_its_parents_options_but_for_those_that_it_was_told(cli, co
     assert {key for key in own if own[key] != parents[key]} == {
         "out_dir", "branch_from", "max_iters", "beta2", "save_interval", "keep_last"}
     assert own["init_from"] == "scratch"
+    assert cli("report", "out/tiny", "out/branch").code == 0
+    assert f"branch: {Path('out/tiny').absolute()}" in Path("report.html").read_text()
+    assert cli("export", "--run=out/branch", "--to=model").code == 0
+    assert "| branched from | step 4 of `tiny` |" in Path("model/README.md").read_text()
 
 
 def test_a_branch_of_a_branch_goes_on_from_it(cli, constant):
