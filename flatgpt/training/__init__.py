@@ -8,6 +8,6 @@
     setup.py        a run's data, and its model on the device
     preflight.py    what a run will need, printed before its first step
     checkpoint.py   the run folder: lock, find, save, delete; resume.py, how a run continues from one
-    metrics.py      what is reported; terminal.py, its line on a terminal
+    metrics.py      what is reported; terminal.py, its line on a terminal; samples.py, what the model writes meanwhile
     trackers.py     wandb and TensorBoard; plots.py, curves and pictures of runs, for the report page
 """
