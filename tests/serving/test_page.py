@@ -186,6 +186,6 @@ def test_scores_appear_with_their_errors_as_they_are_written_and_stale_ones_do_n
         until(lambda: points(page, key) == {"a": [[1000, 0.25], [2500, 0.5]]}, "the new score is shown")
         page.wait_for_timeout(2500)
         assert len([url for url in asked if re.search("/api/runs/", url)]) == 1  # and no more is asked for
-        errors = page.evaluate("key => document.querySelector(`[data-key=\"${key}\"] .plot`).data[0].error_y.array", key)
+        errors = page.locator(f'[data-key="{key}"] .plot').evaluate("plot => plot.data[0].error_y.array")
         assert errors == [0.1, 0.1]
         assert "<b>x</b>" in page.locator(f'[data-key="{key}"] h3').inner_text()
