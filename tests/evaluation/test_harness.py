@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ def save_models(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / name, eot_id=tokenizer.eot_id)
         tokenizer.save(tmp_path / name)
     model, questions = GPT.from_pretrained(str(tmp_path / "gpt2")).eval(), []
-    for i in range(40):
+    for i in range(20):
         text = f"Line {i}: the quick brown" + " lazy" * (i % 4)
         new = model.generate(torch.tensor([tokenizer.encode(text).tolist()]), 12, temperature=0)[0]
         written = tokenizer.decode(new[len(tokenizer.encode(text)):]).split(",")[0].split("\n")[0]
@@ -102,7 +103,7 @@ def test_scores_are_the_harnesss_for_models_of_three_shapes(cli, tasks, tmp_path
                 if isinstance(number, float) and not math.isnan(number):
                     wanted = number if "acc" in key or "exact_match" in key else pytest.approx(number, rel=2e-5)
                     assert ours[key.removesuffix(",none")] == wanted, (name, task, key)
-            assert ours["questions"] == 40
+            assert ours["questions"] == 20
         assert report["tasks"]["choice"]["versions"] == {"choice": 2.0}
         assert report["tasks"]["answer"]["lower_is_better"] == ["perplexity"]
     assert 0.2 < theirs[0]["written"]["exact_match,none"] < 0.8
@@ -137,6 +138,7 @@ def test_bad_input_is_one_line(refused, tasks, tmp_path, monkeypatch, options, m
 
 
 def test_without_the_harness_its_tasks_are_refused_and_ours_is_not(refused, tasks, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "flatgpt.evaluation.harness", None)
+    monkeypatch.delattr("flatgpt.evaluation.harness", raising=False)
+    monkeypatch.setitem(sys.modules, "flatgpt.evaluation.harness", None)
     assert "arc_easy: tasks besides hellaswag are lm-evaluation-harness's, which cannot be imported here" in refused(
         "eval", "--tasks=hellaswag,arc_easy")
