@@ -1,4 +1,4 @@
-"""How good a model is: what eval.py measures besides the loss, and when.
+"""How good a model is, besides its loss: scores on tasks, also beside a run that goes on.
 
     scoring.py      ln p(answer | question) of tokens, shared by the ranks
     questions.py    multiple choice of our own: HellaSwag
