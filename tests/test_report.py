@@ -431,3 +431,31 @@ def test_the_page_shows_in_a_browser_wide_and_narrow(cli, two_runs, tmp_path):
             assert picture["aspect"] == pytest.approx(1080 / 782, rel=0.02)
             assert picture["shown"] == pytest.approx(picture["aspect"], rel=0.02)
             assert picture["coloured"] > 100
+
+
+def test_scores_are_drawn_and_listed_with_their_standard_errors(cli, tmp_path):
+    """Of two tasks, without what a rollback went back from; only one run has any."""
+    def score(step: int, next_seq: int, acc: float, perplexity: float) -> dict:
+        return {"step": step, "tokens": 100 * step, "next_seq": next_seq, "seqs_per_step": 8, "checkpoint": "x",
+                "task": "both", "lower_is_better": ["perplexity"], "scores": {
+                    "a": {"acc": acc, "acc_stderr": 0.1, "questions": 9}, "$b<": {"perplexity": perplexity}}}
+
+    run = write_run(tmp_path / "one", [trained(1), trained(30), {"step": 20, "rollbacks": 1, "next_seq": 240},
+                                       trained(30), evaluated(30, 2.0)])
+    write_run(tmp_path / "two", [trained(1), trained(30)])
+    lines = [score(10, 80, 0.5, 9.0), score(20, 160, 0.25, 7.0), score(25, 200, 0.9, 1.0), score(30, 320, 0.375, 8.0)]
+    (run / "evals.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"torn')
+    assert cli("report", "one", "two").code == 0
+    curves = numbers_in()[0]["curves"]
+    assert curves["score/a/acc"] | {"elapsed_s": None} == {
+        "step": [10, 20, 30], "tokens": [1000, 2000, 3000], "elapsed_s": None, "value": [0.5, 0.25, 0.375],
+        "low": [0.4, 0.15, 0.275], "high": [0.6, 0.35, 0.475]}
+    assert curves["score/$b</perplexity"]["value"] == [9, 7, 8]
+    rows = table_rows(Path("report.html").read_text(), "Scores")
+    assert rows == [["task", "one", "two"],
+                    ["aacc", "0.3750 ± 0.1000step 30best 0.5000 ± 0.1000, step 10", "–"],
+                    ["$b<perplexity", "8.0000step 30best 7.0000, step 20", "–"]]
+    assert len(list(Path("report_files").glob("score_*.png"))) == 2
+    (run / "evals.jsonl").unlink()
+    assert cli("report", "one", "two").code == 0
+    assert not list(Path("report_files").glob("score_*.png"))

@@ -10,7 +10,7 @@
     preflight.py    what a run will need, printed before its first step
     checkpoint.py   the run folder: lock, find, save, delete; resume.py, how a run continues from one
     profiling.py    what the time of a few steps goes to
-    metrics.py      what is reported; terminal.py, its line on a terminal
+    metrics.py      what is reported; terminal.py, its line on a terminal; samples.py, what the model writes meanwhile
     trackers.py     wandb and TensorBoard; plots.py, curves and pictures of runs, for the report page
     finished_runs.py what a scaling law is fitted to, of finished runs; fit_plots.py, the picture of it
 """

@@ -1,6 +1,8 @@
 """The page in a real browser: runs while they train, compared, on a phone, in the dark, by keyboard."""
 
 import contextlib
+import json
+import re
 import signal
 import subprocess
 import sys
@@ -162,3 +164,28 @@ def test_a_run_whose_folder_is_deleted_leaves_the_page(two_runs):
             path.rmdir() if path.is_dir() else path.unlink()
         until(lambda: state_of(page, "b") is None and "b" not in points(page), "it is gone")
         assert "a" in points(page)
+
+
+def test_scores_appear_with_their_errors_as_they_are_written_and_stale_ones_do_not(tmp_path):
+    turned = [*records(30, 0.0), {"step": 20, "rollbacks": 1, "next_seq": 240, "elapsed_s": 70.0},
+              {"step": 30, "tokens": 3000, "val/loss": 1.4, "elapsed_s": 90.0}]
+    run = write_run(tmp_path / "out" / "a", turned, OPTIONS)
+
+    def score(step: int, next_seq: int, acc: float, task: str = "<b>x</b>") -> str:
+        return json.dumps({"step": step, "tokens": 100 * step, "next_seq": next_seq, "seqs_per_step": 8,
+                           "checkpoint": "x", "task": task, "scores": {task: {"acc": acc, "acc_stderr": 0.1}}}) + "\n"
+
+    key = "score/<b>x</b>/acc"
+    (run / "evals.jsonl").write_text(score(10, 80, 0.25) + score(25, 200, 0.9) + '{"torn')
+    with serving(build_app(RunTable([str(tmp_path / "out")]))) as address, chromium(address) as open_page:
+        page = open_page()
+        assert points(page, key) == {"a": [[1000, 0.25]]}
+        asked = []
+        page.on("request", lambda request: asked.append(request.url))
+        (run / "evals.jsonl").write_text(score(10, 80, 0.25) + score(25, 200, 0.9) + score(25, 280, 0.5))
+        until(lambda: points(page, key) == {"a": [[1000, 0.25], [2500, 0.5]]}, "the new score is shown")
+        page.wait_for_timeout(2500)
+        assert len([url for url in asked if re.search("/api/runs/", url)]) == 1  # and no more is asked for
+        errors = page.locator(f'[data-key="{key}"] .plot').evaluate("plot => plot.data[0].error_y.array")
+        assert errors == [0.1, 0.1]
+        assert "<b>x</b>" in page.locator(f'[data-key="{key}"] h3').inner_text()

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, TINY_RUN, records_of, run_process
 from faults import start_ranks, until
 
-from flatgpt.training import trackers
+from flatgpt.training import metrics, trackers
 from model import GPT
 
 RUN = (*TINY_RUN, "--dropout=0.1", "--keep_last=0")
@@ -103,7 +103,8 @@ def tensorboard_of(run: Path):
 
 def assert_tensorboard_has(records: list[dict], run: Path = TINY) -> None:
     events = tensorboard_of(run)
-    shown = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    shown = {tag: [(event.step, event.value) for event in points] for tag in events.Tags()["scalars"]
+             if (points := events.Scalars(tag))}  # none where all were purged
     assert shown == {key: [(step, np.float32(value)) for step, value in curve]
                      for key, curve in curves(records).items()}
 
@@ -289,3 +290,43 @@ def test_without_a_key_nobody_is_asked_for_one_even_at_a_terminal(tiny_data, tmp
     subprocess.run(["script", "-qec", command, "log"], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL, timeout=120)
     assert "wandb has no API key: the run is kept in out/tiny/wandb" in (tmp_path / "log").read_text()
     assert curves(wandb_history(wandb_files()[0])) == curves(records_of(TINY))
+
+
+def test_scores_of_another_process_reach_both_over_tokens_and_stale_ones_do_not(cli, tiny_data, tmp_path, monkeypatch):
+    """Written while the run goes on, torn at first, and again after a rollback."""
+    path = tmp_path / "out/tiny/evals.jsonl"
+    line = {"step": 3, "tokens": 384, "next_seq": 24, "seqs_per_step": 8, "checkpoint": "x", "task": "a",
+            "scores": {"a": {"acc": 0.5, "acc_stderr": 0.25, "questions": 4}}}
+    text = json.dumps(line) + "\n" + json.dumps(line | {"step": 2, "next_seq": 99}) + "\n"
+    report = metrics.Reporter.train
+
+    def train(self, step, *args, **options):
+        if step in (4, 5):
+            with open(path, "a") as file:
+                file.write(text[:20] if step == 4 else text[20:])
+        return report(self, step, *args, **options)
+
+    monkeypatch.setattr(metrics.Reporter, "train", train)
+    result = cli("train", *RUN, *BOTH)
+    assert result.code == 0, result.err
+    assert "warning" not in result.out
+    scores = {tag: [(event.step, event.value) for event in tensorboard_of(TINY).Scalars(tag)]
+              for tag in ("eval/a/acc", "eval/a/acc_stderr")}
+    assert scores == {"eval/a/acc": [(384, 0.5)], "eval/a/acc_stderr": [(384, 0.25)]}
+    [logged] = [record for record in wandb_history(wandb_files()[0]) if "eval/a/acc" in record]
+    assert (logged["tokens"], logged["step"], logged["eval/a/acc_stderr"]) == (384, 3, 0.25)
+
+
+def test_scores_come_again_after_a_turn_and_cost_a_look_otherwise(tmp_path):
+    path, stale = tmp_path / "evals.jsonl", 8 * 5
+    lines = [{"step": step, "tokens": step, "next_seq": seq, "seqs_per_step": 8, "checkpoint": "x", "task": "a",
+              "scores": {"a": {"acc": seq}}} for step, seq in ((3, 24), (5, stale), (5, 80))]
+    scores = trackers.Scores(path)
+    assert scores.after({"step": 5}) == []  # there is no file
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines[:2]))
+    assert [found["eval/a/acc"] for found in scores.after({"step": 5})] == [24, stale]
+    assert scores.after({"step": 6}) == []
+    scores.rewind()
+    assert [found["eval/a/acc"] for found in scores.after({"step": 4, "rollbacks": 1, "next_seq": 72})] == [24]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [found["eval/a/acc"] for found in scores.after({"step": 5})] == [80]
