@@ -41,7 +41,7 @@ def gather_parts(counts: list[int]) -> list[float]:
         return distributed.all_gather(mine, counts, job.replica_group).tolist()
 
 
-@pytest.mark.parametrize("counts", [[3, 2, 2], [0, 1, 0], [3, 0, 0]], ids=["padded", "one in the middle", "one in front"])
+@pytest.mark.parametrize("counts", [[3, 2, 2], [0, 1, 0], [3, 0, 0]], ids=["padded", "one rank", "the first"])
 def test_parts_of_any_sizes_are_gathered_whole(counts):
     """The first with padding, the others, where that would take most of it, as a sum with zeros."""
     wanted = [100 * rank + i for rank, count in enumerate(counts) for i in range(count)]
