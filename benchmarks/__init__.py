@@ -4,4 +4,5 @@
     bench.py        what is measured, and in which turn     zoo.py      the table of models
     baselines.py    what people would use instead           scripts.py  runs our scripts, compares the ways
     kernels.py      what each thing that saves a GPU time gains
+    scaling.py      steps on many GPUs, reckoned            rates.py    this machine's rates, to check that
 """

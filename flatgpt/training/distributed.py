@@ -200,9 +200,15 @@ def all_to_all(flat: torch.Tensor, send: list[int], receive: list[int], group: d
 
 
 def all_gather(flat: torch.Tensor, counts: list[int], group: dist.ProcessGroup | None) -> torch.Tensor:
-    """The flat tensors of the group's ranks, of counts[0] elements and so on, one behind the other."""
+    """The flat tensors of the group's ranks, of counts[0] elements and so on, one behind the other. A zero may
+    lose its sign."""
     if group is None:
         return flat
+    if len(counts) * max(counts) > 2 * sum(counts):  # many ranks have little: a sum with zeros takes less than padding
+        total, start = flat.new_zeros(sum(counts)), sum(counts[:dist.get_rank(group)])
+        total[start:start + len(flat)] = flat
+        dist.all_reduce(total, group=group)
+        return total
     parts = list(flat.new_empty(len(counts), max(counts)))  # of one length, as gloo wants them
     dist.all_gather(parts, torch.nn.functional.pad(flat, (0, max(counts) - len(flat))), group=group)
     return torch.cat([part[:count] for part, count in zip(parts, counts)])

@@ -8,7 +8,8 @@ each (HSDP; FSDP has one replica, DDP has shards of one rank, and what then has 
 2. The owners put their stacks together, orthogonalise them, and send each rank of the replica the rows that it holds.
 3. The replicas, whose stacks are different ones, gather each other's rows.
 
-That is an all-to-all, another one, and an all-gather, in the number type of the products.
+That is an all-to-all, another one, and an all-gather (or a sum, with many more ranks than stacks: see
+distributed.all_gather), in the number type of the products.
 
 Invariant: the same gradients give the same update, bit for bit, on any number of ranks in any layout. A product of a
 stack is rounded in another way than that of a single matrix, so stacks depend on the model alone; the number of ranks

@@ -35,6 +35,19 @@ def test_neighbours_hold_a_copy_of_the_model_and_their_peers_the_same_part(layou
     assert on_ranks(len(expected), groups_of, ParallelConfig(parallel=layout), str(local_world_size)) == expected
 
 
+def gather_parts(counts: list[int]) -> list[float]:
+    with join("ddp") as job:
+        mine = torch.arange(counts[job.rank], dtype=torch.bfloat16) + 100 * job.rank
+        return distributed.all_gather(mine, counts, job.replica_group).tolist()
+
+
+@pytest.mark.parametrize("counts", [[3, 2, 2], [0, 1, 0], [3, 0, 0]], ids=["padded", "one rank", "the first"])
+def test_parts_of_any_sizes_are_gathered_whole(counts):
+    """The first with padding, the others, where that would take most of it, as a sum with zeros."""
+    wanted = [100 * rank + i for rank, count in enumerate(counts) for i in range(count)]
+    assert on_ranks(3, gather_parts, counts) == 3 * [wanted]
+
+
 def test_one_process_is_a_copy_by_itself_in_any_layout():
     for layout in ("ddp", "fsdp", "hsdp"):
         with join(layout, shard_size=0) as job:

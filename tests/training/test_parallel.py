@@ -8,10 +8,12 @@ import pytest
 import torch
 import torch.nn as nn
 from conftest import on_ranks, write_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatgpt.data.order import EvalOrder
 from flatgpt.data.shards import Split
 from flatgpt.models.baselines import build_empty
+from flatgpt.planning.traffic import step_traffic
 from flatgpt.training import distributed, parallel
 from flatgpt.training.device import DeviceConfig
 from flatgpt.training.distributed import Job, ParallelConfig
@@ -176,9 +178,26 @@ def test_float16_is_refused_with_fsdp(monkeypatch, layout):
         pass
 
 
+class Sizes(TorchDispatchMode):
+    """Counts collectives by torch's name and the elements of the largest tensor they are given: of an all-gather what
+    comes out, of a reduce-scatter what goes in."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(hasattr(kind, "full_tensor") for kind in types):
+            return NotImplemented  # it comes again with the parts
+        if func.name().startswith("c10d::"):
+            flat = [each for arg in args for each in (arg if isinstance(arg, list) else [arg])]
+            self.seen[func.name(), max(each.numel() for each in flat if isinstance(each, torch.Tensor))] += 1
+        return func(*args, **kwargs or {})
+
+
 def count_collectives(layout: str, options: dict) -> list[Counter]:
     """What this rank sends in the passes of a step of two micro-batches, in its clip, update and clean-up, by torch's
-    names; then in an evaluation's pass after that."""
+    names; then in an evaluation's pass after that. Last, what the passes send by names and sizes."""
     with join(layout, **options) as job:
         model = materialize(job)
         wrapped, optimizer = parallel.wrap(model, job, MICRO_SEQS), build_optimizer(model, OptimConfig())
@@ -190,7 +209,9 @@ def count_collectives(layout: str, options: dict) -> list[Counter]:
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
                 part()
             seen.append(Counter(event.name for event in profile.events() if event.name.startswith("c10d::")))
-        return seen
+        with Sizes() as sizes:
+            backward(wrapped, job)
+        return [*seen, sizes.seen]
 
 
 def evaluate_once(model: GPT, tokens: torch.Tensor) -> None:
@@ -201,19 +222,38 @@ def evaluate_once(model: GPT, tokens: torch.Tensor) -> None:
     assert sum(parallel.local(p).numel() for p in model.parameters()) == before
 
 
-@pytest.mark.parametrize(("layout", "options"), [
-    ("ddp", {}), ("fsdp", {}), ("fsdp", LESS_TRAFFIC), ("fsdp", LESS_MEMORY), ("hsdp", LESS_MEMORY),
-    pytest.param("hsdp", {}, marks=pytest.mark.soak)])
-def test_a_step_takes_no_more_collectives_than_it_has_to(layout, options):
-    """FSDP gathers and reduces each block by itself, and all that is in none; DDP has one bucket."""
-    num_blocks = make_model().config.n_layer
-    passes = {"c10d::allreduce_": {"ddp": 1, "fsdp": 0, "hsdp": num_blocks + 1}[layout]}  # hsdp: between copies
-    clip = {"c10d::allreduce_": 0 if layout == "ddp" else 2 if torch.__version__.startswith("2.9.") else 1}
-    evaluation = {}
-    if layout != "ddp":
-        passes_with_gather = 1 if options == LESS_TRAFFIC else 2  # forward and backward
-        passes["c10d::_allgather_base_"] = 2 * (passes_with_gather * num_blocks + 1)  # in each micro-batch
-        passes["c10d::_reduce_scatter_base_"] = (num_blocks + 1) * (2 if options == LESS_MEMORY else 1)
-        evaluation["c10d::_allgather_base_"] = num_blocks + 1
-    for seen in on_ranks(RANKS[layout], count_collectives, layout, options):
-        assert seen == [Counter(part) for part in (passes, clip, {}, {}, evaluation)]
+TORCHS_NAMES = {"all-reduce": "c10d::allreduce_", "all-gather": "c10d::_allgather_base_",
+                "reduce-scatter": "c10d::_reduce_scatter_base_"}
+
+
+@pytest.mark.parametrize(("layout", "num_ranks", "options"), [
+    ("ddp", 2, {}), ("fsdp", 2, {}), ("fsdp", 2, LESS_TRAFFIC), ("fsdp", 2, LESS_MEMORY), ("hsdp", 4, LESS_MEMORY),
+    pytest.param("hsdp", 4, {}, marks=pytest.mark.soak)])
+def test_a_step_takes_the_collectives_that_are_reckoned_with_and_no_more(layout, num_ranks, options):
+    """FSDP gathers and reduces each block by itself, and all that is in none."""
+    shards = {"ddp": 1, "fsdp": num_ranks, "hsdp": 2}[layout]
+    passes, by_size, evaluation = Counter(), Counter(), Counter()
+    norms = {} if layout == "ddp" else {"c10d::allreduce_": 2 if torch.__version__.startswith("2.9.") else 1}
+    for each in step_traffic(make_model(), layout, num_ranks, shards, micro_batches=2, **options):
+        name = TORCHS_NAMES[each.kind]
+        if each.part != "the norm":
+            passes[name] += each.count
+            by_size[name, each.num_bytes // 4] += each.count
+        if each.kind == "all-gather":
+            evaluation[name] += make_model().config.n_layer if each.part == "a block" else 1
+    for seen in on_ranks(num_ranks, count_collectives, layout, options):
+        assert seen == [passes, Counter(norms), Counter(), Counter(), evaluation, by_size]
+
+
+def test_a_steps_collectives_are_as_many_as_benchmarks_md_says():
+    """Two blocks, two micro-batches; by hand, in L and m."""
+    num_blocks = m = 2
+    for layout, shards in (("fsdp", 4), ("hsdp", 2)):
+        for options, gathers, scatters in (({}, m * (2 * num_blocks + 1), num_blocks + 1),
+                                           (LESS_TRAFFIC, m * (num_blocks + 1), num_blocks + 1),
+                                           (LESS_MEMORY, m * (2 * num_blocks + 1), m * (num_blocks + 1))):
+            count = Counter()
+            for each in step_traffic(make_model(), layout, 4, shards, m, **options):
+                count[each.kind] += each.count
+            assert count == {"all-gather": gathers, "reduce-scatter": scatters,
+                             "all-reduce": 1 + (num_blocks + 1) * (layout == "hsdp")}
