@@ -28,12 +28,14 @@ from benchmarks.rates import Counts, check
 from flatgpt.data.loader import BatchPlan
 from flatgpt.models.baselines import build_empty
 from flatgpt.options import parse_options, run_script
+from flatgpt.planning import memory
+from flatgpt.planning.flops import flops_per_token
 from flatgpt.planning.hardware import ACCELERATORS, NETWORKS
+from flatgpt.planning.summary import size
 from flatgpt.planning.traffic import Collective, step_traffic
-from flatgpt.training import distributed, preflight
+from flatgpt.training import distributed
 from flatgpt.training.device import DeviceConfig
 from flatgpt.training.distributed import Job, ParallelConfig
-from flatgpt.training.metrics import flops_per_token
 from flatgpt.training.optim import OptimConfig, build_optimizer
 from model import GPTConfig, LanguageModel
 
@@ -223,7 +225,7 @@ def plan_work(name: str, parallel: str, world_size: int, batch_tokens: int, netw
                   checkpointing=checkpointing, reduces_each=each)
              for micro in range(min(mine, 64), 0, -1) if mine % micro == 0
              for checkpointing in (False, True) for each in (False, parallel != "ddp")[:1 + (micro < mine)]]
-    fitting = [work for work in works if takes_bytes(work) < preflight.ROOM * H100.memory_bytes]
+    fitting = [work for work in works if takes_bytes(work) < memory.ROOM * H100.memory_bytes]
     return min(fitting, key=lambda work: step_seconds(work, gpus(network)), default="does not fit")
 
 
@@ -233,8 +235,7 @@ def takes_bytes(work: Work) -> float:
     work.model.activation_checkpointing = work.checkpointing
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, that there is no GPU
-        return (preflight.state_bytes(work.model, work.plan, job)
-                + preflight.activation_bytes(work.model, work.plan.micro_batch, job))
+        return sum(memory.forecast(work.model, work.plan, job).values())
 
 
 def ideal_seconds(name: str, tokens: float) -> float:
@@ -273,7 +274,7 @@ def muon_table() -> Iterator[str]:
     for name in SIZES:
         for world_size in GPUS:
             cells = [muon_gather_bytes(empty(name), world_size, shards) for shards in (1, NODE)]
-            yield f"| {name} | {world_size:,} | {' | '.join(preflight.size(cell) for cell in cells)} |"
+            yield f"| {name} | {world_size:,} | {' | '.join(size(cell) for cell in cells)} |"
 
 
 def muon_gather_bytes(model: LanguageModel, world_size: int, shard_size: int) -> int:
@@ -287,9 +288,9 @@ def host_table() -> Iterator[str]:
     """What rank 0 alone does: it copies a checkpoint to the host and writes it; at a start it reads and sends one."""
     for name in SIZES:
         num_params = empty(name).num_params(non_embedding=False)
-        size, begins = 12 * num_params, 4 * num_params / HOST_WRITES + 12 * num_params / SHA256
-        writes = size / HOST_WRITES + size / SHA256
-        yield f"| {name} | {preflight.size(size)} | {size / HOST_LINK:.2g} s | {writes:,.0f} s | {begins:,.0f} s |"
+        num_bytes, begins = 12 * num_params, 4 * num_params / HOST_WRITES + 12 * num_params / SHA256
+        writes = num_bytes / HOST_WRITES + num_bytes / SHA256
+        yield f"| {name} | {size(num_bytes)} | {num_bytes / HOST_LINK:.2g} s | {writes:,.0f} s | {begins:,.0f} s |"
 
 
 def torchtitan_rows() -> Iterator[str]:
