@@ -409,6 +409,7 @@ NO_PATHS = {  # text options that are none, in whatever script
     "prepare_data": {"dataset", "subset", "split", "revision", "text_column", "name"}, "benchmarks.bench": {"options"},
     "benchmarks.ladder": {"sizes"}, "benchmarks.widths": set(), "benchmarks.zoo": set(),
     "train": {"device", "backend", "wandb_project", "wandb_run_name", "window_pattern"}}
+NO_PATHS["plan"] = NO_PATHS["train"] | {"gpus"}
 SCRIPTS = {"train": "TrainConfig", "sample": "SampleConfig", "prepare_data": "PrepareConfig",
            "benchmarks.zoo": "ZooConfig", "benchmarks.ladder": "LadderConfig", "benchmarks.widths": "WidthsConfig",
            "eval": "EvalConfig", "export": "ExportConfig", "report": "ReportConfig", "benchmarks.bench": "BenchConfig",
