@@ -2,6 +2,7 @@
 
     data/       text -> tokens -> batches
     models/     batches -> loss; weights in and out; text
+    planning/   what a run will take, before it runs
     training/   what a run needs around the model
     evaluation/ how good a model is, also beside a run
     options.py  config files and --key=value arguments -> validated dataclasses; files.py, small files on disk;
@@ -9,6 +10,6 @@
     signals.py, streams and what asks a process to stop; launcher.py, what started it; machine.py, memory and cores;
     pickles.py, other people's pickles without running them
 
-Imports point down: evaluation -> training -> models -> data -> the files here. model.py stands at the top, beside
-models/.
+Imports point down: evaluation -> serving -> training -> planning -> models -> data -> the files here. model.py stands
+at the top, beside models/.
 """
