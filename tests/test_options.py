@@ -265,11 +265,11 @@ def test_help_lists_every_key_with_its_default(cli, monkeypatch, script, options
     result = cli(script, "--help")
     assert result.code == 0
     text = " ".join(result.out.replace("│", " ").split())
-    # --key TYPE ... (default: x), where TYPE may be {one,of} and {None}|INT
-    shown = dict(re.findall(r"--(\w+) (?:[A-Z]+|{[^}]*}(?:\|[A-Z]+)?) .*?\(default: (.*?)\)", text))
+    # --key TYPE ... (default: x), where TYPE may be {one,of} and {None}|INT; a key of many values says (repeatable)
+    shown = dict(re.findall(r"--(\w+) (?:[A-Z]+|{[^}]*}(?:\|[A-Z]+)?) .*?\((?:repeatable|default: (.*?))\)", text))
     options = getattr(importlib.import_module(script), options)
     defaults = flatten(options())
-    assert shown == {key: shlex.quote(str(value)) for key, value in defaults.items()}
+    assert shown == {key: shlex.quote(str(value)) if value != () else "" for key, value in defaults.items()}
     assert list(field_types(options)) == list(defaults)
 
 
@@ -405,10 +405,11 @@ backend = 'gloo'
 
 
 NO_PATHS = {  # text options that are none, in whatever script
-    "sample": {"device", "split"}, "eval": {"device", "tasks"}, "export": {"checkpoint", "push"}, "report": set(),
+    "sample": {"device", "split"}, "eval": {"device", "tasks"}, "report": set(),
+    "export": {"checkpoint", "push", "average", "average_weights"},
     "prepare_data": {"dataset", "subset", "split", "revision", "text_column", "name"}, "benchmarks.bench": {"options"},
     "benchmarks.ladder": {"sizes"}, "benchmarks.widths": set(), "benchmarks.zoo": set(),
-    "train": {"device", "backend", "wandb_project", "wandb_run_name", "window_pattern"}}
+    "train": {"device", "backend", "wandb_project", "wandb_run_name", "window_pattern", "branch_from"}}
 NO_PATHS["plan"] = NO_PATHS["train"] | {"gpus"}
 SCRIPTS = {"train": "TrainConfig", "sample": "SampleConfig", "prepare_data": "PrepareConfig",
            "benchmarks.zoo": "ZooConfig", "benchmarks.ladder": "LadderConfig", "benchmarks.widths": "WidthsConfig",

@@ -69,7 +69,7 @@ def test_the_loop_makes_the_updates_that_its_parts_define(cli, tiny_data):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = train.optim.learning_rate(step, train.OptimConfig(
+            group["lr"] = train.optim.learning_rate(step, train.optim.OptimConfig(
                 learning_rate=1e-2, warmup_iters=2, lr_decay_iters=6))
         optimizer.step()
         optimizer.zero_grad()
