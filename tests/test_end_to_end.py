@@ -18,7 +18,7 @@ from model import GPT
 
 # Commands that cannot run here: they need a network (GPT-2's ranks are on it), a GPU, or eight of them, or do not end.
 ELSEWHERE = re.compile(r"^(git|cd|make|pip) |gpt2|nproc_per_node=8|finetune|config/shakespeare_char\.py|ckpt\.pt"
-                       r"|fineweb|--hf=|python_source|--push=|serve\.py|--watch=|^(ssh|lm_eval) ")
+                       r"|fineweb|--hf=|python_source|--push=|serve\.py|--watch=|^(ssh|lm_eval|docker|kubectl) ")
 
 
 CLOCK = """

@@ -56,8 +56,9 @@ def test_a_client_that_leaves_ends_its_work(url, path, body):
     assert httpx.post(f"{url}/v1/completions", json=brief, timeout=60).status_code == 200
     with contextlib.suppress(httpx.ReadTimeout), httpx.Client(timeout=1) as client, client.stream(
             "POST", url + path, json=body) as answer:
-        next(answer.iter_lines())
-        assert not is_idle(models())
+        lines = answer.iter_lines()
+        first = next(lines)
+        assert not is_idle(models()), [first, *lines]
     assert until(lambda: is_idle(models()))
 
 
