@@ -17,9 +17,10 @@ from faults import start_ranks
 from model import GPT
 
 # Commands that cannot run here: they need a network (GPT-2's ranks are on it), a GPU, or eight of them, containers, a
-# dozen finished runs, or do not end.
+# dozen finished runs, a quiet machine, or do not end.
 ELSEWHERE = re.compile(r"^(git|cd|make|pip) |gpt2|nproc_per_node=8|finetune|config/shakespeare_char\.py|ckpt\.pt"
-                       r"|fineweb|--hf=|python_source|--push=|serve\.py|--watch=|--fit |^(ssh|lm_eval|docker|kubectl) ")
+                       r"|fineweb|--hf=|python_source|--push=|serve\.py|--watch=|--fit |--check=True"
+                       r"|^(ssh|lm_eval|docker|kubectl) ")
 
 
 CLOCK = """
