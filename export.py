@@ -114,6 +114,7 @@ class Part:
 
 
 def main(argv: list[str]) -> None:
+    """Make the model folder, and upload it if that was asked for."""
     config, given = parse_options(ExportConfig, argv, usage=__doc__)
     check_options(config, given)
     to, runs = Path(config.to), config.runs()
