@@ -45,8 +45,9 @@ class Counts(NamedTuple):
 
 
 class Passing(TorchDispatchMode):
-    """Counts operations, and the bytes that those read and write which multiply no matrices; views are free. (torch has
-    no public name for this class, which its documentation tells to extend; a profiler's events have no number types.)"""
+    """Counts operations, and the bytes that those read and write which multiply no matrices; views are free.
+
+    torch has no public name for the class that its documentation tells to extend."""
 
     launches = num_bytes = 0
 

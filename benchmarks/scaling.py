@@ -120,7 +120,7 @@ class Passes(NamedTuple):
 
 
 def passes(work: Work, cluster: Cluster) -> Passes:
-    """Of a micro-batch: kernels and launches one after the other, or, where launches run ahead, the longer of the two."""
+    """Of a micro-batch: kernels and launches in turn, or, where launches run ahead, the longer of the two."""
     c, rows = work.model.config, work.plan.micro_batch * work.model.config.block_size
     head_flops = 6 * work.model.head.numel()
     block_flops = (flops_per_token(work.model) - head_flops) / c.n_layer
