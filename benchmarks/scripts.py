@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flatgpt.files import read_json
+from flatgpt.planning.fit import Point
 from flatgpt.run_folder import read_records
+from flatgpt.training.finished_runs import finished_run
 
 PROJECT = Path(__file__).resolve().parent.parent
 Figures = dict[str, float]  # what was measured, by its name
@@ -50,36 +52,37 @@ def run_training(*args: str, **env: str) -> TrainingRun:
 
 
 class Results:
-    """The val losses that runs end with, in the file `path`: a run that stands there is not made again,
-    so that a bench of many hours can be stopped and started. A run is known by its options alone, so the file is of one
-    version of the code. Threads may share it."""
+    """What runs end with, in the file `path`: a run that stands there is not made again, so that a bench of many hours
+    can be stopped and started. A run is known by its options alone, so the file is of one version of the code. Threads
+    may share it."""
 
     def __init__(self, path: Path, num_threads: int):
         """Each run computes on `num_threads` threads."""
         self.path, self.num_threads, self.lock = path, num_threads, threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
-        records = map(json.loads, path.read_text(encoding="utf-8").splitlines()) if path.exists() else ()
-        self.losses = {record["options"]: record["val_loss"] for record in records}
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else ()
+        self.points = {point.name: point for point in (Point(**json.loads(line)) for line in lines)}
 
-    def val_loss(self, options: str) -> float:
+    def point(self, options: str) -> Point:
         """Of the run of train.py with these options: a config of the project, and what a shell would take behind it.
         Raises OSError when it fails."""
-        if options not in self.losses:
+        if options not in self.points:
             config, *others = shlex.split(options)
-            records = run_training(str(PROJECT / config), *others, "--eval_interval=1000000", "--eval_iters=1",
-                                   OMP_NUM_THREADS=str(self.num_threads)).records
-            loss = next(record["val/loss"] for record in reversed(records) if "val/loss" in record)
+            with tempfile.TemporaryDirectory() as folder:
+                run("train.py", str(PROJECT / config), *others, "--eval_interval=1000000", "--eval_iters=1",
+                    f"--out_dir={folder}/run", OMP_NUM_THREADS=str(self.num_threads))
+                found = finished_run(Path(folder, "run")).point._replace(name=options)
             with self.lock, self.path.open("a", encoding="utf-8") as file:
-                self.losses[options] = loss
-                file.write(json.dumps({"options": options, "val_loss": loss}) + "\n")
-            print(f"{loss:.4f}  {options}", flush=True)
-        return self.losses[options]
+                self.points[options] = found
+                file.write(json.dumps(found._asdict()) + "\n")
+            print(f"{found.loss:.4f}  {options}", flush=True)
+        return self.points[options]
 
-    def val_losses(self, runs: Iterable[str], jobs: int) -> dict[str, float]:
+    def get(self, runs: Iterable[str], jobs: int) -> dict[str, Point]:
         """Of all runs, `jobs` at a time, in this order."""
         runs = list(dict.fromkeys(runs))
         with ThreadPoolExecutor(jobs) as pool:
-            return dict(zip(runs, pool.map(self.val_loss, runs)))
+            return dict(zip(runs, pool.map(self.point, runs)))
 
 
 def compare(rounds: int, ways: dict[str, Callable[[], Figures]], figures: tuple[str, ...]) -> dict[str, list[Figures]]:

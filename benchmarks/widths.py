@@ -44,8 +44,8 @@ def main(argv: list[str]) -> None:
     config, _ = parse_options(WidthsConfig, argv, usage=__doc__)
     cells = {(width_base, width, rate): options(width_base, width, rate, config.steps)
              for width in WIDTHS for width_base in TITLES for rate in RATES}
-    found = Results(Path(config.results), config.num_threads).val_losses(cells.values(), config.jobs)
-    losses = {cell: found[run] for cell, run in cells.items()}
+    found = Results(Path(config.results), config.num_threads).get(cells.values(), config.jobs)
+    losses = {cell: found[run].loss for cell, run in cells.items()}
     for width_base, title in TITLES.items():
         for width in WIDTHS:
             rate = best_rate(losses, width_base, width)

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from benchmarks.baselines import train_plainly
 from benchmarks.kernels import Size, measure_all
 from benchmarks.scripts import Results
 from flatgpt.models.fused import ChunkLoss, swiglu
+from flatgpt.planning.fit import Point
+from flatgpt.training.finished_runs import FinishedRun
 from model import GPT, CausalSelfAttention, GPTConfig
 
 OPTIONS = " ".join(option for option in TINY_RUN if not option.startswith(("--dataset", "--out_dir", "--max_iters")))
@@ -149,46 +152,63 @@ def test_a_way_that_fails_leaves_the_gpu_tables_other_rows(cli, config, monkeypa
 
 
 def planted_runs(monkeypatch, loss_of) -> list[str]:
-    """Runs of train.py cost nothing and come to `loss_of(options)`; the list of those that were made."""
-    made = []
+    """Runs of train.py cost nothing and come to `loss_of(options)`; the list of those that were made. Their size is
+    that of their blocks' matrices."""
+    made: dict[str, str] = {}  # folder -> options
 
-    def run_training(*args: str, **env: str):
-        made.append(" ".join(args))
-        return scripts.TrainingRun([{"val/loss": loss_of(made[-1])}, {"stopped": "the end"}], {}, "")
+    def finished_run(folder: Path) -> FinishedRun:
+        options = made[str(folder)]
+        width, steps = (int(re.findall(rf"--{key}=(\d+)", f"--n_embd=128 --max_iters=1 {options}")[-1])
+                        for key in ("n_embd", "max_iters"))
+        return FinishedRun(Point(str(folder), width**2, 768 * steps, loss_of(options)), {}, "", True)
 
-    monkeypatch.setattr(scripts, "run_training", run_training)
-    return made
+    def run(script: str, *args: str, **env: str) -> None:
+        made[args[-1].removeprefix("--out_dir=")] = " ".join(args[:-1])
+
+    monkeypatch.setattr(scripts, "run", run)
+    monkeypatch.setattr(scripts, "finished_run", finished_run)
+    return made.values()
 
 
 def test_a_bench_of_many_runs_goes_on_where_it_was_stopped(monkeypatch, tmp_path):
     made = planted_runs(monkeypatch, lambda options: float(re.search(r"--seed=(\d+)", options)[1]))
     wanted = [f"config/demo.py --seed={seed}" for seed in (1, 2, 3)]
-    assert list(Results(tmp_path / "out" / "runs.jsonl", 1).val_losses(wanted[:2], jobs=2).values()) == [1, 2]
-    again = Results(tmp_path / "out" / "runs.jsonl", 1).val_losses([*wanted, wanted[2]], jobs=2)
-    assert again == dict(zip(wanted, [1, 2, 3]))
+    first = Results(tmp_path / "out" / "runs.jsonl", 1).get(wanted[:2], jobs=2)
+    assert [point.loss for point in first.values()] == [1, 2]
+    again = Results(tmp_path / "out" / "runs.jsonl", 1).get([*wanted, wanted[2]], jobs=2)
+    assert {run: point.loss for run, point in again.items()} == dict(zip(wanted, [1, 2, 3]))
+    assert again.items() >= first.items()
     assert len(made) == 3
 
 
 def test_a_run_of_a_bench_is_one_of_train_py(tiny_data, tmp_path):
     options = f"config/demo.py --dataset={tiny_data} {OPTIONS} --max_iters=3 --lr_decay_iters=3"
-    assert 1 < Results(tmp_path / "runs.jsonl", 1).val_loss(options) < 20
+    point = Results(tmp_path / "runs.jsonl", 1).point(options)
+    assert 1 < point.loss < 20
+    assert point.name == options
+    assert point.num_params > 0 < point.num_tokens
 
 
 def test_the_ladder_compares_runs_of_one_seed(cli, monkeypatch, tmp_path):
-    """Losses that differ by seed, and by 0.5 with RoPE, but only where the rest of the whole is not there."""
+    """Losses that differ by seed, and by 0.5 with RoPE, but only where the rest of the whole is not there; and by a law
+    of the tokens."""
     def loss_of(options: str) -> float:
         chosen = dict(word.removeprefix("--").split("=") for word in options.split()[1:])  # later ones win
         is_rope, is_whole = chosen.get("pos") == "rope", chosen.get("tie_embeddings") == "False"
-        return 3 + int(chosen["seed"]) / 1000 - 0.5 * (is_rope and not is_whole)
+        of_tokens = (int(chosen["max_iters"]) / 200) ** -0.5
+        return 2 + int(chosen["seed"]) / 1e6 + of_tokens - 0.5 * (is_rope and not is_whole)
 
     made = planted_runs(monkeypatch, loss_of)
-    result = cli("benchmarks.ladder", "--sizes=0.8M", f"--results={tmp_path / 'runs.jsonl'}")
+    result = cli("benchmarks.ladder", "--sizes=0.8M", f"--results={tmp_path / 'runs.jsonl'}", f"--pictures={tmp_path}")
     assert result.code == 0, result.err
     assert "| RoPE | 0.500 (0.500 to 0.500) | 0.000 (0.000 to 0.000) |" in result.out
-    assert "| 0.8M | 3.447 (3.002 to 4.337) | 3.447 (3.002 to 4.337) |" in result.out
+    assert "| 0.8M | 2.578 (2.577 to 2.579) | 3.000 (3.000 to 3.001) | 3.415 (3.414 to 3.416) |" in result.out
     assert len(made) == len(set(made))
-    assert {"--max_iters=600", "--max_iters=200", "--max_iters=100"} == {
+    assert {"--max_iters=600", "--max_iters=200", "--max_iters=100", "--max_iters=50"} == {
         word for run in made for word in run.split() if word.startswith("--max_iters")}
+    beta = float(re.search(r"beta +(\S+)", result.out)[1])
+    assert beta == pytest.approx(0.5, rel=0.02)
+    assert (tmp_path / "ladder_python_source.svg").read_bytes().startswith(b"<?xml")
 
 
 def test_widths_finds_the_best_rate_of_each(cli, monkeypatch, tmp_path):
