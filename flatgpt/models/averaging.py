@@ -77,10 +77,14 @@ def check_fit(folders: list[Path]) -> None:
 
 
 def write_average(folders: list[Path], weights: list[float], path: Path) -> None:
-    """Write the average of checkpoints that fit each other as one safetensors file. Raises ValueError or OSError."""
+    """Write the average of checkpoints that fit each other as one safetensors file. Raises ValueError where it would
+    have values that are no finite numbers, or OSError."""
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(safe_open(folder / "model.safetensors", "pt")) for folder in folders]
         average = {name: mean((file.get_tensor(name) for file in opened), weights) for name in list(opened[0].keys())}
+    if broken := [name for name, tensor in average.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{broken[0]} of the average has values that are no finite numbers: one of "
+                         f"{', '.join(map(str, folders))} is of a run that diverged")
     save_tensors(average, path)
 
 

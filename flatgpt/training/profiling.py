@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,11 @@ class Profiler:
 
     def _finish(self) -> None:
         self._guarded(lambda: self._profile.stop())
+        self._close()
+
+    def _close(self) -> None:
+        if self._profile is not None and self._job.device.type == "cuda":
+            torch.cuda.memory._record_memory_history(enabled=None)
         self._profile = None
 
     def _guarded(self, do: Any) -> None:
@@ -107,7 +112,7 @@ class Profiler:
         try:
             do()
         except (OSError, RuntimeError) as error:
-            self._profile = None
+            self._close()
             self._report.log(f"warning: profiling failed ({one_line(error)}); going on without it")
 
     def _record_memory(self) -> None:
@@ -119,22 +124,26 @@ class Profiler:
         """Write the files, and say what took the time. A trace opens in ui.perfetto.dev or chrome://tracing."""
         num_steps = min(self._num_steps, max(0, self._num_calls - SKIPPED_STEPS - 1))
         steps = f"step_{self._first:08d}"
-        trace = self._folder / f"profile_{steps}.json.gz"
-        hidden = trace.with_name(f".{trace.name}")
-        recorded.export_chrome_trace(str(hidden))
-        os.replace(hidden, trace)
-        written = [str(trace)]
+        written = [self._write_file(f"profile_{steps}.json.gz", recorded.export_chrome_trace)]
         if self._job.device.type == "cuda":
-            memory = self._folder / f"memory_{steps}.pickle"
-            torch.cuda.memory._dump_snapshot(str(memory))
-            torch.cuda.memory._record_memory_history(enabled=None)
-            written.append(str(memory))
+            written.append(self._write_file(f"memory_{steps}.pickle", torch.cuda.memory._dump_snapshot))
         lines = describe(recorded.events(), self._matrices, self._job.device.type == "cuda")
         self._report.log(f"profiled {num_steps} steps from step {self._first:,} on; what took the most time:")
         for line in lines:
             self._report.log(f"  {line}")
         self._report.log(f"  {' and '.join(written)}: for ui.perfetto.dev"
                          + (" and pytorch.org/memory_viz" if len(written) > 1 else ""))
+
+    def _write_file(self, name: str, write: Callable[[str], Any]) -> str:
+        """Whole or not at all; returns its path."""
+        path = self._folder / name
+        hidden = path.with_name(f".{name}")
+        try:
+            write(str(hidden))
+            os.replace(hidden, path)
+        finally:
+            hidden.unlink(missing_ok=True)
+        return str(path)
 
 
 def matrices_of(model: nn.Module) -> dict[Sizes, str]:

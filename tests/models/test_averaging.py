@@ -1,6 +1,7 @@
 """Averages of checkpoints: equal to numpy's, as a folder that says what went in; what does not fit is refused."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -8,12 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY_RUN, files_of, records_of
 from safetensors.numpy import load_file
+from safetensors.torch import save_file
 from test_export import card_of, run_python_block
 
 from flatgpt import files
 from flatgpt.data.tokenizer import load_tokenizer
+from flatgpt.models.averaging import write_average
 
 RUN = (*TINY_RUN, "--max_iters=4", "--save_interval=1", "--keep_last=0")
 TINY = Path("out/tiny")
@@ -158,6 +162,16 @@ def test_a_damaged_checkpoint_or_a_full_disk_leaves_no_average(refused, run, mon
     shutil.rmtree(step(3) / "training")
     assert "step_00000003 is damaged" in refused("export", f"--run={run}", "--to=hf/mean", "--average=2")
     assert list(Path("hf").iterdir()) == []
+
+
+def test_a_run_that_diverged_is_in_no_average(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder, value in ((whole, 1.0), (broken, math.nan)):
+        folder.mkdir()
+        save_file({"wte": torch.ones(2), "head": torch.tensor([1.0, value])}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"head of the average has values that are no finite numbers: .*broken"):
+        write_average([whole, broken], [1, 1], tmp_path / "mean.safetensors")
+    assert not (tmp_path / "mean.safetensors").exists()
 
 
 def test_a_folder_with_commas_in_its_name_is_one_run(cli, run):

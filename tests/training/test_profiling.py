@@ -59,7 +59,8 @@ def test_rank_0_alone_is_profiled_and_a_stop_loses_nothing(tiny_data, tmp_path):
 
 
 def test_a_profiler_that_fails_ends_no_run(cli, tiny_data, monkeypatch):
-    def fail(*_):
+    def fail(_, path: str):
+        Path(path).write_text("half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("torch.profiler.profile.export_chrome_trace", fail)
@@ -67,6 +68,7 @@ def test_a_profiler_that_fails_ends_no_run(cli, tiny_data, monkeypatch):
     assert result.code == 0
     assert "warning: profiling failed (OSError: [Errno 28] No space left on device); going on without it" in result.out
     assert Path("out/tiny", MODEL).is_file()
+    assert list(Path("out/tiny").glob("*profile*")) + list(Path("out/tiny").glob(".*profile*")) == []
 
 
 @pytest.mark.parametrize(("options", "message"), [
