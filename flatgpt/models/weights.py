@@ -45,6 +45,8 @@ GPT2_SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large"
               "gpt2-xl": (48, 25, 1600)}  # n_layer, n_head, n_embd
 HUB_ALIASES = {name: f"openai-community/{name}" for name in GPT2_SIZES}
 WEIGHT_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json"]  # of a hub repository
+OWN_NAMES = {"rope_scaling": "rope_scaling_type"}  # in our own config.json: transformers, which reads that for the
+# tokenizer, takes a rope_scaling for a table of rotations
 TABLES = ("wte.weight", "lm_head.weight")  # a row a token: padded here, not in files
 QWEN2_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
                r"|\s+(?!\S)|\s+")  # of transformers' Qwen2Tokenizer
@@ -123,8 +125,8 @@ def _read_config(folder: Path) -> tuple[GPTConfig, str]:
     settings = read_json(path)
     kind = settings.get("model_type")
     if kind == "flatgpt":
-        return _make_config(path, {field.name: settings[field.name] for field in fields(GPTConfig)
-                                   if field.name in settings}), kind
+        return _make_config(path, {field.name: settings[key] for field in fields(GPTConfig)
+                                   for key in (field.name, OWN_NAMES.get(field.name)) if key in settings}), kind
     if kind not in FAMILIES:
         *names, last = FAMILIES
         raise ValueError(f"{folder}: model_type is {kind!r}, and only {', '.join(names)} and {last} can be loaded")
@@ -270,7 +272,8 @@ def save_pretrained(config: GPTConfig, state: Mapping[str, torch.Tensor], folder
         family, is_a = FAMILIES[kind], {"architectures": [FAMILIES[kind].architecture], "model_type": kind}
         settings, tensors = is_a | family.write_config(config), family.write_state(config, state)
     else:
-        settings, tensors = {"architectures": ["FlatGPT"], "model_type": "flatgpt", **asdict(config)}, state
+        settings, tensors = {"architectures": ["FlatGPT"], "model_type": "flatgpt"}, state
+        settings |= {OWN_NAMES.get(key, key): value for key, value in asdict(config).items()}
     write_json(folder / "config.json", settings | token_ids["config.json"] | {"torch_dtype": "float32"})
     write_json(folder / "generation_config.json", token_ids["generation_config.json"])
     save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")

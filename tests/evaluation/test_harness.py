@@ -29,20 +29,12 @@ TASKS = {
                "generation_kwargs: {until: [\",\", \"\\n\"], max_gen_toks: 12, do_sample: false, temperature: 0}\n"
                "metric_list: [{metric: exact_match}]"}
 LM_EVAL = """
-import json
 import sys
-import lm_eval
-from lm_eval.tasks import TaskManager
+from lm_eval.__main__ import cli_evaluate
 
-url = sys.argv[1]
-tasks = TaskManager(include_path="tasks", include_defaults=False)
-hf = {name: ("hf", {"pretrained": name, "dtype": "float32"}) for name in ("gpt2", "qwen3")}
-for name, (model, args) in {**hf, "ours": ("local-completions", {
-        "model": "ours", "tokenizer": "gpt2", "base_url": url + "/v1/completions", "max_length": 65,
-        "tokenized_requests": True})}.items():
-    asked = ["choice", "answer", "written"] + ["rolling"] * (model == "hf")
-    found = lm_eval.simple_evaluate(model, model_args=args, tasks=asked, batch_size=7, device="cpu", task_manager=tasks)
-    print("FOUND" + json.dumps(found["results"], default=str))
+for words in sys.argv[1:]:  # its command line, several times in one process
+    sys.argv = ["lm_eval", *words.split()]
+    cli_evaluate()
 """
 
 
@@ -88,10 +80,15 @@ def test_scores_are_the_harnesss_for_models_of_three_shapes(cli, tasks, tmp_path
     assert kinds[:2] == ["gpt2", "qwen3"]
     assert kinds[2] not in ("gpt2", "qwen3", "llama")
     with serving(make_app(Engine(lambda: [], ["ours"], "cpu", "float32"))) as url:
-        out = run_process("-c", LM_EVAL, url, cwd=tmp_path, OMP_NUM_THREADS="1", DISABLE_MULTIPROC="1",
-                          HF_DATASETS_CACHE=str(tmp_path / "cache"))
-    theirs = [json.loads(line.removeprefix("FOUND")) for line in out.splitlines() if line.startswith("FOUND")]
-    assert len(theirs) == 3
+        models = {name: f"--model=hf --model_args=pretrained={name},dtype=float32 --tasks=choice,answer,written,rolling"
+                  for name in ("gpt2", "qwen3")}
+        models["ours"] = (f"--model=local-completions --model_args=model=ours,base_url={url}/v1/completions,"
+                          "max_length=65,tokenized_requests=True --tasks=choice,answer,written")
+        run_process("-c", LM_EVAL, *(
+            f"{model} --include_path=tasks --batch_size=7 --device=cpu --output_path=theirs/{name}/found.json"
+            for name, model in models.items()), cwd=tmp_path, OMP_NUM_THREADS="1", DISABLE_MULTIPROC="1",
+            HF_DATASETS_CACHE=str(tmp_path / "cache"))
+    theirs = [json.loads(next((tmp_path / "theirs" / name).rglob("*.json")).read_text())["results"] for name in SHAPES]
     for name, found in zip(SHAPES, theirs):
         result = cli("eval", f"--init_from={name}", f"--tasks={','.join(found)}", "--include_path=tasks",
                      "--batch_size=3", "--device=cpu", "--dtype=float32", "--json")

@@ -10,6 +10,7 @@ from conftest import TEXT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from flatgpt.data.hf_tokenizer import Tokenizer as ModelTokenizer
+from flatgpt.data.tokenizer import train_bpe
 from flatgpt.models import weights
 from flatgpt.models.baselines import build_empty
 from flatgpt.models.families import FAMILIES, family_of
@@ -116,6 +117,22 @@ def test_a_model_is_written_as_the_first_family_that_it_fits(tmp_path, shape, fa
     else:
         assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "flatgpt"
     assert torch.equal(GPT.from_pretrained(str(tmp_path)).eval()(idx)[0], model(idx)[0])
+
+
+@pytest.mark.parametrize("rope", [{"pos": "alibi"}, {"pos": "rope", "rope_scaling": "yarn", "rope_factor": 2.0,
+                                                       "rope_original_block_size": 8}])
+def test_transformers_reads_the_tokenizer_beside_a_model_that_it_does_not_know(tmp_path, rope):
+    tokenizer = train_bpe(["the quick brown fox " * 9], 280)
+    model = GPT(GPTConfig(block_size=16, vocab_size=280, n_layer=1, n_head=2, n_embd=16, mlp="relu2", **rope))
+    model.save_pretrained(str(tmp_path))
+    weights.save_tokenizer(model.config, tokenizer, tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs("the quick fox")["input_ids"] == tokenizer.encode("the quick fox").tolist()
+    assert GPT.from_pretrained(str(tmp_path)).config == model.config
+    settings = json.loads((tmp_path / "config.json").read_text())  # as it was written before
+    settings["rope_scaling"] = settings.pop("rope_scaling_type")
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert GPT.from_pretrained(str(tmp_path)).config == model.config
 
 
 def save_as_before(model: GPT, folder: Path) -> None:
