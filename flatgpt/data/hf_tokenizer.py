@@ -1,7 +1,8 @@
 """Text <-> ids through a tokenizer.json of any kind: the `Tokenizer` that all kinds share.
 
-Owns encoding, decoding, streaming and saving, on top of the Hugging Face `tokenizers` library. tokenizer.py makes and
-loads tokenizers; tokenizer_config.py reads the settings beside them.
+Owns encoding, decoding, streaming and saving, on top of the Hugging Face `tokenizers` library. Where a tokenizer works
+as GPT-2's does, `gigatoken` encodes, which gives the same ids many times faster. tokenizer.py makes and loads
+tokenizers; tokenizer_config.py reads the settings beside them.
 
 Invariants: ids lie below `vocab_size`, which is the highest id + 1; there may be gaps. Ids are a function of the text,
 whatever truncation, padding or dropout a file asks for. Text that spells a special token is text, except in a prompt.
@@ -27,6 +28,7 @@ from flatgpt.data.tokenizer_config import CLASS_DEFAULTS, CLEAN_UP, TOKEN_IDS
 from flatgpt.files import write_json
 
 PIECE_CHARACTERS = 1 << 20
+REMEMBERED_CHARACTERS = 1 << 28  # of text, after which gigatoken is made anew: it keeps every word that it has met
 OVERLAP_CHARACTERS = 256  # on each side of a cut: the tokens there may depend on as many characters
 CONTEXT_TOKENS = 8  # the text of a token may depend on as many tokens before it
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # how SentencePiece spells a byte that is no whole character
@@ -62,6 +64,7 @@ class Tokenizer:
         if isinstance(hf.model, models.BPE):
             hf.model.dropout = None
         self.hf, self.eot_id = hf, eot_id
+        self._gigatoken, self._num_met = None, 0  # made with the first text; characters that it has met
         self.config = config or dict.fromkeys(CLASS_DEFAULTS["GPT2Tokenizer"] if eot_id is not None else (),
                                               hf.id_to_token(eot_id or 0))
         ids = {key: self._id_of(self.config.get(key.removesuffix("_id"))) for key in TOKEN_IDS}
@@ -102,6 +105,29 @@ class Tokenizer:
         return np.concatenate([self._encode_piece(piece) for piece in cut_text(text, self._next_start)])
 
     def _encode_piece(self, text: str) -> np.ndarray:
+        if not self._is_like_gpt2:
+            return self._encode_by_hf(text)
+        self._num_met += len(text)
+        if self._gigatoken is None or self._num_met > REMEMBERED_CHARACTERS:
+            self._gigatoken, self._num_met = self._make_gigatoken(), len(text)
+        return self._gigatoken.encode(text)
+
+    @cached_property
+    def _is_like_gpt2(self) -> bool:
+        """Whether this is a BPE over all bytes that splits words as GPT-2 does: what gigatoken is tested for."""
+        model = self.hf.model
+        return (self._splits_like_gpt2 and isinstance(model, models.BPE)
+                and not (model.continuing_subword_prefix or model.end_of_word_suffix or model.byte_fallback
+                         or model.ignore_merges)
+                and {*byte_alphabet()} <= self.hf.get_vocab(with_added_tokens=False).keys())
+
+    def _make_gigatoken(self) -> Any:
+        import gigatoken
+
+        settings = json.loads(self.hf.to_str()) | {"added_tokens": []}  # so that text which spells one is text
+        return gigatoken.Tokenizer.from_json(json.dumps(settings))
+
+    def _encode_by_hf(self, text: str) -> np.ndarray:
         if self._may_drop and self._unknown_parts(text):
             raise UnknownText(self._unknown_text(text), self._unknown_hint)
         try:
@@ -119,7 +145,7 @@ class Tokenizer:
         id, mostly an empty one, starts from `start_id`. Raises UnknownText."""
         self.hf.encode_special_tokens = bool(self.config.get("split_special_tokens"))
         try:
-            ids = [*self.opening(), *Tokenizer._encode_piece(self, text).tolist()]
+            ids = [*self.opening(), *self._encode_by_hf(text).tolist()]
         finally:
             self.hf.encode_special_tokens = True
         return np.array(ids or [self.start_id], dtype=np.uint32)

@@ -106,7 +106,6 @@ class Encoder:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        # GPT-2's own encoder is several times faster than its tokenizer.json.
         return make_tokenizer(self.kind, [], 0) if self.kind in ("gpt2", "byte") else load_tokenizer(self.folder)
 
     @cached_property
@@ -165,7 +164,7 @@ class Workers(contextlib.AbstractContextManager):
         start = {"initializer": _init_worker, "initargs": (encoder,)}
         self.count, method = count, start_method(encoder.kind)
         if method == "fork":
-            _ = encoder.tokenizer  # the children share it
+            encoder.tokenizer.encode("")  # the children share what it has loaded
         self._pool: Executor = ThreadPoolExecutor(1, **start) if count == 1 else ProcessPoolExecutor(
             count, multiprocessing.get_context(method), **start)
         with _ignored_sigint():

@@ -22,7 +22,6 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
 from flatgpt.data.hf_tokenizer import Tokenizer, UnknownText, byte_alphabet
-from flatgpt.data.tokenizer_config import CLASS_DEFAULTS, EOT, read_config, read_token_ids
+from flatgpt.data.tokenizer_config import EOT, read_config, read_token_ids
 from flatgpt.files import HUB_ID, fetch_snapshot, read_json
 from flatgpt.run_folder import follow_link, newest_checkpoint
 
@@ -43,54 +42,32 @@ WORD_CHARACTERS = 2000
 # As many letters, digits, signs or blanks in a row, as GPT-2's pattern tells them apart.
 ONE_KIND = re.compile(rf"(?:[^\W\d_]{{{WORD_CHARACTERS}}}|\d{{{WORD_CHARACTERS}}}|(?:[^\w\s]|_){{{WORD_CHARACTERS}}}"
                       rf"|\s{{{WORD_CHARACTERS}}})")
-MAX_BLANKS = 999_998  # in a row: tiktoken's regular expression fails on more
-GPT2_FILES = {  # URL that tiktoken reads -> the name it keeps the file under, the SHA-1 of the URL
-    "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe":
-        "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
-    "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json":
-        "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+GPT2_FILES = {  # URL -> the name that tiktoken keeps the file under, the SHA-1 of the URL; and the file's SHA-256
+    "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe": (
+        "6d1cbeee0f20b3d9449abfede4726ed8212e3aee", "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
+    "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json": (
+        "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6", "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
 }
 
 
 class GPT2Tokenizer(Tokenizer):
-    """GPT-2's tokenizer, encoded by tiktoken, which is several times faster than tokenizers."""
+    """GPT-2's tokenizer, of OpenAI's own files, which tiktoken downloads and keeps."""
 
-    kind, vocab_size, unk_id, _cuts_anywhere = "gpt2", GPT2_VOCAB_SIZE, None, True
-    config = CLASS_DEFAULTS["GPT2Tokenizer"]
+    kind = "gpt2"
 
     def __init__(self) -> None:
-        """Raises OSError, saying which files to put where, when GPT-2's ranks can be neither found nor downloaded."""
-        import tiktoken
-
-        try:
-            self._encoding = tiktoken.get_encoding("gpt2")
-        except (OSError, ValueError) as error:
-            files = ", ".join(f"{url} as {name}" for url, name in GPT2_FILES.items())
-            raise OSError(f"GPT-2's tokenizer could not be downloaded ({type(error).__name__}); without network, put "
-                          f"these files in one folder and set TIKTOKEN_CACHE_DIR to it: {files}") from None
-        self.eot_id = self._encoding.eot_token
-        ids = {"bos_token_id": self.eot_id, "eos_token_id": self.eot_id}
-        self.token_ids = {"config.json": ids, "generation_config.json": ids}
-
-    @cached_property
-    def hf(self) -> HFTokenizer:  # made on demand: encoding does not need it
+        """Raises OSError, saying which files to put where, when GPT-2's files can be neither found nor downloaded."""
         from tiktoken.load import read_file_cached
 
-        rules, vocab = (read_file_cached(url).decode() for url in GPT2_FILES)  # which tiktoken has read already
+        try:
+            rules, vocab = (read_file_cached(url, sha256).decode() for url, (_, sha256) in GPT2_FILES.items())
+        except (OSError, ValueError) as error:
+            files = ", ".join(f"{url} as {name}" for url, (name, _) in GPT2_FILES.items())
+            raise OSError(f"GPT-2's tokenizer could not be downloaded ({type(error).__name__}); without network, put "
+                          f"these files in one folder and set TIKTOKEN_CACHE_DIR to it: {files}") from None
         merges = [tuple(rule.split(" ")) for rule in rules.split("\n")[1:-1]]  # below a line with the version
         hf = _byte_level(models.BPE(vocab=json.loads(vocab), merges=merges), EOT)
-        hf.encode_special_tokens = True
-        return hf
-
-    def _encode_piece(self, text: str) -> np.ndarray:
-        try:
-            return self._encoding.encode_to_numpy(text, disallowed_special=())
-        except ValueError:  # tiktoken gives up
-            blanks = max(re.finditer(r"\s+", text), key=lambda found: len(found[0]), default=None)
-            if blanks is None or len(blanks[0]) <= MAX_BLANKS:
-                raise
-            middle = sum(blanks.span()) // 2
-            return np.concatenate([self._encode_piece(text[:middle]), self._encode_piece(text[middle:])])
+        super().__init__(hf, hf.token_to_id(EOT))
 
 
 class CharTokenizer(Tokenizer):

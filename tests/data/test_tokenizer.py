@@ -1,6 +1,7 @@
 """tokenizer.py against tiktoken, transformers, and the text itself."""
 
 import json
+import random
 from pathlib import Path
 
 import hypothesis
@@ -32,6 +33,7 @@ quick = hypothesis.settings(max_examples=50, deadline=None,
 TEXT = ("It was the best of times, it wasn't the worst. Stop ! Do n't , he 's .\n\n  \tspend £3.14 on a naïve café\r\n"
         "日本語 and 中文, Ελλάδα, עברית, 🎉🎊 👩‍👩‍👧 \u0000 <|endoftext|> the end of the text \n") * 3
 EDGES = ("", " ", "\n", "  lead", "trail \n\n", "a\r\nb", "don't", "the  the", "1234567", "🎉", "naïve 日本語")
+LIKE_GPT2 = train_bpe([TEXT * 20], 400)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -217,6 +219,43 @@ def test_gpt2_ids_are_tiktokens(gpt2_tokenizer, text):
     assert (gpt2_tokenizer.vocab_size, gpt2_tokenizer.eot_id) == (50257, 50256)
 
 
+def test_gpt2_knows_each_kind_of_character_as_tiktoken_does(gpt2_tokenizer):
+    """Letters, digits, blanks and signs, alone, in a row, and behind and before each other."""
+    points = [*range(0xd800), *range(0xe000, 0x3fffe, 7), *range(0x40000, 0x110000, 997)]
+    text = "".join(f"a{chr(c)}b {chr(c)} {chr(c)}{chr(c)}1'{chr(c)}  {chr(c)}\n" for c in points)
+    assert gpt2_tokenizer.encode(text).tolist() == tiktoken.get_encoding("gpt2").encode_ordinary(text)
+
+
+@pytest.mark.parametrize("change", [
+    lambda model: {}, lambda model: {"merges": random.Random(0).sample(model["merges"], len(model["merges"]))},
+    lambda model: {"merges": model["merges"][::3]}, lambda model: {"merges": []},
+    lambda model: {"vocab": {token: 3 * i for token, i in model["vocab"].items()}}])
+@quick
+@given(text=st.text() | st.sampled_from([TEXT, *EDGES]) | st.text("ab \n'\u2028é", max_size=40))
+def test_a_bpe_like_gpt2s_gives_the_ids_that_tokenizers_gives(change, text):
+    settings = json.loads(LIKE_GPT2.hf.to_str())
+    settings["model"] |= change(settings["model"])
+    tokenizer = Tokenizer(HFTokenizer.from_str(json.dumps(settings)), 0)
+    assert tokenizer._is_like_gpt2
+    assert tokenizer.encode(text).tolist() == tokenizer.hf.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("change", [{"ignore_merges": True}, {"byte_fallback": True}, {"end_of_word_suffix": "x"}])
+def test_a_bpe_of_another_kind_is_encoded_by_tokenizers(change):
+    settings = json.loads(LIKE_GPT2.hf.to_str())
+    settings["model"] |= change
+    assert not Tokenizer(HFTokenizer.from_str(json.dumps(settings)), 0)._is_like_gpt2
+
+
+def test_the_fast_encoder_does_not_keep_every_word_for_ever(monkeypatch):
+    monkeypatch.setattr(hf_tokenizer, "REMEMBERED_CHARACTERS", 2 * len(TEXT))
+    tokenizer, encoders = Tokenizer(LIKE_GPT2.hf, 0), set()
+    for _ in range(5):
+        assert tokenizer.encode(TEXT).tolist() == LIKE_GPT2.hf.encode(TEXT).ids
+        encoders.add(tokenizer._gigatoken)
+    assert len(encoders) == 3
+
+
 @given(st.text())
 def test_byte_ids_are_the_utf8_bytes(text):
     assert make_tokenizer("byte", [], 0).encode(text).tolist() == list(text.encode())
@@ -285,7 +324,7 @@ def test_gpt2_comes_through_a_million_blanks(gpt2_tokenizer):
         text = f"to be{blank * 1_000_100}or not"
         assert gpt2_tokenizer.decode(gpt2_tokenizer.encode(text)) == text
     few = f"to be{' ' * 3000}or not"
-    assert gpt2_tokenizer.encode(few).tolist() == gpt2_tokenizer._encoding.encode_ordinary(few)
+    assert gpt2_tokenizer.encode(few).tolist() == tiktoken.get_encoding("gpt2").encode_ordinary(few)
 
 
 def test_gpt2s_missing_files_are_named_when_there_is_no_network(tmp_path, monkeypatch):
@@ -293,11 +332,10 @@ def test_gpt2s_missing_files_are_named_when_there_is_no_network(tmp_path, monkey
         raise requests.ConnectionError("no network")
 
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.delitem(tiktoken.registry.ENCODINGS, "gpt2", raising=False)
     monkeypatch.setattr(requests, "get", offline)
     with pytest.raises(OSError, match="TIKTOKEN_CACHE_DIR") as caught:
         GPT2Tokenizer()
-    for url, name in GPT2_FILES.items():
+    for url, (name, _) in GPT2_FILES.items():
         assert f"{url} as {name}" in str(caught.value)
 
 
