@@ -5,11 +5,13 @@
         --baseline_config=config/shakespeare_char_cpu.py        to one loss by another recipe
     python -m benchmarks.bench train --config=config/gpt2_124m.py --steps=4 --options="--batch_size=4 ..."
     python -m benchmarks.bench sample --baseline                        sample.py on GPT-2 small
+    python -m benchmarks.bench decode --dtype=float32                   one and eight rows of tokens, and bare products
     python -m benchmarks.bench data                                     prepare_data.py and two plain ways
     python -m benchmarks.bench read                                     batches of a stream, masked, packed
     python -m benchmarks.bench checkpoint                               what a save costs the loop
     python -m benchmarks.bench gpu --config=config/gpt2_124m.py         the rows of BENCHMARKS.md's GPU table
 
+With NANOGPT=FOLDER, a checkout of nanoGPT, --baseline runs its own scripts in the place of a loop that does the same.
 Each prints a line a round, then medians and spreads; `--json` prints all numbers as one JSON object in the end.
 BENCHMARKS.md says how to read the numbers, and baselines.py what the other ways do.
 """
@@ -42,7 +44,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import numpy as np
 import torch
 
-from benchmarks import baselines, kernels
+from benchmarks import baselines, kernels, nanogpt
 from benchmarks.baselines import NEW_TOKENS, PROMPT_IDS
 from benchmarks.scripts import Figures, command, compare, run, run_training, show, spread
 from flatgpt.data.documents import find_edges
@@ -63,11 +65,12 @@ from train import TrainConfig
 T = TypeVar("T")
 SAMPLED = GPTConfig(bias=True, mlp="gelu_tanh")  # GPT-2 small
 KERNEL_SIZE = kernels.Size()
+NANOGPT = os.environ.get("NANOGPT")  # a checkout of nanoGPT, for --baseline
 
 
 @dataclass
 class BenchConfig:
-    what: Literal["train", "sample", "data", "read", "checkpoint", "gpu"] = "train"
+    what: Literal["train", "sample", "decode", "data", "read", "checkpoint", "gpu"] = "train"
     config: Annotated[str, "path"] = "config/shakespeare_char_cpu.py"  # configuration of the run
     options: str = ""  # more options for train.py, as on its command line
     steps: int = 0  # steps of a run; 0 = the configuration's max_iters, for gpu 10
@@ -81,8 +84,8 @@ class BenchConfig:
 def main(argv: list[str]) -> None:
     """Run the ways in turn and print the ratios."""
     bench, _ = parse_options(BenchConfig, argv, usage=__doc__, bare_word="what")
-    measures = {"train": bench_train, "sample": bench_sample, "data": bench_data, "read": bench_read,
-                "checkpoint": bench_checkpoint, "gpu": bench_gpu}
+    measures = {"train": bench_train, "sample": bench_sample, "decode": bench_decode,
+                "data": bench_data, "read": bench_read, "checkpoint": bench_checkpoint, "gpu": bench_gpu}
     bench.rounds = bench.rounds or (1 if bench.what == "gpu" else 3)
     measured = measures[bench.what](bench)
     if bench.json:
@@ -113,8 +116,11 @@ def bench_train(bench: BenchConfig) -> dict:
             if bench.baseline_config:
                 config = parse_options(TrainConfig, [bench.baseline_config])[0]
             config.data.dataset = dataset
-            ways["the plain loop"] = partial(in_child, baselines.train_plainly, config,
-                                             config.max_iters if bench.baseline_config else steps)
+            plain_steps = config.max_iters if bench.baseline_config else steps
+            if NANOGPT:
+                ways["nanoGPT"] = partial(in_child, nanogpt.train, NANOGPT, config, plain_steps)
+            else:
+                ways["the plain loop"] = partial(in_child, baselines.train_plainly, config, plain_steps)
         seen = compare(bench.rounds, ways, ("tokens_per_sec", "ms_per_step", "run_s", "memory_gb", "mfu", "val_loss"))
     print(f"{steps} steps, torch {torch.__version__}, {torch.get_num_threads()} threads")
     return seen
@@ -155,8 +161,9 @@ def bench_sample(bench: BenchConfig) -> dict:
         tokenizer.save(Path(folder), model_max_length=1024)
         ways = {"sample.py": partial(run_sample, bench, folder, tokenizer.decode(PROMPT_IDS))}
         if bench.baseline:
-            ways |= {"without a cache": partial(in_child, baselines.sample_uncached, folder, 1),
-                     "transformers": partial(in_child, baselines.sample_with_transformers, folder)}
+            ways |= {"nanoGPT": partial(in_child, nanogpt.sample, NANOGPT)} if NANOGPT else {
+                "without a cache": partial(in_child, baselines.sample_uncached, folder, 1)}
+            ways |= {"transformers": partial(in_child, baselines.sample_with_transformers, folder)}
         seen = compare(bench.rounds, ways, ("tokens_per_sec",))
     print(f"{NEW_TOKENS} tokens, torch {torch.__version__}, {torch.get_num_threads()} threads")
     return seen
@@ -182,6 +189,34 @@ def sample_rows(folder: str, dtype: str, num_rows: int) -> Figures:
             tokens.tolist()
         seconds = time.perf_counter() - began
     return {"tokens_per_sec": num_rows * NEW_TOKENS / seconds}
+
+
+def bench_decode(bench: BenchConfig) -> dict:
+    """Tokens a second of one row and of eight at a time, and what one row would reach if it took nothing but the
+    products of a vector and each of the model's matrices."""
+    with tempfile.TemporaryDirectory() as folder:
+        GPT(SAMPLED).save_pretrained(folder)
+        rows = {f"{num_rows} at a time": partial(in_child, sample_rows, folder, bench.dtype, num_rows)
+                for num_rows in (1, 8)}
+        return compare(bench.rounds, rows | {"products of 1": partial(in_child, multiply_only, folder, bench.dtype)},
+                       ("tokens_per_sec", "gb_per_sec"))
+
+
+def multiply_only(folder: str, dtype: str) -> Figures:
+    """The products of `sample_rows` for one row, and the speed at which they read the matrices."""
+    model, device = GPT.from_pretrained(folder), pick_device("auto")
+    model.to(device, pick_numerics(model, dtype, "sdpa", device, 1, {}, training=False)[0].dtype)
+    matrices = [p.detach() for name, p in model.named_parameters() if p.dim() == 2 and not name.startswith("wpe")]
+    num_bytes = sum(matrix.nbytes for matrix in matrices)
+    vectors = [torch.randn(matrix.size(1), dtype=matrix.dtype, device=device) for matrix in matrices]
+    for times in (2, NEW_TOKENS // 4):  # the first to warm up
+        began = time.perf_counter()
+        for _ in range(times):
+            for matrix, vector in zip(matrices, vectors):
+                product = matrix @ vector
+        product[0].item()
+        seconds = (time.perf_counter() - began) / times
+    return {"tokens_per_sec": 1 / seconds, "gb_per_sec": num_bytes / seconds / 1e9}
 
 
 # A GPU

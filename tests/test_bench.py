@@ -65,6 +65,49 @@ device = "cpu"
     assert plain["tokens_per_sec"] == pytest.approx(64_000 / plain["ms_per_step"])
 
 
+NANOGPT = """
+import os, sys
+options = dict(word.removeprefix("--").split("=") for word in sys.argv[1:])
+assert os.path.getsize("data/bench/train.bin") > os.path.getsize("data/bench/val.bin") > 0
+print("step 0: train loss 4.1, val loss 4.2")
+for step in range(int(options["max_iters"]) + 1):
+    print(f"iter {step}: loss 3.5000, time {1000 if step == 0 else 250}.00ms, mfu -100.00%")
+print(f"step {options['max_iters']}: train loss 3.1, val loss 3.25")
+"""
+
+
+def test_nanogpts_own_script_takes_the_place_of_the_plain_loop(cli, config, tmp_path, monkeypatch):
+    """A stand-in that prints what nanoGPT's train.py prints, for the options that it gets."""
+    (tmp_path / "checkout").mkdir()
+    (tmp_path / "checkout/train.py").write_text(NANOGPT)
+    monkeypatch.setattr("benchmarks.bench.NANOGPT", str(tmp_path / "checkout"))
+    result = cli("benchmarks.bench", "train", f"--config={config}", f"--options={OPTIONS}", "--steps=2", "--rounds=1",
+                 "--baseline=True", "--json=True")
+    assert result.code == 0, result.err
+    assert "train.py / nanoGPT: median" in result.out
+    [theirs] = numbers_of(result.out)["nanoGPT"]
+    assert theirs.pop("memory_gb") > 0
+    assert theirs == {"tokens_per_sec": 512, "ms_per_step": 250, "run_s": 1.5, "val_loss": 3.25}
+    (tmp_path / "checkout/train.py").write_text("import sys; sys.exit('no such option')")
+    result = cli("benchmarks.bench", "train", f"--config={config}", f"--options={OPTIONS}", "--steps=2", "--rounds=1",
+                 "--baseline=True")
+    assert result.code
+    assert "nanoGPT's train.py failed: no such option" in result.err
+
+
+def test_decoding_is_measured_beside_bare_products(cli, monkeypatch):
+    monkeypatch.setattr("benchmarks.bench.SAMPLED", GPTConfig(block_size=64, vocab_size=384, n_layer=1, n_head=1,
+                                                              n_embd=16))
+    result = cli("benchmarks.bench", "decode", "--rounds=1", "--dtype=float32", "--json=True")
+    assert result.code == 0, result.err
+    seen = numbers_of(result.out)
+    [products] = seen["products of 1"]
+    num_bytes = 4 * (384 * 16 + 12 * 16**2)
+    assert products["gb_per_sec"] == pytest.approx(num_bytes * products["tokens_per_sec"] / 1e9)
+    assert "1 at a time / 8 at a time: median" in result.out
+    assert "1 at a time / products of 1: median" in result.out
+
+
 def test_without_the_data_set_random_tokens_are_trained_on(cli, config):
     config.write_text('dataset = "nowhere"\n')
     result = cli("benchmarks.bench", "train", f"--config={config}", f"--options={OPTIONS}", "--steps=2", "--rounds=1",
