@@ -117,7 +117,8 @@ class Profiler:
 
     def _record_memory(self) -> None:
         if self._job.device.type == "cuda":
-            # Private by name, but what torch's documentation of memory snapshots tells to call.
+            # Private by name, as its counterparts in _close and _write, but what torch's documentation of memory
+            # snapshots tells to call; there is no public name.
             torch.cuda.memory._record_memory_history(max_entries=MAX_MEMORY_EVENTS)
 
     def _write(self, recorded: profile) -> None:
