@@ -322,7 +322,8 @@ class ScalingConfig:
 def main(argv: list[str]) -> None:
     config, _ = parse_options(ScalingConfig, argv, usage=__doc__)
     if config.check:
-        with distributed.init_job(DeviceConfig(device="cpu"), ParallelConfig(parallel=config.parallel)) as job:
+        where = DeviceConfig(device="cpu", dtype="float32")
+        with distributed.init_job(where, ParallelConfig(parallel=config.parallel)) as job:
             for row in check(predict_here, job):
                 if job.rank == 0:
                     print(row, flush=True)
