@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from flatgpt.models.positions import BETA_FAST, BETA_SLOW, HIGH_FREQ_FACTOR, LOW_FREQ_FACTOR
+from flatgpt.models.positions import BETA_FAST, BETA_SLOW, HIGH_FREQ_FACTOR, LOW_FREQ_FACTOR, yarn_length
 from model import GPTConfig
 
 State = dict[str, torch.Tensor | list[torch.Tensor]]  # of a list, the rows lie below each other
@@ -182,8 +182,10 @@ def _read_rope(settings: Mapping[str, Any]) -> Read:
         faults += [f"{key}={rope.get(key)} (every published Llama 3 has {bound})" for key, bound in (
             ("low_freq_factor", LOW_FREQ_FACTOR), ("high_freq_factor", HIGH_FREQ_FACTOR)) if rope.get(key) != bound]
     if kind == "yarn":
+        factor = rope.get("factor")
+        length = yarn_length(factor) if isinstance(factor, (int, float)) and factor > 0 else None
         faults += [f"{key}={rope[key]}" for key, usual in (
-            ("beta_fast", BETA_FAST), ("beta_slow", BETA_SLOW), ("truncate", True), ("attention_factor", None),
+            ("beta_fast", BETA_FAST), ("beta_slow", BETA_SLOW), ("truncate", True), ("attention_factor", length),
             ("mscale", None), ("mscale_all_dim", None)) if rope.get(key) not in (None, usual)]
     return values, faults
 

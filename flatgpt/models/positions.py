@@ -25,15 +25,20 @@ def rope_cos_sin(positions: torch.Tensor, head_dim: int, theta: float, factor: f
     turns by position * theta^(-2i/D) (Su et al. 2021, arXiv:2104.09864; paired as in Llama's published weights).
 
     A `factor` slows pairs down for a context longer than the `original` (see kept_speed). With `scaling` yarn it also
-    makes queries and keys longer, each by 1 + ln(factor) / 10, so that attention stays as sharp."""
+    makes queries and keys longer (see yarn_length)."""
     speed = theta ** (-torch.arange(0, head_dim, 2, device=positions.device) / head_dim)
     if factor != 1:
         kept = kept_speed(speed, theta, original, scaling)
         speed = speed * (kept + (1 - kept) / factor)
     angle = positions[..., None] * speed
     angle = torch.cat([angle, angle], dim=-1)
-    length = 1 + math.log(factor) / 10 if scaling == "yarn" else 1
+    length = yarn_length(factor) if scaling == "yarn" else 1
     return angle.cos() * length, angle.sin() * length
+
+
+def yarn_length(factor: float) -> float:
+    """How much longer queries and keys get, so that attention stays as sharp; config.json's attention_factor."""
+    return 1 + math.log(factor) / 10
 
 
 def kept_speed(speed: torch.Tensor, theta: float, original: int, scaling: str) -> torch.Tensor:

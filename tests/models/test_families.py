@@ -1,6 +1,7 @@
 """families.py against transformers: what it writes we read, what we write it reads, and both write the same text."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ CASES = [  # the family, what its config says, and as what we write it
     ("gpt2", {"tie_word_embeddings": False, "n_inner": 40, "activation_function": "gelu"}, "gpt2"),
     ("llama", {"head_dim": 16, "num_key_value_heads": 2}, "llama"),
     ("llama", {"rope_parameters": LINEAR | {"rope_theta": 10.0}, "tie_word_embeddings": True}, "llama"),
-    ("llama", {"rope_parameters": YARN | {"rope_theta": 10.0}}, "llama"),
+    ("llama", {"rope_parameters": YARN | {"rope_theta": 10.0, "attention_factor": 0.1 * math.log(4.0) + 1}}, "llama"),
     ("llama", {"rope_parameters": LLAMA3 | {"rope_theta": 10.0}, "num_key_value_heads": 1}, "llama"),
     ("mistral", {"sliding_window": 6, "num_key_value_heads": 2}, "mistral"),
     ("mistral", {"sliding_window": 20, "num_key_value_heads": 2, "tie_word_embeddings": True,
