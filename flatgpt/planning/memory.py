@@ -197,6 +197,8 @@ def _block_bytes(model: LanguageModel, rows: int, layout: Layout) -> int:
     if c.dropout:
         on_cpu = layout.device.type == "cpu"
         row += 2 * c.n_embd * (dtype if on_cpu else 1) + (4 * 3 * c.n_head * c.block_size if on_cpu else 0)
+    elif model.h[0].attn.backend == "math":
+        row += dtype * c.n_head * c.block_size
     return rows * row
 
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -103,8 +104,8 @@ def test_the_largest_micro_batch_divides_a_ranks_sequences(world_size, fits, lar
         assert plan == BatchPlan(24 * world_size, plan.micro_batch, 24 // plan.micro_batch, world_size)
 
 
-def kept_bytes(model) -> int:
-    """Of what the forward pass of one sequence keeps for the backward pass."""
+def kept_bytes(model, num_seqs: int = 1) -> int:
+    """Of what the forward pass keeps for the backward pass."""
     kept: dict[int, torch.Tensor] = {}
     params = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -112,10 +113,20 @@ def kept_bytes(model) -> int:
         kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    x, y, *documents = empty_batch(1, model.config.block_size, model.keeps_within_documents, HERE.device)
+    x, y, *documents = empty_batch(num_seqs, model.config.block_size, model.keeps_within_documents, HERE.device)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(x, y, None, *documents)
     return sum(t.untyped_storage().nbytes() for storage, t in kept.items() if storage not in params)
+
+
+def test_the_formula_of_attention_keeps_its_weights():
+    model, added = make_model(block_size=256), []
+    for count in (kept_bytes, partial(memory.kept_bytes, layout=HERE)):
+        model.set_attention("sdpa")
+        without = count(model, 8)
+        model.set_attention("math")
+        added.append(count(model, 8) - without)
+    assert added[1] == 3 * 4 * 8 * 2 * 256**2 == pytest.approx(added[0], rel=0.05)
 
 
 @pytest.mark.parametrize("pos", ["rope", "alibi"])
