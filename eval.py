@@ -94,7 +94,6 @@ class EvalConfig:
                    if questions_file(self, name) and name not in names]
         return faults
 
-
     def conflicts(self, given: Collection[str]) -> list[str]:
         """Which of the given keys have no effect together with the others."""
         unwanted = [key for key in OF_A_MODEL if key in given] if self.watch else []

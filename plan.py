@@ -33,6 +33,7 @@ import torch
 
 from flatgpt import files, machine, run_folder
 from flatgpt.data import loader
+from flatgpt.data.shards import UNKNOWN_VOCAB_SIZE
 from flatgpt.models import inference, weights
 from flatgpt.models.baselines import build_empty
 from flatgpt.options import check_options, failed_rules, field_types, flatten, parse_options, run_script
@@ -85,6 +86,9 @@ class PlanConfig:
     def conflicts(self, given: Collection[str]) -> list[str]:
         """Which of the given keys a proposal chooses by itself, or say nothing without one."""
         asked = [key for key in ("depth", "flops", "hours") if getattr(self, key)]
+        if "branch_from" in given:
+            return [f"branch_from={self.train.run.branch_from} is for train.py: plan the run that it branches from, "
+                    "with the --max_iters of the branch"]
         if self.fit:
             return [f"{key} says nothing beside --fit: leave it out"
                     for key in (*asked, "write", "tokens_per_param", "measured") if key in given]
@@ -95,6 +99,8 @@ class PlanConfig:
         faults = [f"{' and '.join(asked)} say the same thing twice: give one of them"] if len(asked) > 1 else []
         if {"tokens", "tokens_per_param"} <= {*given}:
             faults.append("tokens and tokens_per_param say the same thing twice: give one of them")
+        if "init_from" in given:
+            faults.append(f"--{asked[0]} proposes a new model: leave init_from out")
         return faults + [f"{key} follows from --{asked[0]}: leave it out" for key in CHOSEN if key in given]
 
 
@@ -116,6 +122,7 @@ def main(argv: list[str]) -> None:
     run = plan_run(config, given)
     found = summarize(run)
     if config.write:
+        Path(config.write).parent.mkdir(parents=True, exist_ok=True)
         files.write_text(Path(config.write), proposed_config(argv, config, given, run, settings))
     if config.json:
         print(json.dumps(found | {"proposal": {key: asdict(setting) for key, setting in settings.items()}}, indent=1))
@@ -176,19 +183,27 @@ def known_data(dataset: str, config: PlanConfig) -> tuple[int, int | None]:
     vocab_size, num_tokens = CORPORA.get(dataset, (0, 0))
     with contextlib.suppress(FileNotFoundError):  # it need not be here
         data = loader.open_mixture(dataset, train.model.vocab_size, train.data.tokenizer)
+        if data.vocab_size == UNKNOWN_VOCAB_SIZE:
+            raise ValueError(f"{dataset} does not say how large its vocabulary is: add --vocab_size=N")
         vocab_size = data.vocab_size
         num_tokens = sum(int(split.lengths.sum()) for split in data.splits("train").values())
     return train.model.vocab_size or vocab_size or GPTConfig.vocab_size, config.dataset_tokens or num_tokens or None
 
 
 def make_model(train: TrainConfig, given: Mapping[str, str], vocab_size: int) -> LanguageModel:
-    """The model on the meta device, without weights; of --init_from its shape alone is read."""
+    """The model on the meta device, without weights; of --init_from its shape alone is read. Raises ValueError."""
     shape = GPTConfig(**asdict(train.model) | {"vocab_size": vocab_size})
+    block_size = shape.block_size
     if train.init_from != "scratch":
         found = weights.read_shape(train.run.out_dir if train.init_from == "resume" else train.init_from)
+        if faults := inference.shape_faults(found, shape, given):
+            raise ValueError(f"init_from={train.init_from} does not fit: {'; '.join(faults)}")
         inference.adopt_shape(shape, given, vars(found))
-        shape.vocab_size = found.vocab_size
+        block_size = shape.block_size
+        shape.vocab_size, shape.block_size = found.vocab_size, found.block_size
     model = build_empty(shape)
+    if block_size != shape.block_size:
+        model.crop_block_size(block_size)
     model.set_documents(train.data.documents)
     model.activation_checkpointing = train.activation_checkpointing
     return model

@@ -136,7 +136,7 @@ def sample(config: SampleConfig, job: Job) -> None:
 
 
 def make_sampler(config: SampleConfig) -> Sampler:
-    return Sampler(config.temperature, max(config.top_k, 0) or None, config.top_p, config.min_p or None,
+    return Sampler(config.temperature, max(config.top_k, 0) or None, config.top_p, config.min_p,
                    config.repetition_penalty)
 
 

@@ -82,10 +82,13 @@ def main(argv: list[str]) -> None:
             try:
                 stopped_by = train(config, given, run, report, job)
             except torch.OutOfMemoryError as error:
+                data = config.data
+                tokens = data.total_batch_size or (
+                    data.gradient_accumulation_steps * data.batch_size * config.model.block_size)
                 raise ValueError(f"the memory of {job.device} is full: lower --batch_size (now "
-                                 f"{config.data.batch_size}; the batch of a step stays what it is), or try "
-                                 "--activation_checkpointing=True, or --parallel=fsdp on several GPUs; what was saved "
-                                 f"is intact ({str(error).splitlines()[0]})") from None
+                                 f"{data.batch_size}) beside --total_batch_size={tokens}, which keeps the batch "
+                                 "of a step, or try --activation_checkpointing=True, or --parallel=fsdp on several "
+                                 f"GPUs; what was saved is intact ({str(error).splitlines()[0]})") from None
     if stopped_by:
         launcher.end_torchrun()
         sys.exit(UNFINISHED)
@@ -144,9 +147,9 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     scaler = torch.amp.GradScaler(job.device.type, enabled=job.dtype == torch.float16)
     if trainer["folder"]:
         resume.load_training_state(trainer, model, optimizer, scaler, spike_detector, job)
-    is_new = distributed.on_rank0(lambda: run.open(options, trainer["is_new"]), job)
     source = (trainer["folder"] or config.init_from) if job.rank == 0 else "scratch"  # rank 0 alone saves
     tokenizer = inference.tokenizer_to_save(source, model.config.vocab_size, data)
+    is_new = distributed.on_rank0(lambda: run.open(options, trainer["is_new"]), job)
     now = Progress.of(trainer)
     report.start(model, now.step, trainer, options | {"tokens_per_step": tokens_per_step}, is_new)
 
@@ -250,7 +253,9 @@ def how_finished(config: TrainConfig, trainer: Mapping[str, Any]) -> str:
         return (f"after {trainer['step']:,} steps its best val loss is {best:.4f}, and target_val_loss={target:g}. To "
                 "go on, lower it")
     if trainer["step"] >= config.max_iters:
-        return f"{trainer['step']:,} steps. To go on, raise --max_iters (now {config.max_iters})"
+        how = "train with --bigram_counts=False" if config.bigram_counts else (
+            f"raise --max_iters (now {config.max_iters})")
+        return f"{trainer['step']:,} steps. To go on, {how}"
     return ""
 
 

@@ -37,7 +37,7 @@ def train_plainly(config: TrainConfig, steps: int) -> Figures:
     torch.manual_seed(config.seed)
     dataset, device = open_dataset(config.data.dataset), pick_device(config.where.device)
     on_cuda = device.type == "cuda"
-    model = GPT(GPTConfig(**asdict(config.model) | {"vocab_size": dataset.vocab_size or 50304})).to(device)
+    model = GPT(GPTConfig(**asdict(config.model) | {"vocab_size": dataset.vocab_size})).to(device)
     plan = plan_batches(config.data, {}, config.model.block_size, 1)
     decay = [{"params": [p for p in model.parameters() if (p.dim() > 1) == is_matrix], "weight_decay": weight_decay}
              for is_matrix, weight_decay in ((True, config.optim.weight_decay), (False, 0.0))]

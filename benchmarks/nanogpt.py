@@ -49,7 +49,7 @@ def train(checkout: str, config: TrainConfig, steps: int) -> Figures:
         data.mkdir(parents=True)
         for name in ("train", "val"):
             np.concatenate(dataset.splits[name].shards).astype(np.uint16).tofile(data / f"{name}.bin")
-        (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": dataset.vocab_size or 50304}))
+        (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": dataset.vocab_size}))
         done = subprocess.run([sys.executable, "train.py", *(f"--{key}={value}" for key, value in options.items())],
                               cwd=folder, text=True, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     seconds = [float(ms) / 1000 for ms in ITERATION.findall(done.stdout)]

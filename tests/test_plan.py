@@ -128,16 +128,16 @@ def test_a_gpus_share_of_its_peak_is_taken_from_a_run(planned, refused, tmp_path
 
 def test_a_proposed_config_trains(cli, tiny_data):
     result = cli("plan", "--depth=2", "--gpus=cpu", "--dataset=tiny", "--block_size=16", "--tokens=4000",
-                 "--total_batch_size=128", "--write=mine.py")
+                 "--total_batch_size=128", "--write=configs/mine.py")
     assert result.code == 0, result.err
-    text = Path("mine.py").read_text()
+    text = Path("configs/mine.py").read_text()
     assert "python plan.py --depth=2 " in text
     assert "n_embd = 128  # 64 x depth" in text
-    result = cli("train", "mine.py", "--eval_iters=1")
+    result = cli("train", "configs/mine.py", "--eval_iters=1")
     assert result.code == 0, result.err
     assert "warning" not in result.out
     assert json.loads(Path("out/mine/train_config.json").read_text())["max_iters"] == 31  # x 128 = 3,968 tokens
-    assert cli("plan", "mine.py").code == 0
+    assert cli("plan", "configs/mine.py").code == 0
 
 
 def test_a_budget_of_compute_is_spent(planned):
@@ -178,6 +178,27 @@ def test_a_file_is_never_written_over(refused, tmp_path):
     (["--mfu=0.4", "--gpus=cpu"], "mfu=0.4 is for GPUs")])
 def test_bad_options_are_one_line(refused, args, says):
     assert says in refused("plan", *args)
+
+
+@pytest.mark.parametrize("args", [
+    ["--gpus=8xH100", "--parallel=hsdp"], ["--gpus=2x8xA100", "--parallel=hsdp", "--shard_size=16"],
+    ["--gpus=2x8xH100", "--parallel=hsdp", "--shard_size=1"], ["--gpus=1xA100", "--parallel=fsdp"],
+    ["--gpus=cpu", "--parallel=fsdp"], ["--gpus=1xH100", "--parallel=hsdp"]])
+def test_a_layout_that_spreads_nothing_or_all_is_planned_too(planned, args):
+    chosen, = (row for row in planned("--n_layer=2", "--total_batch_size=491520", *args)["memory"] if row["chosen"])
+    assert f"--parallel={chosen['parallel']}" in args
+
+
+@pytest.mark.parametrize(("args", "says"), [
+    (["--n_layer=7"], "init_from=model does not fit: n_layer=7 was asked for, and it has 1"),
+    (["--block_size=64"], "block_size=64: the model has only 32 positions"),
+    (["--depth=4"], "--depth proposes a new model: leave init_from out"),
+    (["--branch_from=step_4"], "branch_from=step_4 is for train.py")])
+def test_a_plan_from_a_model_is_of_that_model(refused, planned, tmp_path, args, says):
+    GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=32)).save_pretrained("model")
+    assert says in refused("plan", "--init_from=model", *args)
+    assert planned("--init_from=model", "--block_size=16")["model"]["parameters"] == (
+        planned("--init_from=model")["model"]["parameters"] - 16 * 32)
 
 
 def test_what_will_not_fit_or_repeats_is_a_warning(planned):

@@ -741,6 +741,15 @@ def test_overwrite_starts_anew(cli, refused, tiny_data):
     assert [p.name for p in Path("out/tiny/checkpoints").glob("step_*")] == ["step_00000001"]
 
 
+@pytest.mark.parametrize("source", ["out/tiny", "out/tiny/checkpoints/best"])
+def test_overwrite_spares_what_the_run_starts_from(cli, refused, tiny_data, source):
+    assert cli("train", *TINY_RUN).code == 0
+    before = files_of(Path("out"))
+    anew = [*TINY_RUN, f"--init_from={source}", "--resume=never", "--overwrite=True"]
+    assert f"overwrite=True would delete init_from={source}" in refused("train", *anew)
+    assert files_of(Path("out")) == before
+
+
 def test_a_block_that_does_not_compile_falls_back_to_eager(cli, tiny_data, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("no compiler here")

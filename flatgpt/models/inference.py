@@ -59,9 +59,7 @@ def open_for_training(init_from: str, shape: GPTConfig, given: Mapping[str, str]
     """A model from elsewhere, as weights.open_pretrained gives it, fitted to a run's data and to those options of its
     shape that are among the keys `given`. Raises ValueError for what it contradicts."""
     model, state = weights.open_pretrained(str(_verified(init_from)), dropout=shape.dropout)
-    faults = [f"{key}={getattr(shape, key)} was asked for, and it has {getattr(model.config, MEANING.get(key, key))}"
-              for key in SHAPE if key not in ("block_size", *STRETCH) and key in given
-              and not model.config.means(key, getattr(shape, key))]
+    faults = shape_faults(model.config, shape, given)
     names = ",".join(data.datasets)
     if model.config.vocab_size < data.vocab_size:
         faults.append(f"its vocabulary is {model.config.vocab_size}, and {names} has {data.vocab_size}")
@@ -75,6 +73,13 @@ def open_for_training(init_from: str, shape: GPTConfig, given: Mapping[str, str]
     if "block_size" in given:
         model.crop_block_size(shape.block_size)
     return model, state
+
+
+def shape_faults(found: GPTConfig, shape: GPTConfig, given: Mapping[str, str]) -> list[str]:
+    """Which options of a shape, of the keys `given`, contradict a model from elsewhere, a sentence each."""
+    return [f"{key}={getattr(shape, key)} was asked for, and it has {getattr(found, MEANING.get(key, key))}"
+            for key in SHAPE if key not in ("block_size", *STRETCH) and key in given
+            and not found.means(key, getattr(shape, key))]
 
 
 def _stretch(config: GPTConfig, shape: GPTConfig, given: Mapping[str, str]) -> None:

@@ -91,7 +91,7 @@ class Sampler:
         if self.top_p is not None and self.top_p < 1:
             logits = keep_top_p(logits, self.top_p, at, most)
             yield Stage("top_p", logits, at)
-        if self.min_p is not None:
+        if self.min_p:
             logits = keep_min_p(logits, self.min_p, at)
             yield Stage("min_p", logits, at)
 

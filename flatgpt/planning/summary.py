@@ -82,13 +82,13 @@ def summarize(run: Run) -> dict[str, Any]:
 
 
 def memory_table(run: Run) -> list[dict[str, Any]]:
-    """A row for each layout that the machine allows, with and without activation checkpointing; `chosen` is the one
-    that the options ask for."""
+    """A row for each layout that makes sense on the machine, and for the one that the options ask for, with and without
+    activation checkpointing; `chosen` is the one asked for."""
     model, world_size, table = run.model, run.machine.world_size, []
     asked = model.activation_checkpointing
     layouts = {"ddp": 1} | ({"fsdp": world_size} if world_size > 1 else {})
-    shard_size = run.layout.shard_size if run.layout.parallel == "hsdp" else run.per_host
-    layouts |= {"hsdp": shard_size} if 1 < shard_size < world_size else {}
+    layouts |= {"hsdp": run.per_host} if 1 < run.per_host < world_size else {}
+    layouts |= {run.layout.parallel: run.layout.shard_size}
     for parallel, size in layouts.items():
         layout = replace(run.layout, parallel=parallel, shard_size=size)
         for is_checkpointing in (False, True) if model.h else (False,):

@@ -134,7 +134,7 @@ class Loaded:
 
     def sampler(self, temperature: float, top_k: int, top_p: float, min_p: float, repetition_penalty: float) -> Sampler:
         """Of sample.py's options. Raises ValueError that lists all faults."""
-        return Sampler(temperature, top_k or None, top_p, min_p or None, repetition_penalty)
+        return Sampler(temperature, top_k or None, top_p, min_p, repetition_penalty)
 
     def batch_size(self, num_tokens: int) -> int:
         """How many rows of so many tokens, prompt and new ones, make a batch. Raises ValueError for a row too long."""

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from flatgpt import files
-from flatgpt.run_folder import EVALS, current_scores, curves_of_scores, parse_eval, parse_record
+from flatgpt.run_folder import EVALS, current_scores, curves_of_scores, parse_eval, parse_record, step_folders
 from flatgpt.serving.curves import Curves, number, plain, tokens_per_step
 
 OPTIONS = "train_config.json"  # what makes a folder a run's
@@ -283,8 +283,9 @@ class Run:
         """running, finished, stopped (by a signal or its time limit, and saved) or died."""
         if is_held:
             return "running"
-        if self._has_reached_target() or (self._evaluation and self._evaluation["step"] == self._max_iters()):
-            return "finished"
+        is_last = self._has_reached_target() or (self._evaluation and self._evaluation["step"] == self._max_iters())
+        if is_last and self._evaluation.get("step", 0) <= max(step_folders(self.folder), default=math.inf):
+            return "finished"  # and did not die between its last evaluation and its last save
         if "stopped" in self._newest:
             return "stopped"
         if can_tell and self._host == platform.node():

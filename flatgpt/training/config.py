@@ -77,6 +77,10 @@ class TrainConfig:
                           f"folder of a run; this is init_from={self.init_from}, eval_only={self.eval_only}")
         elif self.run.branch_from and Path(self.init_from).resolve() == Path(self.run.out_dir).resolve():
             faults.append(f"out_dir={self.run.out_dir} is the run that is to be branched: choose another --out_dir")
+        if self.run.overwrite and self.init_from not in ("scratch", "resume") and Path(
+                self.init_from).exists() and Path(self.init_from).resolve().is_relative_to(
+                Path(self.run.out_dir).resolve()):
+            faults.append(f"overwrite=True would delete init_from={self.init_from}: choose another --out_dir")
         if self.init_from == "scratch":
             faults += GPTConfig(**asdict(self.model) | {"vocab_size": self.model.vocab_size or 1}).validate()
         return faults

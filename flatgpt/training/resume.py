@@ -6,6 +6,7 @@ Rank 0 reads; the other ranks get their part of each tensor from it. checkpoint.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import partial
@@ -71,12 +72,17 @@ def branch(config: Any, given: Mapping[str, str], trainer: dict[str, Any], log: 
     recorded there; where a run lies, reports and computes is its own. Raises ValueError or OSError."""
     if trainer["folder"] is None:
         trainer = distributed.on_rank0(partial(_branch_state, config.init_from, config.run.branch_from), job)
+    else:
+        distributed.on_rank0(partial(_check_same_branch, config, trainer["options"].get("branch_from", "")), job)
     recorded, step = trainer["options"], trainer["step"]
     for group in (config, config.data, config.model, config.optim):
         own = {key for key, value in vars(group).items() if not is_dataclass(value)}
         for key in own & recorded.keys() - given.keys() - NOT_TAKEN_OVER:
             setattr(group, key, recorded[key])
     if trainer["branched_from"]:
+        if step >= config.max_iters:
+            raise ValueError(f"{trainer['folder']} has made {step:,} steps, and max_iters={config.max_iters}: raise "
+                             "--max_iters, or branch from an earlier checkpoint")
         before = OptimConfig(**{key: recorded[key] for key in vars(config.optim).keys() & recorded.keys()})
         optim.decay_from(step, config.max_iters, config.optim, given)
         rates = [optim.learning_rate(at, of) for at, of in (
@@ -95,6 +101,18 @@ def _branch_state(parent: str, which: str) -> dict[str, Any]:
             "folder": str(folder), "branched_from": weights.full_name(parent), "best_val_loss": None}
 
 
+def _check_same_branch(config: Any, came_from: str) -> None:
+    """Raise ValueError where a run that branches from the checkpoint `came_from` is to branch from another one. What
+    best and latest name changes, and so may the place of a run: they are no others."""
+    if not came_from:  # an earlier version did not record it
+        return
+    parent, step = Path(came_from).parents[1], re.fullmatch("step_([0-9]+)", config.run.branch_from)
+    if (step and int(step[1]) != run_folder.step_of(Path(came_from))) or (
+            parent.is_dir() and parent.resolve() != Path(config.init_from).resolve()):
+        raise ValueError(f"{config.run.out_dir} branches from {came_from}: for another branch, choose another "
+                         "--out_dir")
+
+
 def check_same_run(trainer: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any],
                    log: Callable[[str], None]) -> None:
     """Say what of the options, the batch and the data, which `now` has flat, changed since the checkpoint. `defaults`
@@ -111,9 +129,6 @@ def check_same_run(trainer: Mapping[str, Any], now: Mapping[str, Any], defaults:
     if fixed := [text for key, text in changed.items() if key in FIXED and key not in of_training]:
         raise ValueError(f"{trainer['folder']} was trained with other settings: {'; '.join(fixed)}. Go on with those"
                          + ("" if is_branch else ", or choose another --out_dir"))
-    if is_branch and trainer["step"] >= now["max_iters"]:
-        raise ValueError(f"{trainer['folder']} has made {trainer['step']:,} steps, and max_iters={now['max_iters']}: "
-                         "raise --max_iters, or branch from an earlier checkpoint")
     if now["eval_only"] and "documents" in changed:
         log(f"it is not measured as it was trained: {changed['documents']}")
     if not now["eval_only"] and trainer["step"] < now["max_iters"]:

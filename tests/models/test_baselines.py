@@ -234,7 +234,7 @@ def test_counting_on_tiny_shakespeare_and_training_gets_there(cli, shakespeare):
     counted = LanguageModel.from_pretrained("out/counted")
     assert counted.num_params() == 65**2
     again = cli("train", "--dataset=shakespeare_char", *COUNTING)
-    assert "out/counted is finished: 0 steps" in again.out
+    assert "out/counted is finished: 0 steps. To go on, train with --bigram_counts=False" in again.out
     result = cli("train", "--dataset=shakespeare_char", "--model=bigram", "--device=cpu", "--out_dir=out/trained",
                  "--block_size=64", "--batch_size=128", "--gradient_accumulation_steps=1", "--max_iters=200",
                  "--eval_interval=200", "--eval_iters=1", "--learning_rate=0.3", "--min_lr=0.01", "--warmup_iters=0",

@@ -152,6 +152,7 @@ def test_filters_break_ties_by_the_lower_id_and_zero_temperature_is_greedy():
     assert probs_of(nearly_tied, top_k=2).nonzero()[:, 1].tolist() == [1, 2]
 
 
+    assert probs_of(tied, min_p=0.0).tolist() == probs_of(tied).tolist()
     assert probs_of(tied, min_p=1.0).tolist() == [[0, *[pytest.approx(1 / 3)] * 3]]  # a share alone: ties stay
 
 

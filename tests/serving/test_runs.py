@@ -215,6 +215,13 @@ def test_a_run_that_nobody_holds_has_finished_stopped_or_died(tmp_path, last, ex
     assert state(run_at(tmp_path / "a", last)) == expected
 
 
+@pytest.mark.parametrize(("saved", "expected"), [(2, "died"), (3, "finished")])
+def test_a_run_that_died_before_its_last_save_has_not_finished(tmp_path, saved, expected):
+    folder = run_at(tmp_path / "a", {"step": 3, "val/loss": 1.0})
+    (folder / "checkpoints" / f"step_{saved:08}").mkdir(parents=True)
+    assert state(folder) == expected
+
+
 @pytest.mark.parametrize(("target", "expected"), [(1.5, "finished"), (1.0, "died"), (0.0, "died")])
 def test_a_run_that_has_reached_its_target_is_finished_until_it_has_a_lower_one(tmp_path, target, expected):
     folder = run_at(tmp_path / "a", {"step": 2, "tokens": 8, "reached": 1.5, "train_s": 1.0, "elapsed_s": 2.0})

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,13 @@ def interrupted(num_steps: int):
             raise KeyboardInterrupt
 
     return count_and_stop
+
+
+@pytest.mark.parametrize("change", ["--branch_from=step_2", "--init_from=out/copy"])
+def test_a_branch_stays_where_it_branched(cli, refused, constant, change):
+    shutil.copytree(constant, "out/copy")
+    assert cli("train", *BRANCH).code == 0
+    assert "out/branch branches from out/tiny/checkpoints/step_00000004" in refused("train", *BRANCH, change)
 
 
 def test_the_best_checkpoint_of_a_branch_is_one_of_its_own(cli, constant):
