@@ -164,6 +164,15 @@ def steps_saved(run: Path = TINY) -> list[int]:
     return [int(folder.name[5:]) for folder in sorted(run.glob("checkpoints/step_*"))]
 
 
+def test_an_error_ends_all_ranks_without_an_abort(launch):
+    """Python aborted in half of these, where threads of gloo outlived it."""
+    for _ in range(3):
+        run = launch("--resume=must", agent=("--standalone",), TORCH_DISABLE_SHARE_RDZV_TCP_STORE="0")
+        assert run.wait() == 1
+        assert run.log.count("error: nothing to resume") == 1
+        assert "Fatal Python error" not in run.log
+
+
 @linux
 @cells("ddp")
 def test_a_killed_rank_is_started_again_and_loses_nothing_that_was_saved(launch, undisturbed, layout):

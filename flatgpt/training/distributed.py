@@ -120,12 +120,14 @@ def init_job(config: DeviceConfig, parallel: ParallelConfig | None = None, alone
                                     device_id=device if backend == "nccl" else None)
             job.cpu_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=FILE_TIMEOUT_S))
             _join_groups(job, timeout)
-        yield job
+        try:
+            yield job
+        finally:
+            job.cpu_group = None
+            # Gloo's threads may still hold Python objects of their last work, and need the interpreter's lock to drop
+            # them. The closing of a group keeps it while it waits for them, and a Python that ends aborts on them.
+            time.sleep(0.1)
     # Not after an error: the others may be waiting for us, closing the groups would wait for them, our end wakes them.
-    job.cpu_group = None
-    # Gloo's threads may still hold Python objects of their last work, and need the interpreter's lock to drop them,
-    # which the closing of a group keeps while it waits for them.
-    time.sleep(0.1)
     dist.destroy_process_group()
 
 
