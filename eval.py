@@ -149,28 +149,28 @@ def evaluate(config: EvalConfig, job: Job) -> None:
                               "dtype": str(job.dtype).removeprefix("torch."), "block_size": block_size,
                               "stride": stride, "documents": documents}
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         if job.rank == 0 and not config.json:
             print(line, flush=True)
 
-    say(f"{called}: {report['parameters']:,} parameters on {job.device}, {job.dtype}"
+    log(f"{called}: {report['parameters']:,} parameters on {job.device}, {job.dtype}"
         + (f", windows of {block_size} tokens every {stride}" if splits else "")
         + (", attention within documents" if eot_id is not None else ""))
     results = report["results"] = {}
     for name, split in splits.items():
         results[name] = measure(model, split, tokenizer, eot_id, config, job)
         in_bytes = ", {bits_per_byte:.4f} bits per byte" if tokenizer else ""
-        say(("{}: loss {loss:.4f} nats per token, perplexity {perplexity:.4f}" + in_bytes
+        log(("{}: loss {loss:.4f} nats per token, perplexity {perplexity:.4f}" + in_bytes
              + " ({tokens:,} tokens, {bytes:,} bytes)").format(name, **results[name]))
     if data and len(data.datasets) > 1:  # what train.py reports as the validation loss
         loss = sum(share * results[name]["loss"] for name, share in zip(data.datasets, data.shares))
         results["mixture"] = {"loss": loss, "perplexity": perplexity(loss)}
-        say("mixture, each by its share: loss {loss:.4f} nats per token, perplexity {perplexity:.4f}".format(
+        log("mixture, each by its share: loss {loss:.4f} nats per token, perplexity {perplexity:.4f}".format(
             **results["mixture"]))
     for name, score in asked.items():
         outcome = score(model, tokenizer, config.batch_size, job)
         for line in describe(outcome["scores"]):
-            say(line)
+            log(line)
         results |= outcome.pop("scores")
         report.setdefault("tasks", {})[name] = outcome
     if job.rank == 0 and config.json:

@@ -53,7 +53,7 @@ from flatgpt.data.staging import StagingFolder, describe, plural, wait_for
 from flatgpt.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 from flatgpt.options import check_options, parse_options, run_script
 
-BPE_BYTES = 500 << 20  # text that a bpe is trained on, at most
+BPE_CHARACTERS = 500 << 20  # text that a bpe is trained on, at most
 FOLDER_NAME = re.compile(r"(?!\.)[\w.+-]+")
 SMALL_BYTES = 4 << 20  # below this, starting worker processes takes longer than the work
 
@@ -179,7 +179,7 @@ def write_shards(config: PrepareConfig, parts: list[Part], folder: StagingFolder
         return
     if tokens.tokenizer not in ("gpt2", "byte") and not folder.tokenizer.exists():
         if rank == 0:
-            learned = texts(parts, config, BPE_BYTES if tokens.tokenizer == "bpe" else float("inf"))
+            learned = texts(parts, config, BPE_CHARACTERS if tokens.tokenizer == "bpe" else float("inf"))
             made = make_tokenizer(tokens.tokenizer, learned, tokens.vocab_size)
             if not made.vocab_size:
                 raise ValueError("the source is empty: there is no text to make tokens of")
@@ -226,9 +226,9 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
             tokenizer.save(hidden)
 
 
-def texts(parts: list[Part], config: PrepareConfig, max_bytes: float = float("inf")) -> Iterator[str]:
-    """The texts of a source, up to `max_bytes`."""
-    num_bytes = 0
+def texts(parts: list[Part], config: PrepareConfig, max_characters: float = float("inf")) -> Iterator[str]:
+    """The texts of a source, up to `max_characters`."""
+    num_characters = 0
     for part in parts:
         for record in part.read():
             try:
@@ -237,8 +237,8 @@ def texts(parts: list[Part], config: PrepareConfig, max_bytes: float = float("in
                 refuse(str(error), config.tokens.skip_bad)
                 continue
             yield text
-            num_bytes += len(text)
-            if num_bytes >= max_bytes:
+            num_characters += len(text)
+            if num_characters >= max_characters:
                 return
 
 

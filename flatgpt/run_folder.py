@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +39,6 @@ EVENTS = {"fault": "skipped step", "rollbacks": "rollback", "resumed": "restart"
           "branched_from": "branch"}  # key of a record -> what it is of
 
 
-def read_records(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl; none when there is no such file. Lines that are none are left out, since a kill,
-    or a run that is just writing, leaves one torn; and so are values of another kind than a run writes."""
-    records = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            if record := parse_record(line):
-                records.append(record)
-    return records
-
-
 def parse_record(line: str | bytes) -> dict | None:
     """A line of metrics.jsonl without the values of another kind than a run writes; None for what is no record."""
     try:
@@ -60,16 +49,6 @@ def parse_record(line: str | bytes) -> dict | None:
         return None
     return {key: value for key, value in record.items()
             if isinstance(value, RECORD.get(key, OPTIONAL_NUMBER if "/" in key else object))}
-
-
-def read_evals(path: Path) -> list[dict]:
-    """The records of an evals.jsonl; none when there is no such file. Lines that are none are left out."""
-    records = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            if record := parse_eval(line):
-                records.append(record)
-    return records
 
 
 def parse_eval(line: str | bytes) -> dict | None:
@@ -89,6 +68,18 @@ def parse_eval(line: str | bytes) -> dict | None:
                      if type(value) in (int, float) and _is_usable(value)}
               for name, metrics in record.get("scores", {}).items() if isinstance(metrics, dict)}
     return record | {"scores": scores}
+
+
+def read_records(path: Path, parse: Callable[[str], dict | None] = parse_record) -> list[dict]:
+    """The records of a metrics.jsonl or, with parse_eval, of an evals.jsonl; none when there is no such file. Lines
+    that are none are left out, since a kill, or a run that is just writing, leaves one torn; and so are values of
+    another kind than is written there."""
+    records = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if record := parse(line):
+                records.append(record)
+    return records
 
 
 def _is_usable(value: float) -> bool:

@@ -61,10 +61,10 @@ def test_lines_that_are_no_scores_are_left_out(tmp_path):
         eval_line(3, tokens=float("nan")), {"step": 3, "checkpoint": "c"}))]
     odd = eval_line(4, scores={"a": {"acc": 0.5, "x": None, "y": float("inf"), "z": 10**400, "w": True}, "b": 1})
     (tmp_path / "evals.jsonl").write_text("\n".join([*map(json.dumps, good), *bad, json.dumps(odd)]))
-    found = run_folder.read_evals(tmp_path / "evals.jsonl")
+    found = run_folder.read_records(tmp_path / "evals.jsonl", run_folder.parse_eval)
     assert [line["step"] for line in found] == [1, 2, 4]
     assert found[2]["scores"] == {"a": {"acc": 0.5}}
-    assert run_folder.read_evals(tmp_path / "none.jsonl") == []
+    assert run_folder.read_records(tmp_path / "none.jsonl", run_folder.parse_eval) == []
 
 
 def test_scores_become_curves_by_task_and_metric():

@@ -48,7 +48,7 @@ class TokensConfig:
     """Tokens and shards to make"""
 
     tokenizer: Annotated[str, "path"] = "auto"  # gpt2, char, byte, bpe, a folder or hub id; auto = the source's
-    vocab_size: int = 2048  # vocabulary of a bpe, which is trained on (the first 500 MB of) the text
+    vocab_size: int = 2048  # vocabulary of a bpe, which is trained on the text (its first 500 million characters)
     val_fraction: float | None = None  # share of the documents for validation; None = the source's own, or 0.1
     test_fraction: float = 0.0  # share of the documents for a test split
     dedupe: bool = False  # drop documents that came before, word for word; takes 130 MB of memory a million documents

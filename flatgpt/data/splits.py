@@ -15,7 +15,7 @@ from flatgpt.data.records import Part, text_of
 
 SPLITS = ("train", "test", "val")
 DIGEST_BYTES = 16
-FEW_DOCUMENTS, FEW_BYTES = 1000, 64 << 20  # a source below both is small: see `plan_splits`
+FEW_DOCUMENTS, FEW_CHARACTERS = 1000, 64 << 20  # a source below both is small: see `plan_splits`
 
 
 @dataclass
@@ -57,7 +57,7 @@ def plan_splits(parts: list[Part], text_column: str, val_fraction: float, test_f
     the lowest draws make the val split, as many as the fraction says and at least one; likewise the test split; but one
     is left to train on. Raises ValueError for a source without text."""
     rule = SplitRule(val_fraction, test_fraction, val_fraction, val_fraction + test_fraction)
-    draws, num_bytes, fault = set(), 0, ""
+    draws, num_characters, fault = set(), 0, ""
     for part in parts:
         for record in part.read():
             try:
@@ -66,8 +66,8 @@ def plan_splits(parts: list[Part], text_column: str, val_fraction: float, test_f
                 text, fault = "", fault or str(error)
             if text:
                 draws.add(draw(digest_of(text.encode())))
-                num_bytes += len(text)
-            if len(draws) >= FEW_DOCUMENTS or (num_bytes >= FEW_BYTES and len(draws) > 1):
+                num_characters += len(text)
+            if len(draws) >= FEW_DOCUMENTS or (num_characters >= FEW_CHARACTERS and len(draws) > 1):
                 return rule
     if not draws:
         raise ValueError(fault or "the source is empty: there is no text to make tokens of")

@@ -73,18 +73,18 @@ def check_folder(folder: Path) -> None:
 class Watcher:
     """What is known of a run's checkpoints: those seen, and what of them has been scored."""
 
-    def __init__(self, folder: Path, tasks: Mapping[str, Score], limit: int, say: Callable[[str], None]):
-        """`limit` is how many questions the tasks have, 0 for all, and goes into the lines. `say` prints one."""
-        self._folder, self._tasks, self._limit, self._say = folder, tasks, limit, say
+    def __init__(self, folder: Path, tasks: Mapping[str, Score], limit: int, log: Callable[[str], None]):
+        """`limit` is how many questions the tasks have, 0 for all, and goes into the lines. `log` prints one."""
+        self._folder, self._tasks, self._limit, self._log = folder, tasks, limit, log
         self._path, self._run = folder / run_folder.EVALS, Run(folder.resolve())
         self._seen: dict[str, Found] = {}
         self._lock = threading.Lock()
         self._damaged: dict[str, list] = {}  # checkpoint -> what its files looked like when they could not be read
         self._state = ""
-        before = run_folder.read_evals(self._path)
+        before = run_folder.read_records(self._path, run_folder.parse_eval)
         self._done = {(record["checkpoint"], record.get("task"), record.get("limit", 0)) for record in before}
         self._missed = {record["checkpoint"] for record in before if record.get("missed")}
-        say(f"watching {folder}: {', '.join(tasks)} of each checkpoint, into {self._path}"
+        log(f"watching {folder}: {', '.join(tasks)} of each checkpoint, into {self._path}"
             + (f", which has {len(before):,} lines" if before else ""))
 
     def run(self, open_model: OpenModel, batch_size: int, job: Job) -> None:
@@ -142,7 +142,7 @@ class Watcher:
         except (OSError, ValueError) as error:
             if found.is_there():
                 self._damaged[found.id] = looks
-                self._say(f"warning: {found.folder.name} is left out until it changes: {error}")
+                self._log(f"warning: {found.folder.name} is left out until it changes: {error}")
             return  # else it is missed, as the next look finds
         if not found.is_there():
             return
@@ -152,12 +152,12 @@ class Watcher:
             self._add(found, {"task": task, **outcome, "dtype": str(job.dtype).removeprefix("torch."),
                               "limit": self._limit, "seconds": round(time.monotonic() - began, 3)})
             for line in describe(outcome["scores"]):
-                self._say(f"step {found.facts['step']}: {line}")
+                self._log(f"step {found.facts['step']}: {line}")
 
     def _miss(self, found: Found) -> None:
         self._missed.add(found.id)
         self._add(found, {"missed": True})
-        self._say(f"step {found.facts['step']}: missed, the run has deleted it")
+        self._log(f"step {found.facts['step']}: missed, the run has deleted it")
 
     def _add(self, found: Found, values: dict[str, Any]) -> None:
         files.append_line(self._path, json.dumps({**found.facts, **values}))
@@ -174,10 +174,10 @@ class Watcher:
             # Of a run on another host its last checkpoint may be on its way still.
             is_last = line["step"] in run_folder.step_folders(self._folder)
             if (is_last or time.time() - line["changed_at"] > QUIET_S) and not self._next():
-                self._say(f"{self._folder} has finished, and its checkpoints are scored")
+                self._log(f"{self._folder} has finished, and its checkpoints are scored")
                 return True
         elif state not in ("running", self._state):
-            self._say(f"the run in {self._folder} is {state}: waiting for it (Ctrl-C ends this, and loses nothing)"
+            self._log(f"the run in {self._folder} is {state}: waiting for it (Ctrl-C ends this, and loses nothing)"
                       if state == "not there yet" else
                       f"the run in {self._folder} has {state}: waiting for it to go on (Ctrl-C ends this, and loses "
                       "nothing)")

@@ -1,7 +1,8 @@
 """What takes how many bytes on one rank while it trains: from shapes alone, before there is a run.
 
 A step is fullest when the head makes its gradient, when the last block has begun its backward pass, when all gradients
-are there, when Muon makes its update or, on a CPU, when a checkpoint is copied. The parts are those of the fullest moment:
+are there, when Muon makes its update or, on a CPU, when a checkpoint is copied. The parts are those of the fullest
+moment:
 
     weights         a rank's own, float32
     gradients       the same; with FSDP whole ones until the last micro-batch, unless reduce_every_micro_batch

@@ -194,7 +194,7 @@ def read_run(folder: Path, label: str) -> Run:
     newest = run_folder.newest_checkpoint(folder)
     turns = [turn for record in records if (turn := run_folder.turn_of(record))]
     scores = run_folder.curves_of_scores(run_folder.current_scores(
-        run_folder.read_evals(folder / run_folder.EVALS), turns, records[-1]["step"]))
+        run_folder.read_records(folder / run_folder.EVALS, run_folder.parse_eval), turns, records[-1]["step"]))
     return Run(label, folder, records, files.read_json(options), count_parameters(newest) if newest else None, scores)
 
 

@@ -61,7 +61,7 @@ def test_neither_the_order_nor_the_files_nor_empty_and_broken_documents_matter(o
     assert (rules[0].val_below == 0.2) == (few == 10)
 
 
-@pytest.mark.parametrize("limit", [("FEW_DOCUMENTS", 50), ("FEW_BYTES", 50 * len("document 0000"))])
+@pytest.mark.parametrize("limit", [("FEW_DOCUMENTS", 50), ("FEW_CHARACTERS", 50 * len("document 0000"))])
 def test_of_a_large_source_no_more_than_the_beginning_is_read(monkeypatch, limit):
     monkeypatch.setattr(splits, *limit)
     texts = [f"document {i:04d}" for i in range(3000)]
@@ -74,7 +74,7 @@ def test_of_a_large_source_no_more_than_the_beginning_is_read(monkeypatch, limit
 
 
 def test_one_long_document_before_others_is_no_source_of_one(monkeypatch):
-    monkeypatch.setattr(splits, "FEW_BYTES", 1000)
+    monkeypatch.setattr(splits, "FEW_CHARACTERS", 1000)
     assert not plan_splits([part_of(["long " * 1000, "short"])], "text", 0.1, 0.0).by_position
     assert plan_splits([part_of(["long " * 1000, "", "long " * 1000])], "text", 0.1, 0.0).by_position
 
