@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from model import GPTConfig, LanguageModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SHORT_WINDOW = 128  # tokens up to which attention by the formula may be faster than torch's kernel on a CPU
+SHORT_WINDOW = 128  # tokens up to which a CPU's bfloat16 attention is the formula's by rule, not torch's kernel's
+TRIED_WINDOW = 256  # tokens up to which a trial decides between them
 TRIAL_S = 0.1  # seconds that the timed rounds of a trial take, or one round if that is longer
 TRIAL_FLOPS = 2e9  # floating-point operations that a pass of a trial takes at most, about: 10 ms at 200 GFLOP/s
 TRIAL_ROWS = (32, 512)  # positions that a pass reads, at least and at most, but no more than the run itself
@@ -111,7 +112,7 @@ def pick_numerics(model: LanguageModel, dtype: str, attention: str, device: torc
 
     `auto` is what the run has `recorded` among its options on a device of this type. Without a record the rules of
     pick_dtype and pick_attention hold, but that a CPU with instructions for bfloat16 tries whether that, and with it
-    the formula for short windows, is faster as well; not so where `auto` itself is recorded, as earlier versions did.
+    the formula for windows that are not long, is faster as well; not so where `auto` itself is recorded, as earlier versions did.
     Raises ValueError as those do."""
     on_cpu, block_size = device.type == "cpu", model.config.block_size
     if str(recorded.get("device")).startswith(device.type):
@@ -124,7 +125,7 @@ def pick_numerics(model: LanguageModel, dtype: str, attention: str, device: torc
     is_native = on_cpu and pick_dtype("auto", device) == torch.bfloat16
     if is_native and by_rule == torch.bfloat16 and model.config.model != "bigram":  # which has no products
         kernels = [choices[0].attention]
-        if attention == "auto" != recorded.get("attention") and model.h and block_size <= SHORT_WINDOW:
+        if attention == "auto" != recorded.get("attention") and model.h and block_size <= TRIED_WINDOW:
             kernels = ["sdpa", "math"]
         choices = [Numerics(by_rule, kernel) for kernel in kernels]
         if dtype == "auto" != recorded.get("dtype"):
