@@ -112,8 +112,8 @@ def pick_numerics(model: LanguageModel, dtype: str, attention: str, device: torc
 
     `auto` is what the run has `recorded` among its options on a device of this type. Without a record the rules of
     pick_dtype and pick_attention hold, but that a CPU with instructions for bfloat16 tries whether that, and with it
-    the formula for windows that are not long, is faster as well; not so where `auto` itself is recorded, as earlier versions did.
-    Raises ValueError as those do."""
+    the formula for windows that are not long, is faster as well; not so where `auto` itself is recorded, as earlier
+    versions did. Raises ValueError as those do."""
     on_cpu, block_size = device.type == "cpu", model.config.block_size
     if str(recorded.get("device")).startswith(device.type):
         if dtype == "auto" and recorded.get("dtype") in tuple(DTYPES):
