@@ -158,6 +158,6 @@ def test_a_full_gpu_names_the_keys_to_turn(refused, tiny_data, monkeypatch):
 
     monkeypatch.setattr("flatgpt.models.fused.LinearCrossEntropy.apply", overflow)
     line = refused("train", *TINY_RUN)
-    assert "the memory of cpu is full: lower --batch_size (now 4; " in line
+    assert "the memory of cpu is full: lower --batch_size (now 4) beside --total_batch_size=128, which keeps" in line
     assert "--activation_checkpointing=True" in line
     assert "Tried to allocate 20.00 GiB." in line
