@@ -75,8 +75,8 @@ def test_processes_peak_within_15_percent_of_the_forecast(tmp_path, num_ranks, o
         (tmp_path / "data" / "random").mkdir(parents=True, exist_ok=True)
         write_shard(tmp_path / "data" / "random" / f"{split}_000000.bin",
                     np.random.default_rng(0).integers(0, 256, count, dtype=np.uint16))
-    always = ("--dataset=random --vocab_size=256 --block_size=64 --gradient_accumulation_steps=1 --max_iters=3 "
-              "--eval_interval=1 --eval_iters=1 --warmup_iters=1 --lr_decay_iters=3 --device=cpu --dtype=float32")
+    always = ("--dataset=random --vocab_size=256 --block_size=64 --gradient_accumulation_steps=1 --max_iters=6 "
+              "--eval_interval=1 --eval_iters=1 --warmup_iters=1 --lr_decay_iters=6 --device=cpu --dtype=float32")
     for peak, parts in on_ranks(num_ranks, peak_and_parts, (*always.split(), *options.split()), str(tmp_path)):
         assert sum(parts.values()) == pytest.approx(peak, rel=0.15), parts
 
