@@ -1,4 +1,4 @@
-"""The best model of Python files that two CPU cores train in an hour, as a Qwen3 of five million parameters.
+"""A model of Python files that two CPU cores train in an hour: a Qwen3 of five million parameters.
 
     python prepare_data.py python_source --tokenizer=bpe --vocab_size=4096
     python train.py config/python_source.py
