@@ -42,7 +42,7 @@ from flatgpt.models.attention import (
     attend,
     has_varlen_kernel,
 )
-from flatgpt.models.fused import Linear, activated_linear, activation
+from flatgpt.models.fused import activated_linear, activation
 from flatgpt.models.generate import KVCache, LayerCache
 from flatgpt.models.language_model import LanguageModel
 from flatgpt.models.positions import alibi_bias, apply_rope, rope_cos_sin, sinusoids
@@ -201,7 +201,7 @@ def make_norm(config: GPTConfig, width: int) -> nn.Module:
     return LayerNorm(width, eps=config.norm_eps, bias=config.bias)
 
 
-class FusedLinear(Linear):
+class FusedLinear(nn.Linear):
     """Linear layers that read the same input, as one product: its output is theirs, `widths` channels each, side by
     side. (To Muon they are matrices of their own.)"""
 
@@ -219,7 +219,7 @@ class CausalSelfAttention(nn.Module):
         self.head_dim = config.head_size
         q_width, kv_width = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
         self.c_attn = FusedLinear(config.n_embd, [q_width, kv_width, kv_width], config.bias or config.qkv_bias)
-        self.c_proj = Linear(q_width, config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(q_width, config.n_embd, bias=config.bias)
         self.q_norm = make_norm(config, self.head_dim) if config.qk_norm else None
         self.k_norm = make_norm(config, self.head_dim) if config.qk_norm else None
         self.resid_dropout = nn.Dropout(config.dropout)
@@ -255,7 +255,7 @@ class MLP(nn.Module):
         gates = 2 if config.mlp == "swiglu" else 1
         self.c_fc = FusedLinear(config.n_embd, gates * [config.hidden], config.bias)
         self.act = activation(config.mlp)
-        self.c_proj = Linear(config.hidden, config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.hidden, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -40,6 +40,7 @@ from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.models import inference
 from flatgpt.models.generate import Cache
 from flatgpt.models.language_model import LanguageModel
+from flatgpt.models.prepacked import prepack
 from flatgpt.models.sampling import Sampler, Stage, table
 from flatgpt.training import distributed
 from flatgpt.training.device import DeviceConfig, pick_numerics
@@ -120,6 +121,8 @@ def sample(config: SampleConfig, job: Job) -> None:
                                          config.seed)
     ids = inference.encode(tokenizer, prompt)
     print(f"{name}: {model.num_params(non_embedding=False):,} parameters on {job.device}, {job.dtype}", flush=True)
+    if not model.compile_decoding:
+        prepack(model)
     torch.manual_seed(config.seed)
     began = time.perf_counter()
     if config.interactive:

@@ -53,6 +53,7 @@ from flatgpt.data.order import Order, TrainOrder
 from flatgpt.data.packing import PackedOrder
 from flatgpt.data.shards import Split, open_dataset
 from flatgpt.data.tokenizer import GPT2Tokenizer
+from flatgpt.models.prepacked import PrepackedLinear, prepack
 from flatgpt.models.sampling import Sampler
 from flatgpt.options import parse_options, run_script
 from flatgpt.training.checkpoint import RunConfig, RunFolder
@@ -183,6 +184,7 @@ def sample_rows(folder: str, dtype: str, num_rows: int) -> Figures:
     numerics, _ = pick_numerics(model, dtype, "sdpa", device, 1, {}, training=False)
     model.to(device, numerics.dtype).eval()
     model.compile_decoding = device.type == "cuda"
+    prepack(model)
     cache = model.make_cache(num_rows, idx.size(1) + NEW_TOKENS)
     for _ in range(2):
         began = time.perf_counter()
@@ -194,27 +196,32 @@ def sample_rows(folder: str, dtype: str, num_rows: int) -> Figures:
 
 def bench_decode(bench: BenchConfig) -> dict:
     """Tokens a second of one row and of eight at a time, and what one row would reach if it took nothing but the
-    products of a vector and each of the model's matrices."""
+    products of a vector and each of the model's matrices, as they lie in a checkpoint and prepacked."""
     with tempfile.TemporaryDirectory() as folder:
         GPT(SAMPLED).save_pretrained(folder)
         rows = {f"{num_rows} at a time": partial(in_child, sample_rows, folder, bench.dtype, num_rows)
                 for num_rows in (1, 8)}
-        return compare(bench.rounds, rows | {"products of 1": partial(in_child, multiply_only, folder, bench.dtype)},
-                       ("tokens_per_sec", "gb_per_sec"))
+        products = {"products of 1": partial(in_child, multiply_only, folder, bench.dtype, False)}
+        if pick_device("auto").type == "cpu":
+            products["prepacked products of 1"] = partial(in_child, multiply_only, folder, bench.dtype, True)
+        return compare(bench.rounds, rows | products, ("tokens_per_sec", "gb_per_sec"))
 
 
-def multiply_only(folder: str, dtype: str) -> Figures:
+@torch.no_grad()
+def multiply_only(folder: str, dtype: str, is_prepacked: bool) -> Figures:
     """The products of `sample_rows` for one row, and the speed at which they read the matrices."""
     model, device = GPT.from_pretrained(folder), pick_device("auto")
     model.to(device, pick_numerics(model, dtype, "sdpa", device, 1, {}, training=False)[0].dtype)
     matrices = [p.detach() for name, p in model.named_parameters() if p.dim() == 2 and not name.startswith("wpe")]
     num_bytes = sum(matrix.nbytes for matrix in matrices)
+    products = [PrepackedLinear(matrix, None) if is_prepacked else partial(F.linear, weight=matrix)
+                for matrix in matrices]
     vectors = [torch.randn(1, matrix.size(1), dtype=matrix.dtype, device=device) for matrix in matrices]
     for times in (2, NEW_TOKENS // 4):  # the first to warm up
         began = time.perf_counter()
         for _ in range(times):
-            for matrix, vector in zip(matrices, vectors):
-                product = F.linear(vector, matrix)  # in bfloat16 a CPU takes twice as long for `matrix @ vector`
+            for multiply, vector in zip(products, vectors):
+                product = multiply(vector)
         product[0, 0].item()
         seconds = (time.perf_counter() - began) / times
     return {"tokens_per_sec": 1 / seconds, "gb_per_sec": num_bytes / seconds / 1e9}

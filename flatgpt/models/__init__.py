@@ -5,6 +5,7 @@
     attention.py       the kernels of attention, and what says which keys a query sees
     positions.py       positional encodings: the formulas of RoPE, ALiBi and sinusoids
     generate.py        caches, the loop that streams tokens, the decoding step as a CUDA graph
+    prepacked.py       linear layers for generation on a CPU, their matrices in oneDNN's order
     sampling.py        logits -> the next token
     baselines.py       bigram, MLP and recurrent models to measure a GPT against; build, which makes any model
     families.py        the models that transformers knows (GPT-2, Llama, Mistral, Qwen): options and tensors' names

@@ -1,8 +1,6 @@
-"""Code that saves memory or time and changes no result: the head with its loss, the MLP's second half, and products of
-a few rows.
+"""Code that saves memory or time and changes no result: the head with its loss, and the MLP's second half.
 
-Owns two autograd functions, the linear layer, the activations, and the sizes of the chunks. It knows tensors and
-layers, but no model.
+Owns two autograd functions, the activations, and the sizes of the chunks. It knows tensors and layers, but no model.
 
 Letters: as in model.py; F is the width of what an activation reads.
 
@@ -23,28 +21,7 @@ import torch.nn.functional as F
 
 LOGITS_CHUNK_BYTES = 2**27  # of logits at a time; each chunk costs a pass over the gradient of the head
 LOGITS_CHUNK_BYTES_CUDA = 2**30  # a GPU wants larger products: 8,192 rows of GPT-2's in 16 bits
-FEW_ROWS = 32  # of a product
 SOFTMAX_ELEMENTS = 2**22  # of these at a time on a CPU: what its last-level cache holds in float32
-
-
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """F.linear: x (..., C), weight (F, C), bias (F,) or None -> (..., F).
-
-    On a CPU, float32 products of a few rows, which decoding several texts at a time is made of, are computed as
-    (weight @ x.T).T: some of MKL's kernels are two to three times as fast that way round (BENCHMARKS.md)."""
-    rows = x.numel() // x.size(-1)
-    if (torch.is_grad_enabled() or x.device.type != "cpu" or not 1 < rows <= FEW_ROWS
-            or not x.dtype == weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu")):
-        return F.linear(x, weight, bias)
-    y = (weight @ x.reshape(rows, -1).t()).t().contiguous().view(*x.shape[:-1], -1)
-    return y if bias is None else y + bias
-
-
-class Linear(nn.Linear):
-    """Its parameters are nn.Linear's; see `linear`."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight, self.bias)
 
 
 def activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from flatgpt.models import generate as generation
 from flatgpt.models.attention import Documents
-from flatgpt.models.fused import ChunkLoss, LinearCrossEntropy, linear
+from flatgpt.models.fused import ChunkLoss, LinearCrossEntropy
 from flatgpt.models.generate import Cache
 from flatgpt.models.sampling import Sampler
 from flatgpt.options import check_options
@@ -55,7 +56,8 @@ class LanguageModel(nn.Module):
 
     def compute_logits(self, x: torch.Tensor) -> torch.Tensor:
         """What the head reads (..., C) -> logits (..., V)."""
-        return linear(x, self.head)[..., :self.config.vocab_size]
+        logits = F.linear(x, self.head) if self.lm_head is None else self.lm_head(x)
+        return logits[..., :self.config.vocab_size]
 
     def summed_loss(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Summed cross-entropy, float32, of what the head reads (B, T, C) against targets (B, T)."""

@@ -27,6 +27,7 @@ from flatgpt.models import inference, weights
 from flatgpt.models.attention import attend
 from flatgpt.models.generate import Cache, cache_slots
 from flatgpt.models.language_model import LanguageModel
+from flatgpt.models.prepacked import prepack
 from flatgpt.models.sampling import Candidates, Sampler, Stage, candidates, draw
 from flatgpt.training import distributed
 from flatgpt.training.device import DeviceConfig, pick_numerics
@@ -53,7 +54,8 @@ def load(model_id: str, device: str, dtype: str) -> Loaded:
         model = inference.load_model(str(path)).eval()
         tokenizer = inference.find_tokenizer(path, model.config.vocab_size)
     numerics, _ = pick_numerics(model, dtype, "sdpa", job.device, 1, inference.options_of(path), training=False)
-    return Loaded(model_id, model.to(job.device, numerics.dtype), tokenizer, found)
+    prepack(model.to(job.device, numerics.dtype))
+    return Loaded(model_id, model, tokenizer, found)
 
 
 class Step(NamedTuple):

@@ -172,7 +172,7 @@ def test_a_run_that_is_begun_anew_writes_with_its_new_weights(tmp_path, monkeypa
                                                                     "cpu", "float32")
 
     def norm(loaded):
-        yield loaded.model.head.norm().item()
+        yield loaded.model.wte.weight.norm().item()
 
     before = [run_alone(engine, name, norm) for name in engine.named]
     os.replace(f"checkpoints/{best}", "old")
@@ -230,10 +230,10 @@ def test_an_error_is_its_own_requests(url):
 
 def test_a_model_that_has_diverged_says_so(tmp_path, monkeypatch):
     run_alone(models(), LAST)
-    head = models().loaded[LAST].model.head
-    kept = head.detach().clone()
+    table = models().loaded[LAST].model.wte.weight
+    kept = table.detach().clone()
     with torch.no_grad():
-        head.fill_(torch.nan)
+        table.fill_(torch.nan)
     try:
         with serving(make_app()) as url:
             answers = [httpx.post(f"{url}{path}", json={"model": LAST, "prompt": "ab", **body}, timeout=60)
@@ -241,6 +241,6 @@ def test_a_model_that_has_diverged_says_so(tmp_path, monkeypatch):
                                           ("/api/tokens", {}))]
     finally:
         with torch.no_grad():
-            head.copy_(kept)
+            table.copy_(kept)
     for answer in answers:
         assert (answer.status_code, "its training diverged" in answer.text) == (400, True)
