@@ -25,6 +25,8 @@ from typing import NamedTuple
 
 import torch
 
+from flatgpt.options import failed_rules
+
 MASS = 2**40  # probabilities are summed up as whole numbers of 1 / MASS: in any order, and on any device, to the same
 
 
@@ -53,13 +55,12 @@ class Sampler:
     watch: Callable[[list[Stage], torch.Tensor], None] | None = None  # is told the stages and the token (B, 1) drawn
 
     def __post_init__(self) -> None:
-        faults = [f"{key}={getattr(self, key)} must be {what}" for key, ok, what in (
-            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
+        faults = failed_rules(
+            self, ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
             ("top_k", self.top_k is None or self.top_k >= 1, "1 or more"),
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "from 0 (all tokens) to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
-        ) if not ok]
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"))
         if faults:
             raise ValueError("; ".join(faults))
 

@@ -26,6 +26,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
+from flatgpt.options import failed_rules
 from flatgpt.serving.bodies import JSONAnswer, answering, error_body, first_of, in_words, read_body, to_json
 from flatgpt.serving.engine import Engine
 
@@ -76,11 +77,11 @@ class CompletionBody:
 
     def validate(self) -> None:
         """Raises ValueError that lists all faults, but for those that Sampler finds."""
-        faults = [f"{key}={getattr(self, key)} must be {what}" for key, ok, what in (
-            ("max_tokens", self.max_tokens >= 0, "0 or more"),
+        faults = failed_rules(
+            self, ("max_tokens", self.max_tokens >= 0, "0 or more"),
             ("top_k", self.top_k >= 0, "0 or more"), ("n", self.n >= 1, "1 or more"),
             ("seed", (self.seed or 0) >= 0, "0 or more"),
-            ("logprobs", 0 <= (self.logprobs or 0) <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}")) if not ok]
+            ("logprobs", 0 <= (self.logprobs or 0) <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"))
         faults += [f"{key}={getattr(self, key)} is not offered here: leave it out" for key, only in FIXED.items()
                    if (getattr(self, key) or only) != only and (key, getattr(self, key)) != ("best_of", self.n)]
         if len(self.prompts()) * self.n > MAX_CHOICES:

@@ -22,6 +22,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
+from flatgpt.options import failed_rules
 from flatgpt.serving.bodies import JSONAnswer, answering, error_body, first_of, in_words, read_body, to_json
 from flatgpt.serving.engine import Engine
 
@@ -50,10 +51,10 @@ class GenerateBody:
 
     def validate(self) -> None:
         """Raises ValueError that lists all faults, but for those that Sampler finds."""
-        faults = [f"{key}={getattr(self, key)} must be {what}" for key, ok, what in (
-            ("max_new_tokens", self.max_new_tokens >= 0, "0 or more"), ("top_k", self.top_k >= 0, "0 or more"),
+        faults = failed_rules(
+            self, ("max_new_tokens", self.max_new_tokens >= 0, "0 or more"), ("top_k", self.top_k >= 0, "0 or more"),
             ("seed", self.seed >= 0, "0 or more"),
-            ("candidates", 1 <= self.candidates <= MAX_CANDIDATES, f"1 to {MAX_CANDIDATES}")) if not ok]
+            ("candidates", 1 <= self.candidates <= MAX_CANDIDATES, f"1 to {MAX_CANDIDATES}"))
         if faults:
             raise ValueError("; ".join(faults))
 
