@@ -320,7 +320,7 @@ class GPT(LanguageModel):
         if self.config.pos == "learned_sinusoidal":
             self.wpe.weight.copy_(sinusoids(torch.arange(self.config.block_size, device=self.wpe.weight.device),
                                             self.config.n_embd))
-        for table in {self.wte.weight, self.head}:
+        for table in dict.fromkeys((self.wte.weight, self.head)):
             table[self.config.vocab_size:] = 0.0
 
     def hidden_states(self, idx: torch.Tensor, cache: KVCache | None = None,

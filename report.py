@@ -131,12 +131,12 @@ def page(runs: list[Run], figures: dict[Picture, Figure]) -> str:
 def plotted(run: Run) -> dict[str, Any]:
     """A run's numbers as the page shows them, floats to seven digits; null where the run reported none."""
     return {"run": run.label, "summary": run.summary(), "curves": {
-        key: {part: [plain(value) for value in values.tolist()] for part, values in curve.items()
+        key: {part: [rounded(value) for value in values.tolist()] for part, values in curve.items()
               if part not in ("low", "high") or not np.array_equal(values, curve["value"], equal_nan=True)}
         for key, curve in run.curves.items() if has_values(curve)}}
 
 
-def plain(value: float) -> float | int | None:
+def rounded(value: float) -> float | int | None:
     if math.isnan(value):
         return None
     return int(value) if value.is_integer() else float(f"{value:.7g}")

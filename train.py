@@ -89,6 +89,8 @@ def main(argv: list[str]) -> None:
                                  f"{data.batch_size}) beside --total_batch_size={tokens}, which keeps the batch "
                                  "of a step, or try --activation_checkpointing=True, or --parallel=fsdp on several "
                                  f"GPUs; what was saved is intact ({str(error).splitlines()[0]})") from None
+            finally:
+                report.close_line()
     if stopped_by:
         launcher.end_torchrun()
         sys.exit(UNFINISHED)
@@ -118,7 +120,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     block_size = model.config.block_size
     plan = loader.plan_batches(config.data, given, block_size, job.world_size, lambda seqs: (
         trainer["options"]["batch_size"] if trainer["folder"] else preflight.fit_batch_size(
-            model, seqs, job, config.compile)))
+            model, seqs, job, config.compile, config.optim.optimizer)))
     tokens_per_step = plan.seqs_per_step * block_size
     options = flatten(config)
     identity = {"data_fingerprint": data.fingerprint, "data_vocab_size": data.vocab_size,
@@ -132,8 +134,8 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     if config.eval_only:
         report.log(f"step {trainer['step']}: {describe_losses(validation.losses(whole=True))} on {validation.extent}")
         return ""
-    if trainer["folder"] and (how := how_finished(config, trainer)):
-        report.log(f"{run.path} is finished: {how}; for another run, choose another --out_dir.")
+    if trainer["folder"] and (reason := why_finished(config, trainer)):
+        report.log(f"{run.path} is finished: {reason}; for another run, choose another --out_dir.")
         return ""
 
     # 4) What it will take, before it is taken; then compiled blocks, the averaging over the ranks, and the optimiser.
@@ -147,8 +149,8 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     scaler = torch.amp.GradScaler(job.device.type, enabled=job.dtype == torch.float16)
     if trainer["folder"]:
         resume.load_training_state(trainer, model, optimizer, scaler, spike_detector, job)
-    source = (trainer["folder"] or config.init_from) if job.rank == 0 else "scratch"  # rank 0 alone saves
-    tokenizer = inference.tokenizer_to_save(source, model.config.vocab_size, data)
+    tokenizer = distributed.kept_on_rank0(partial(
+        inference.tokenizer_to_save, trainer["folder"] or config.init_from, model.config.vocab_size, data), job)
     is_new = distributed.on_rank0(lambda: run.open(options, trainer["is_new"]), job)
     now = Progress.of(trainer)
     report.start(model, now.step, trainer, options | {"tokens_per_step": tokens_per_step}, is_new)
@@ -167,7 +169,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
             if evaluated:
                 with report.excluded():
                     losses, sampled = validation.losses(), None
-                    is_reached = losses["val/loss"] <= config.target_val_loss and not now.bad_steps
+                    is_reached = 0 < config.target_val_loss >= losses["val/loss"] and not now.bad_steps
                     is_last = is_last or is_reached
                     best = math.inf if now.best_val_loss is None else now.best_val_loss
                     # A start is not saved, and so is not the best that there is to go back to.
@@ -192,7 +194,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
                 with report.excluded():
                     run.save(model, optimizer, tokenizer, asdict(now) | identity | report.times() | {
                         "tokens": now.step * tokens_per_step, "scaler": scaler.state_dict(),
-                        "judge": asdict(spike_detector), "seed": config.seed, "micro_batch": plan.micro_batch,
+                        "spike_detector": asdict(spike_detector), "seed": config.seed, "micro_batch": plan.micro_batch,
                         "world_size": job.world_size, "options": options, "versions": VERSIONS}, is_best)
             if is_last or stopped_by:
                 break
@@ -237,7 +239,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
                 report.train(now.step, now.step * tokens_per_step, mean_loss, norm, lr, batch_hash, now.skipped, fault)
 
             # Hardly ever: back to the last good checkpoint, and on with the data behind what was bad.
-            if now.bad_steps == config.optim.max_bad_steps:
+            if now.bad_steps >= config.optim.max_bad_steps:
                 now = resume.roll_back(run, now, fault, model, optimizer, scaler, spike_detector, job)
                 done_at = now.step
                 report.rollback(now.step, now.rollbacks, now.skipped, now.next_seq)
@@ -246,16 +248,16 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     return stopped_by
 
 
-def how_finished(config: TrainConfig, trainer: Mapping[str, Any]) -> str:
-    """How a run has come to its end, and what would make it go on; "" if it has not."""
+def why_finished(config: TrainConfig, trainer: Mapping[str, Any]) -> str:
+    """Why a run has come to its end, and what would make it go on; "" if it has not."""
     best, target = trainer["best_val_loss"], config.target_val_loss
-    if best is not None and best <= target:
+    if best is not None and 0 < target >= best:
         return (f"after {trainer['step']:,} steps its best val loss is {best:.4f}, and target_val_loss={target:g}. To "
                 "go on, lower it")
     if trainer["step"] >= config.max_iters:
-        how = "train with --bigram_counts=False" if config.bigram_counts else (
+        advice = "train with --bigram_counts=False" if config.bigram_counts else (
             f"raise --max_iters (now {config.max_iters})")
-        return f"{trainer['step']:,} steps. To go on, {how}"
+        return f"{trainer['step']:,} steps. To go on, {advice}"
     return ""
 
 

@@ -21,10 +21,10 @@ from flatgpt.data.loader import plan_batches
 from flatgpt.data.records import text_of
 from flatgpt.data.shards import open_dataset
 from flatgpt.data.sources import SourceConfig
+from flatgpt.training.config import TrainConfig
 from flatgpt.training.device import pick_device
 from flatgpt.training.metrics import peak_memory_gb
 from model import GPT, GPTConfig
-from train import TrainConfig
 
 PROMPT_IDS = list(range(100, 116))
 NEW_TOKENS = 128

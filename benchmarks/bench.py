@@ -57,12 +57,12 @@ from flatgpt.models.prepacked import PrepackedLinear, prepack
 from flatgpt.models.sampling import Sampler
 from flatgpt.options import parse_options, run_script
 from flatgpt.training.checkpoint import RunConfig, RunFolder
+from flatgpt.training.config import TrainConfig
 from flatgpt.training.device import pick_device, pick_dtype, pick_numerics
 from flatgpt.training.distributed import Job
 from flatgpt.training.optim import OptimConfig, build_optimizer
 from flatgpt.training.resume import Progress
 from model import GPT, GPTConfig
-from train import TrainConfig
 
 T = TypeVar("T")
 SAMPLED = GPTConfig(bias=True, mlp="gelu_tanh")  # GPT-2 small

@@ -23,8 +23,8 @@ from benchmarks.baselines import NEW_TOKENS, PROMPT_IDS
 from benchmarks.scripts import Figures
 from flatgpt.data.loader import plan_batches
 from flatgpt.data.shards import open_dataset
+from flatgpt.training.config import TrainConfig
 from flatgpt.training.device import pick_device
-from train import TrainConfig
 
 SAME = ("n_layer", "n_head", "n_embd", "dropout", "bias", "block_size", "learning_rate", "weight_decay", "beta1",
         "beta2", "grad_clip", "warmup_iters", "lr_decay_iters", "min_lr", "eval_interval", "eval_iters")  # of both

@@ -115,7 +115,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write or replace a file: write it under a hidden name, sync it, rename it. Raises OSError that names it."""
+    """Write or replace a file: write it under a hidden name, sync it, rename it. Raises OSError that names it.
+    Processes that write one path at the same time have to write the same content: they share the hidden name."""
     hidden = path.with_name(f".{path.name}.tmp")
     try:
         with named_errors(path), open(hidden, "wb") as file:
@@ -131,14 +132,16 @@ def write_bytes(path: Path, content: bytes) -> None:
 def append_line(path: Path, line: str) -> None:
     """Add a line to a file and sync it, all of it or nothing; a line that a kill has left torn is cut first. Raises
     OSError that names the file. For a file that no other process writes."""
-    with named_errors(path), open(path, "ab+") as file:
-        end = _end_of_lines(file)
-        try:
+    with named_errors(path):
+        with open(path, "ab+") as file:
+            end = _end_of_lines(file)
             file.truncate(end)
-            file.write(line.encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        except OSError:
+        try:
+            with open(path, "ab") as file:
+                file.write(line.encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:  # only now: closing the file writes what its buffer still holds
             with contextlib.suppress(OSError):
                 os.truncate(path, end)
             raise

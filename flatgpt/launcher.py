@@ -102,7 +102,7 @@ def end_torchrun() -> None:
     """Have torchrun end the job instead of starting it again, as it would for any worker that exits with an error."""
     if may_restart() and ranks().local_rank == 0:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it will send us one
-        os.kill(os.getppid(), signal.SIGTERM)
+        os.kill(_torchrun_pid(), signal.SIGTERM)
 
 
 def seconds_since_launch() -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ OPTIONAL_NUMBER = (int, float, type(None))  # a tuple is tested faster than a un
 TRAINER = {  # trainer.json's keys, and of what kind their values are
     **dict.fromkeys(("step", "next_seq", "bad_steps", "skipped", "rollbacks", "tokens"), int), "best_step": int | None,
     "best_val_loss": NUMBER | None, "elapsed_s": NUMBER, "train_s": NUMBER,
-    "options": dict, "judge": dict, "scaler": dict | None}
+    "options": dict, "spike_detector": dict, "scaler": dict | None}
 RECORD = {  # the same for the records of metrics.jsonl; what is not named here are losses, or another version's
     **dict.fromkeys(("tokens", "elapsed_s", "lr", "grad_norm", "tokens_per_sec", "mfu", "memory_gb", "skipped",
                      "rollbacks", "next_seq", "reached", "train_s"), OPTIONAL_NUMBER),
@@ -39,13 +40,22 @@ EVENTS = {"fault": "skipped step", "rollbacks": "rollback", "resumed": "restart"
           "branched_from": "branch"}  # key of a record -> what it is of
 
 
+def number(value: Any) -> float:
+    """A value of a record; NaN for what is null, missing or no number that can be reckoned with."""
+    try:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return float(value) if is_number and math.isfinite(value) else math.nan
+    except OverflowError:  # an integer of hundreds of digits
+        return math.nan
+
+
 def parse_record(line: str | bytes) -> dict | None:
     """A line of metrics.jsonl without the values of another kind than a run writes; None for what is no record."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int) or math.isnan(number(record["step"])):
         return None
     return {key: value for key, value in record.items()
             if isinstance(value, RECORD.get(key, OPTIONAL_NUMBER if "/" in key else object))}
@@ -252,6 +262,8 @@ def read_trainer(folder: str | Path) -> dict:
     """trainer.json of a checkpoint. Raises FileNotFoundError, or ValueError for one that a run cannot go on from."""
     path = Path(folder) / "training" / "trainer.json"
     trainer = read_json(path)
+    if "judge" in trainer:  # its name in older checkpoints
+        trainer["spike_detector"] = trainer.pop("judge")
     for key, kinds in TRAINER.items():
         if not isinstance(trainer.get(key), kinds) and (key in trainer or key == "step"):
             raise ValueError(f"{path} has unexpected content: {key} is {trainer.get(key)!r:.50}")

@@ -4,6 +4,7 @@ import codecs
 import errno
 import hashlib
 import os
+import resource
 
 import hypothesis
 import pytest
@@ -144,3 +145,22 @@ def test_files_and_folders_are_synced(tmp_path, monkeypatch):
         files.sync(path)
         assert synced[-1] == path.stat().st_ino
     assert len(synced) == 2
+
+
+def test_a_line_that_does_not_fit_leaves_the_lines_before_it(tmp_path):
+    """Also what the file's buffer still holds when the disk is full is not written."""
+    path = tmp_path / "lines"
+    files.append_line(path, "first")
+    with open(path, "ab") as file:
+        file.write(b"torn")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        for length in (19_995, 30_000, 200_000):
+            with pytest.raises(OSError, match="lines: File too large"):
+                files.append_line(path, "x" * length)
+            assert path.read_bytes() == b"first\n"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    files.append_line(path, "second")
+    assert path.read_bytes() == b"first\nsecond\n"

@@ -92,6 +92,26 @@ def test_a_launch_is_the_same_for_all_that_a_torchrun_starts_and_no_other_for_a_
     assert first[0] != second[0]
 
 
+STOPPED = """
+import os
+import signal
+import subprocess
+import sys
+signal.signal(signal.SIGTERM, lambda *args: print("told to end", flush=True))
+worker = [sys.executable, "-c", "from flatgpt import launcher; launcher.end_torchrun()"]
+ours = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_MAX_RESTARTS": "3", "RANK": "0", "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+for command in (worker, ["sh", "-c", f"'{worker[0]}' -c \\"{worker[2]}\\"; true"]):
+    subprocess.run(command, env={**os.environ, **ours}, check=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes' parents are read in /proc")
+def test_torchrun_is_told_to_end_also_through_a_wrapper():
+    done = subprocess.run([sys.executable, "-c", STOPPED], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "told to end\n" * 2), done.stderr
+
+
 def test_without_torchrun_and_slurm_there_is_no_launch(monkeypatch):
     monkeypatch.setattr(launcher, "UNDER_TORCHRUN", False)
     for key in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):

@@ -180,6 +180,9 @@ def test_the_same_runs_give_the_same_bytes_in_place_of_the_old(cli, two_runs):
         assert cli("report", *runs).code == 0
         pages.append(Path("report.html").read_bytes())
     assert pages[0] == pages[1]
+    keys = [picture.key for picture in PICTURES]
+    shown = [key for key in numbers_in()[0]["curves"] if key in keys]
+    assert shown == sorted(shown, key=keys.index)  # no set's order
     assert not Path("report_files/mfu.png").exists()
     assert not list(Path().glob(".report*"))
 

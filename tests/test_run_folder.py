@@ -10,7 +10,7 @@ from flatgpt.run_folder import read_records, read_trainer
 
 @pytest.mark.parametrize(("key", "value"), [
     ("step", None), ("step", "3"), ("step", 3.5), ("next_seq", [1]), ("best_val_loss", "low"), ("best_step", {}),
-    ("options", None), ("judge", 1), ("elapsed_s", None)])
+    ("options", None), ("spike_detector", 1), ("elapsed_s", None)])
 def test_a_trainer_json_that_no_run_can_go_on_from_is_named(tmp_path, key, value):
     (tmp_path / "training").mkdir()
     files.write_json(tmp_path / "training" / "trainer.json", {"step": 3, key: value})
@@ -18,6 +18,8 @@ def test_a_trainer_json_that_no_run_can_go_on_from_is_named(tmp_path, key, value
         read_trainer(tmp_path)
     files.write_json(tmp_path / "training" / "trainer.json", {"step": 3, "an": "addition"})
     assert read_trainer(tmp_path) == {"step": 3, "an": "addition"}
+    files.write_json(tmp_path / "training" / "trainer.json", {"step": 3, "judge": {"mean": 1.0}})  # an older one
+    assert read_trainer(tmp_path) == {"step": 3, "spike_detector": {"mean": 1.0}}
 
 
 def test_of_records_what_is_of_another_kind_is_left_out(tmp_path):

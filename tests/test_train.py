@@ -161,6 +161,17 @@ def test_a_target_that_the_start_has_reached_leaves_a_checkpoint(cli, tiny_data)
     assert "is finished: after 0 steps" in cli("train", *TINY_RUN, "--target_val_loss=20").out
 
 
+def test_a_target_of_0_is_none_also_for_a_loss_of_0(cli):
+    Path("tiny.txt").write_text("a" * 2000)
+    assert cli("prepare_data", "--input=tiny.txt", "--name=tiny", "--tokenizer=char").code == 0
+    for max_iters in (1, 2):
+        result = cli("train", *TINY_RUN, f"--max_iters={max_iters}")
+        assert result.code == 0, result.err
+        assert "reached the target" not in result.out
+        assert read_trainer(LATEST)["step"] == max_iters
+    assert read_trainer(LATEST)["best_val_loss"] == 0
+
+
 @pytest.mark.parametrize("num_tokens", [100, 128, 1])
 def test_an_evaluation_can_read_the_first_tokens_whole(cli, tiny_data, num_tokens):
     result = cli("train", *TINY_RUN, f"--eval_tokens={num_tokens}")

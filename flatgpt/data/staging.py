@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from flatgpt import files
 from flatgpt.data.documents import open_index
@@ -95,12 +95,8 @@ class StagingFolder:
     def lock(self) -> Iterator[None]:
         """Lock this rank's work against a second run. Raises OSError when another run holds the lock."""
         self.target.parent.mkdir(exist_ok=True)
-        held = FileLock(self.target.with_name(f".{self.target.name}.{self.rank}.lock"), timeout=0)
-        try:
-            held.acquire()
-        except Timeout:
-            raise OSError(f"{self.target} is being made by another process: wait for it, or choose another "
-                          "--name") from None
+        held = FileLock(self.target.with_name(f".{self.target.name}.{self.rank}.lock"))
+        files.take_lock(held, f"{self.target} is being made by another process: wait for it, or choose another --name")
         try:
             yield
         finally:

@@ -110,20 +110,20 @@ class HarnessModel(TemplateLM):
 
     def _write(self, context: str, asked: Mapping[str, Any]) -> str:
         """Up to the first of the texts that end it, or the end of text. Raises ValueError for what cannot be done."""
-        how = normalize_gen_kwargs(dict(asked), MAX_NEW_TOKENS)
-        if unknown := [f"{key}={value}" for key, value in how.items()
+        settings = normalize_gen_kwargs(dict(asked), MAX_NEW_TOKENS)
+        if unknown := [f"{key}={value}" for key, value in settings.items()
                        if key not in UNDERSTOOD and value not in (None, False, 1)]:
             raise ValueError(f"the task wants text written with {', '.join(unknown)}, which is not offered here")
-        if how["max_gen_toks"] >= self.max_length:
-            raise ValueError(f"the task wants {how['max_gen_toks']} new tokens behind a text, but the model reads "
+        if settings["max_gen_toks"] >= self.max_length:
+            raise ValueError(f"the task wants {settings['max_gen_toks']} new tokens behind a text, but the model reads "
                              f"{self.max_length}: a task file can ask for less (generation_kwargs: max_gen_toks)")
-        until = handle_stop_sequences(how["until"], self._text.decode([self.eot_token_id]))
-        sampler = Sampler(how["temperature"], how.get("top_k", TOP_K), how.get("top_p")) if how["do_sample"] else (
-            Sampler(temperature=0))
-        ids = (self.tok_encode(context) or [self.prefix_token_id])[how["max_gen_toks"] - self.max_length:]
+        until = handle_stop_sequences(settings["until"], self._text.decode([self.eot_token_id]))
+        sampler = Sampler(temperature=0) if not settings["do_sample"] else Sampler(
+            settings["temperature"], settings.get("top_k", TOP_K), settings.get("top_p"))
+        ids = (self.tok_encode(context) or [self.prefix_token_id])[settings["max_gen_toks"] - self.max_length:]
         idx, new, text = torch.tensor([ids], device=self._job.device), [], ""
         with self._job.autocast():
-            for token in self._model.stream(idx, how["max_gen_toks"], sampler):
+            for token in self._model.stream(idx, settings["max_gen_toks"], sampler):
                 if (i := int(token)) == self._text.eot_id:
                     break
                 new += [i] if i not in self._special else []
@@ -164,7 +164,7 @@ def find_tasks(names: list[str], include_path: str) -> dict[str, list[Any]]:
 
 def score_task(tasks: list[Any], limit: int, model: LanguageModel, tokenizer: Tokenizer, batch_size: int,
                job: Job) -> dict[str, Any]:
-    """What the harness finds for tasks of `find_tasks`, on their first `limit` questions (0 = all), as tasks.score
+    """What the harness finds for tasks of `find_tasks`, on their first `limit` questions (0 = all), as tasks.score_own
     returns it; the same on every rank. Raises ValueError."""
     loaded = TaskManager(include_defaults=False).load(tasks)
     for task in loaded["tasks"].values():  # the seeds and defaults of the harness's command line

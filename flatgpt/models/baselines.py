@@ -151,7 +151,7 @@ class VectorModel(LanguageModel):
     def init_weights(self) -> None:
         """Tables N(0, 0.02) as in GPT-2: the first logits are small, and the loss is ln V. All else is as torch.nn
         makes it, which is what people compare with; docs/log.md has what another start would gain."""
-        for table in {self.wte.weight, self.head}:
+        for table in dict.fromkeys((self.wte.weight, self.head)):
             table.normal_(std=0.02)
             table[self.config.vocab_size:] = 0.0
 

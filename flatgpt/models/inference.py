@@ -164,7 +164,7 @@ def same_vocabulary(tokenizer: Tokenizer | None, data: Mixture) -> bool:
 
 def open_data(path: Path, dataset: str, vocab_size: int, tokenizer: Tokenizer | None) -> Mixture:
     """`dataset`, or if that is empty what the model at path was trained on. Raises ValueError when that is not known,
-    or holds the ids of another tokenizer than the model's; and as data.open_mixture does."""
+    or holds the ids of another tokenizer than the model's; and as open_mixture does."""
     if dataset:
         data = open_mixture(dataset)
         if data.vocab_size == UNKNOWN_VOCAB_SIZE:

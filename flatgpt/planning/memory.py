@@ -28,7 +28,7 @@ from flatgpt.models import fused
 from flatgpt.planning.layout import Layout
 from model import LanguageModel
 
-ROOM = 0.95  # of a GPU's memory, for tensors
+ROOM = 0.95  # of the memory: what may be planned for
 # What of the C library's heap lies in holes on a CPU, measured with glibc: a share of the activations; where RMSNorm is
 # made of many operations; and of what the blocks would keep, where they are run again.
 HOLES, HOLES_RMSNORM, HOLES_CHECKPOINTING = 0.25, 0.5, 0.6
@@ -246,7 +246,7 @@ def _mask_bytes(model: LanguageModel, micro_batch: int, layout: Layout) -> int:
 
 
 def _has_varlen_kernel(model: LanguageModel, layout: Layout) -> bool:
-    """As LanguageModel.has_varlen_kernel; of a model without a device the kernel of cards that have bfloat16."""
+    """As GPT.has_varlen_kernel; of a model without a device the kernel of cards that have bfloat16."""
     if model.head.device.type == "meta":
         return (layout.device.type == "cuda" and layout.dtype == torch.bfloat16 and model.config.pos != "alibi"
                 and not model.config.dropout and model.config.head_size % 8 == 0 and model.config.head_size <= 256)

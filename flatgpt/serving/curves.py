@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from flatgpt.run_folder import EVENTS, turn_of
+from flatgpt.run_folder import EVENTS, number, turn_of
 
 MAX_POINTS = 2000
 MAX_EVALUATIONS, MAX_EVENTS, MAX_SAMPLES = 1000, 500, 100  # kept; beyond it every second one is left out
@@ -136,14 +136,6 @@ def as_numbers(rows: list[list[Any]]) -> np.ndarray:
     except OverflowError:  # an integer of hundreds of digits
         numbers = np.array([[number(value) for value in row] for row in rows])
     return numbers.reshape(-1, len(COLUMNS))
-
-
-def number(value: Any) -> float:
-    """NaN for what is null, missing, no number or none that can be reckoned with."""
-    try:
-        return float(value) if type(value) in (int, float) else math.nan  # true is none
-    except OverflowError:
-        return math.nan
 
 
 def plain(value: Any) -> float | int | None:

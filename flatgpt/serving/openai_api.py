@@ -18,7 +18,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from starlette.concurrency import run_in_threadpool
@@ -92,7 +92,6 @@ class CompletionBody:
             raise ValueError("; ".join(faults))
 
 
-@lru_cache(maxsize=2**16)  # a long prompt asks for thousands
 def token_text(tokenizer: Tokenizer, token: int) -> str:
     """A token's text in lists of log-probabilities, another one for each token."""
     piece = tokenizer.piece(token)
@@ -107,6 +106,7 @@ class Writer:
 
     def __init__(self, index: int, prompt: str | list[int], ids: list[int], body: CompletionBody, tokenizer: Tokenizer):
         self.index, self.ids, self.tokenizer = index, ids, tokenizer
+        self.token_text = cache(partial(token_text, tokenizer))  # a long prompt asks for thousands
         self.prompt_text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
         self.stops, self.has_logprobs = body.stops(), body.logprobs is not None
         self.text, self.begin = "", 0  # of the answer; where what was written begins, behind an echoed prompt
@@ -117,7 +117,7 @@ class Writer:
 
     def record(self, offset: int, token: int, log_prob: float | None, top: Top | None) -> None:
         """A token whose text begins at an offset."""
-        names = None if top is None else {token_text(self.tokenizer, i): value for i, value in top}
+        names = None if top is None else {self.token_text(i): value for i, value in top}
         self.records.append((offset, token, log_prob, names))
 
     def echo(self, scores: Scores | None, row: int) -> dict[str, Any]:
@@ -164,7 +164,7 @@ class Writer:
         count = len(self.records) if self.finish_reason else sum(offset < end for offset, *_ in self.records)
         columns = [*map(list, zip(*self.records[:count]))] or [[], [], [], []]
         self.records, text, self.num_sent = self.records[count:], self.text[self.num_sent:end], end
-        logprobs = {"tokens": [token_text(self.tokenizer, token) for token in columns[1]], "token_logprobs": columns[2],
+        logprobs = {"tokens": [self.token_text(token) for token in columns[1]], "token_logprobs": columns[2],
                     "top_logprobs": columns[3], "text_offset": columns[0]} if self.has_logprobs else None
         return {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": self.finish_reason}
 

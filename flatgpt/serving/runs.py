@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from flatgpt import files
-from flatgpt.run_folder import EVALS, current_scores, curves_of_scores, parse_eval, parse_record, step_folders
-from flatgpt.serving.curves import Curves, number, plain, tokens_per_step
+from flatgpt.run_folder import EVALS, current_scores, curves_of_scores, number, parse_eval, parse_record, step_folders
+from flatgpt.serving.curves import Curves, plain, tokens_per_step
 
 OPTIONS = "train_config.json"  # what makes a folder a run's
 MAX_DEPTH = 6  # of folders below one that was named

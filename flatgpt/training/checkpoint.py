@@ -235,7 +235,7 @@ class RunFolder:
         (writing, step, is_best), self._writing = self._writing, None
         try:
             folder = writing.result()
-        except OSError as error:
+        except (OSError, MemoryError, RuntimeError) as error:  # torch's, where it gets no memory, is a RuntimeError
             self._failures.append(str(error))
             self._log(f"warning: step {step} could not be saved: {error}; going on, what was saved before is intact")
         else:
@@ -264,8 +264,8 @@ class RunFolder:
             raise OSError(f"saving failed{count}: {self._failures[-1]}; what was saved before is intact")
 
     def _write(self, config: GPTConfig, tokenizer: Tokenizer | None, trainer: dict[str, Any], is_best: bool) -> Path:
-        """Publish a checkpoint of the copies. Raises OSError, with all that was there untouched, when the disk is
-        full."""
+        """Publish a checkpoint of the copies. Raises OSError when the disk is full, MemoryError or RuntimeError when
+        the memory is, with all that was there untouched."""
         final = self.checkpoints / _name(trainer["step"])
         best = final if is_best else best_checkpoint(self.path, before=trainer["step"])
         hidden = self.checkpoints / f".{final.name}"

@@ -42,13 +42,13 @@ def try_compiler(model: nn.Module, job: Job, batch_size: int) -> str | None:
     return next((f for f in gather(failure, job) if f), None)
 
 
-def compile_in_place(model: nn.Module, **how: Any) -> None:
+def compile_in_place(model: nn.Module, **options: Any) -> None:
     if torch.are_deterministic_algorithms_enabled():
         # Kernels that are chosen by their speed differ between runs. (An environment variable would come too late
         # where torch's compiler is imported already.)
-        how["options"] = {"deterministic": True}
+        options["options"] = {"deterministic": True}
     for part in model.compiled_parts():
-        part.compile(**how)
+        part.compile(**options)
     model.is_compiled = True
 
 

@@ -241,3 +241,10 @@ def on_rank0(do: Callable[[], T], job: Job) -> T:
     if box[1]:
         sys.exit(2)
     return box[0]
+
+
+def kept_on_rank0(do: Callable[[], T], job: Job) -> T | None:
+    """As `on_rank0`, for a value that is not sent to the other ranks: they get None."""
+    made: list[T] = []
+    on_rank0(lambda: made.append(do()), job)
+    return made[0] if made else None

@@ -16,7 +16,8 @@ from typing import Any
 from flatgpt import run_folder
 from flatgpt.files import read_json
 from flatgpt.planning.fit import Point
-from flatgpt.training.plots import count_parameters, number
+from flatgpt.run_folder import number
+from flatgpt.training.plots import count_parameters
 
 # Options by which a recipe differs that a law takes for one, and the loss that it speaks of; sizes and lengths are not
 # among them, nor learning rates, which are often chosen for a size.

@@ -290,7 +290,10 @@ class Reporter:
                  "data that follows")
         self._step = step
         if self._speaks:
-            cut_to_events(self._path, step)
+            try:
+                cut_to_events(self._path, step)
+            except OSError as error:
+                self._warn_of_lines(error)
             self._trackers.each(lambda tracker: tracker.go_back(step))
             self._scores.rewind()
         self.record({"step": step, "rollbacks": rollbacks, "skipped": skipped, "next_seq": next_seq,
@@ -310,19 +313,27 @@ class Reporter:
         try:
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
-        except OSError as error:  # a full disk: the run is worth more than its log
+        except OSError as error:
             with contextlib.suppress(OSError):
                 os.truncate(self._path, size)
-            if not self._is_missing_lines:
-                self.log(f"warning: {self._path} cannot be written ({error.strerror}); going on without")
-            self._is_missing_lines = True
+            self._warn_of_lines(error)
         self._trackers.each(lambda tracker: tracker.log(values))
         for scores in self._scores.after(values) if self._trackers.is_wanted else ():
             self._trackers.each(lambda tracker, scores=scores: tracker.log(scores))
 
-    def close(self) -> None:
+    def _warn_of_lines(self, error: OSError) -> None:
+        """Say once that metrics.jsonl cannot be written, on a full disk say: the run is worth more than its log."""
+        if not self._is_missing_lines:
+            self.log(f"warning: {self._path} cannot be written ({error.strerror or error}); going on without")
+        self._is_missing_lines = True
+
+    def close_line(self) -> None:
+        """Leave the terminal to other messages."""
         if self._line is not None:
             self._line.close()
+
+    def close(self) -> None:
+        self.close_line()
         self._trackers.each(lambda tracker: tracker.close(summarize(read_records(self._path))))
 
 

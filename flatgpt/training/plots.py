@@ -32,6 +32,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from safetensors import SafetensorError, safe_open
 
 from flatgpt import files, run_folder
+from flatgpt.run_folder import number
 
 # Okabe and Ito's colours, which people who see fewer of them can tell apart, without the yellow that white swallows;
 # then the same once more in dashes, and in dots.
@@ -96,11 +97,11 @@ class Run:
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)  # see run_folder.curves_of_scores
 
     def __post_init__(self) -> None:
-        self._tokens_per_step = next((r["tokens"] / r["step"] for r in self.records if r["step"] and r.get("tokens")),
-                                     0.0)
+        self._tokens_per_step = next(
+            (tokens / r["step"] for r in self.records if r["step"] and (tokens := number(r.get("tokens"))) > 0), 0.0)
         self.evaluated = [r for r in self.records if "val/loss" in r]
         self.trained = [r for r in self.records if "train/loss" in r]
-        self.curves = {key: thin(self._curve(self.trained, key)) for key in {picture.key for picture in PICTURES}}
+        self.curves = {picture.key: thin(self._curve(self.trained, picture.key)) for picture in PICTURES}
         self.curves["val/loss"] = self._curve(
             [r | {"val/loss": r.get("val/sampled_loss", r["val/loss"])} for r in self.evaluated], "val/loss")
         self.curves["whole/val/loss"] = self._curve([r for r in self.evaluated if "val/sampled_loss" in r], "val/loss")
@@ -157,11 +158,6 @@ class Run:
     def _over(self, key: str, reduce: Callable, records: list[Record] | None = None) -> float | None:
         known = [r[key] for r in (self.records if records is None else records) if np.isfinite(number(r.get(key)))]
         return reduce(known) if known else None
-
-
-def number(value: Any) -> float:
-    """NaN for what is null, missing or no number."""
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else math.nan
 
 
 def has_values(curve: Curve) -> bool:

@@ -33,15 +33,15 @@ def report(model: LanguageModel, plan: BatchPlan, epochs: str, run: RunFolder, e
     """Lines for people, those that begin with "warning:" about what will fail; every rank has to take part."""
     num_params, block_size = model.num_params(non_embedding=False), model.config.block_size
     groups = f" with shard_size={job.shard_size}" if job.parallel == "hsdp" else ""
-    how = f", {job.parallel}{groups}" if job.world_size > 1 else ""
-    yield f"{num_params:,} parameters, {job.dtype} on {job.world_size} x {job.device.type}{how}"
+    layout = f", {job.parallel}{groups}" if job.world_size > 1 else ""
+    yield f"{num_params:,} parameters, {job.dtype} on {job.world_size} x {job.device.type}{layout}"
     yield (f"{plan.seqs_per_step * block_size:,} tokens a step = {plan.accumulation_steps} micro-batches x "
            f"{plan.micro_batch} sequences x {block_size} tokens x {job.world_size} ranks; an epoch {epochs}")
 
     parts, room = memory_parts(model, plan, optim.optimizer, job), memory_room(job)
     yield (f"memory a process: about {size(sum(parts.values()))} of {room / 1e9:,.1f} GB ("
            + ", ".join(f"{part} {size(num_bytes)}" for part, num_bytes in parts.items()) + ")")
-    if sum(parts.values()) > room:
+    if sum(parts.values()) > ROOM * room:
         yield ("warning: that will not fit: lower --batch_size, or try --activation_checkpointing=True or "
                "--parallel=fsdp")
 
@@ -67,13 +67,14 @@ def report(model: LanguageModel, plan: BatchPlan, epochs: str, run: RunFolder, e
                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment")
 
 
-def fit_batch_size(model: LanguageModel, seqs_per_rank: int, job: Job, compile: str = "False") -> int:
+def fit_batch_size(model: LanguageModel, seqs_per_rank: int, job: Job, compile: str = "False",
+                   optimizer: str = "adamw") -> int:
     """The largest micro-batch that every rank's device takes: a divisor of `seqs_per_rank`. Raises ValueError.
 
     On a GPU it is tried, by a stand-in for the model, compiled if `compile` says so (see compiling.compile_parts);
     elsewhere, where a trial that fails is the end of the process, it is reckoned."""
     on_gpu = job.device.type == "cuda"
-    fits = _gpu_trial(model, job, compile) if on_gpu else partial(_fits_host, model, job)
+    fits = _gpu_trial(model, job, compile) if on_gpu else partial(_fits_host, model, job, optimizer)
     largest = memory.largest_micro_batch(  # for all, so that no rank goes on to a size alone
         seqs_per_rank, job.world_size, lambda plan, fits=fits: all(distributed.gather(fits(plan), job)))
     del fits  # and the stand-in with it: the trial is no part of the run
@@ -87,8 +88,8 @@ def fit_batch_size(model: LanguageModel, seqs_per_rank: int, job: Job, compile: 
     return largest
 
 
-def _fits_host(model: LanguageModel, job: Job, plan: BatchPlan) -> bool:
-    return sum(memory_parts(model, plan, "adamw", job).values()) < 0.9 * memory_room(job)
+def _fits_host(model: LanguageModel, job: Job, optimizer: str, plan: BatchPlan) -> bool:
+    return sum(memory_parts(model, plan, optimizer, job).values()) <= ROOM * memory_room(job)
 
 
 def _gpu_trial(model: LanguageModel, job: Job, compile: str) -> Callable[[BatchPlan], bool]:

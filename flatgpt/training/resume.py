@@ -62,7 +62,7 @@ def fresh_state() -> dict[str, Any]:
     """The trainer's state of a run that begins. `folder` is the checkpoint that it goes on from, its own or, where it
     branches, one of the run `branched_from`."""
     return asdict(Progress()) | {"folder": None, "is_new": True, "branched_from": None, "options": {}, "scaler": None,
-                                 "judge": {}, "elapsed_s": 0.0, "train_s": 0.0}
+                                 "spike_detector": {}, "elapsed_s": 0.0, "train_s": 0.0}
 
 
 def branch(config: Any, given: Mapping[str, str], trainer: dict[str, Any], log: Callable[[str], None],
@@ -132,22 +132,22 @@ def check_same_run(trainer: Mapping[str, Any], now: Mapping[str, Any], defaults:
     if now["eval_only"] and "documents" in changed:
         log(f"it is not measured as it was trained: {changed['documents']}")
     if not now["eval_only"] and trainer["step"] < now["max_iters"]:
-        how = f"branching from {trainer['folder']} into" if is_branch else "resuming"
-        log(f"{how} {now['out_dir']} at step {trainer['step']:,}"
+        action = f"branching from {trainer['folder']} into" if is_branch else "resuming"
+        log(f"{action} {now['out_dir']} at step {trainer['step']:,}"
             + (f"; changed: {'; '.join(changed.values())}" if changed else ""))
 
 
 def load_training_state(trainer: Mapping[str, Any], model: LanguageModel, optimizer: torch.optim.Optimizer,
                         scaler: torch.amp.GradScaler, spike_detector: SpikeDetector, job: Job) -> None:
     """Load everything but the weights from a checkpoint: rank 0 reads it, the other ranks get it from rank 0."""
-    state = read_optimizer(trainer["folder"]) if job.rank == 0 else None
+    state = distributed.kept_on_rank0(partial(read_optimizer, trainer["folder"]), job)
     if distributed.on_rank0(lambda: bool(state), job):
         optim.load_optimizer_state(optimizer, model, state, partial(parallel.from_rank0, job=job))
     else:  # no update was made before that checkpoint
         optimizer.state.clear()
     if trainer["scaler"]:
         scaler.load_state_dict(trainer["scaler"])
-    vars(spike_detector).update(trainer["judge"])
+    vars(spike_detector).update(trainer["spike_detector"])
 
 
 def read_optimizer(folder: str | Path) -> dict[str, torch.Tensor]:
@@ -164,7 +164,7 @@ def roll_back(run: RunFolder, now: Progress, fault: str, model: LanguageModel, o
               scaler: torch.amp.GradScaler, spike_detector: SpikeDetector, job: Job) -> Progress:
     """Go back to the last good checkpoint, and continue with the data after the bad steps. Raises as `_last_good`."""
     trainer = distributed.on_rank0(partial(_last_good, run, now, fault), job)
-    _, state = weights.open_pretrained(trainer["folder"]) if job.rank == 0 else (None, None)
+    state = distributed.kept_on_rank0(lambda: weights.open_pretrained(trainer["folder"])[1], job)
     parallel.fill(model, state, job)
     load_training_state(trainer, model, optimizer, scaler, spike_detector, job)
     return replace(Progress.of(trainer), next_seq=now.next_seq, skipped=now.skipped, rollbacks=now.rollbacks + 1)

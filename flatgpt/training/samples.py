@@ -48,9 +48,9 @@ class Samples:
 
     def write(self, due: list[Prompt | None]) -> tuple[list[str], list[str]]:
         """The texts, and for each the prompt that it begins with, or ""."""
-        how = self._model, self._tokenizer, self._config.sample_tokens, self._job
+        options = self._model, self._tokenizer, self._config.sample_tokens, self._job
         written = [(text, prompt.text if prompt else "") for prompt in due
-                   for text in (continue_prompt(prompt, *how) if prompt else write_samples(*how))]
+                   for text in (continue_prompt(prompt, *options) if prompt else write_samples(*options))]
         return [text for text, _ in written], [prompt for _, prompt in written]
 
 

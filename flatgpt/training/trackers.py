@@ -106,21 +106,21 @@ class Wandb:
         id_file = folder / "wandb_id"
         if is_new or not id_file.is_file():
             write_text(id_file, secrets.token_hex(4) + "\n")
-        how = {"project": project, "name": name, "id": id_file.read_text(encoding="utf-8").strip(), "dir": folder,
+        settings = {"project": project, "name": name, "id": id_file.read_text(encoding="utf-8").strip(), "dir": folder,
                "resume": "allow"}
         mode = wandb.setup().settings.mode  # of the environment, or of wandb's own files
         if mode == "online" and not wandb.login(prompt=False, verify=False):
             mode = "offline"
             log(f"wandb has no API key: the run is kept in {folder}/wandb, for `wandb sync` to upload")
         try:
-            self._run = wandb.init(mode=mode, **how)
+            self._run = wandb.init(mode=mode, **settings)
         except wandb.errors.Error as error:
             if mode != "online":
                 raise
             log(f"warning: wandb cannot be reached ({one_line(error)}): the run is kept in {folder}/wandb, for "
                 "`wandb sync` to upload")
             wandb.teardown()  # its service would not let go of the id
-            self._run = wandb.init(mode="offline", **how)
+            self._run = wandb.init(mode="offline", **settings)
         self._run.config.update(options, allow_val_change=True)
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")

@@ -237,7 +237,7 @@ def fit_and_train(layout: str, cases: list[tuple[str, int]]) -> list[tuple[int, 
                     patched.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
                     patched.setattr(torch.cuda, "set_per_process_memory_fraction", lambda fraction, device: None)
                     fits = preflight._gpu_trial(model, job, "False")
-                    patched.setattr(preflight, "_fits_host", lambda model, job, plan, fits=fits: fits(plan))
+                    patched.setattr(preflight, "_fits_host", lambda model, job, optimizer, plan, fits=fits: fits(plan))
                     patched.setattr(GPT, "forward", overflow)
                     size = preflight.fit_batch_size(model, 4, job)
             found.append((size, train_steps(model, job)))

@@ -14,9 +14,9 @@ from test_parallel import join
 
 from flatgpt.options import flatten
 from flatgpt.training import distributed, hosts
+from flatgpt.training.config import TrainConfig
 from flatgpt.training.device import DeviceConfig
 from flatgpt.training.distributed import Job, ParallelConfig
-from train import TrainConfig
 
 
 def groups_of(config: ParallelConfig, local_world_size: str) -> tuple[int, list[int], list[int]]:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import resource
 import shlex
 import shutil
 import subprocess
@@ -214,6 +215,21 @@ def test_control_characters_of_a_sample_do_not_reach_the_terminal(tmp_path, mode
     reporter.samples(1, [text], [""])
     assert "a\tb\n\\x1b[31mred\\x00\\x07\\x0d\\x7f\\x9b2J \\x1b \xa0\xe9 end\n---" in capsys.readouterr().out
     assert records_of(tmp_path)[-1]["samples"] == [text]
+
+
+def test_going_back_on_a_full_disk_is_said_and_does_not_end_the_run(tmp_path, model, capsys):
+    reporter = Reporter(tmp_path, LogConfig(), HERE)
+    reporter.start(model, 0, fresh_state(), {"max_iters": 9}, is_new=True)
+    for step in (1, 2, 3):
+        reporter.record({"step": step, "loss": 2.0, "tokens": step})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        reporter.rollback(1, 1, 2, 64)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [record["step"] for record in records_of(tmp_path)] == [1, 2, 3]
+    assert capsys.readouterr().out.count("metrics.jsonl cannot be written (") == 1
 
 
 def test_samples_need_a_tokenizer_and_sound_numbers(refused, cli, tiny_data):

@@ -90,7 +90,7 @@ def test_the_micro_batch_is_the_largest_that_memory_holds(monkeypatch):
         held = 300_000_000 * (limit == "free_memory_bytes")  # what is free comes on top of what is held
         for micro_batch in (1, 4, 6, 24):
             monkeypatch.setattr(preflight, limit,
-                                lambda n=micro_batch, held=held: 1.001 * needed(n) / 0.9 - held)
+                                lambda n=micro_batch, held=held: 1.001 * needed(n) / preflight.ROOM - held)
             assert preflight.fit_batch_size(model, 24, HERE) == micro_batch
         monkeypatch.setattr(preflight, limit, lambda held=held: needed(1) - held)
         with pytest.raises(ValueError, match="not even one sequence of 64 tokens fits"):
@@ -143,7 +143,7 @@ def test_batch_size_0_is_reported_and_kept_by_a_resume(cli, tiny_data, monkeypat
     options = [option for option in TINY_RUN if not option.startswith(("--batch_size", "--gradient"))]
     options += ["--batch_size=0", "--total_batch_size=128"]
     with monkeypatch.context() as small:
-        small.setattr(preflight, "fit_batch_size", lambda model, seqs_per_rank, job, compile: seqs_per_rank // 4)
+        small.setattr(preflight, "fit_batch_size", lambda model, seqs_per_rank, *rest: seqs_per_rank // 4)
         result = cli("train", *options, "--max_iters=3")
         assert result.code == 0, result.err
         assert "128 tokens a step = 4 micro-batches x 2 sequences" in result.out
