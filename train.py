@@ -14,7 +14,7 @@ A new run that goes on from a checkpoint of another one, here to let its constan
 
 The same command again goes on from the newest checkpoint in out_dir, also on another number of processes. SIGTERM,
 Ctrl-C and SIGUSR1 finish the step, save and exit with status 75, as does --max_minutes. Keys, meanings and
-defaults are nanoGPT's; where flatGPT differs (device, dtype and compile are `auto`), --help says so.
+defaults are nanoGPT's; where flatGPT differs (device, dtype, compile and backend are `auto`), --help says so.
 """
 
 from __future__ import annotations
@@ -132,6 +132,8 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
                             config.eval_tokens, plan.micro_batch, job)  # in rows that compiled blocks know
     samples = Samples(config.log, model, data.tokenizer, job)
     if config.eval_only:
+        if config.init_from == "scratch" and not trainer["folder"] and not config.bigram_counts:
+            report.log(f"warning: {run.path} holds no checkpoint: the weights are random, as a new run would have them")
         report.log(f"step {trainer['step']}: {describe_losses(validation.losses(whole=True))} on {validation.extent}")
         return ""
     if trainer["folder"] and (reason := why_finished(config, trainer)):
@@ -312,6 +314,9 @@ def finish(run: RunFolder, report: Reporter, now: Progress, stopped_by: str, has
         report.record({"step": now.step, "stopped": stopped_by, "elapsed_s": report.elapsed_s()})
         report.log(f"stopped by {stopped_by} at step {now.step:,}, and saved: the same command goes on from there")
     else:
+        if now.bad_steps:
+            report.log(f"warning: the last {now.bad_steps} updates were skipped, and the loss may not be sound: lower "
+                       "--learning_rate, or lengthen --warmup_iters")
         report.log("done." + (f" Read what it writes: python sample.py --out_dir={run.path}" if has_text else ""))
     report.close()  # wandb may take its time to upload, and a run that is told to stop has not much
 

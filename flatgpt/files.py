@@ -32,6 +32,7 @@ MAGIC_BYTES = {  # first bytes of a file -> what it is, and the way out
         b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh91AY&SY": "bzip2", b"\xfd7zXZ\0": "xz"}.items()},
     b"PK\x03\x04": "a ZIP archive, as np.savez and torch.save write one, too: `unzip` unpacks it",
     b"\x93NUMPY": "a file of np.save; this removes its header: np.load(FILE).astype('<u2').tofile(FILE)",
+    b"PAR1": "a Parquet file: its name has to end in .parquet",
     b"%PDF-": "a PDF: `pdftotext` extracts its text"}
 
 
@@ -104,6 +105,11 @@ def broken(path: Path, reason: object, own: bytes = b"") -> str:
         if (what := identify(head)) and not (own and head.startswith(own)):
             return f"{path} is {what}"
     return f"{path} is broken{reason}"
+
+
+def one_line(error: Exception) -> str:
+    """The type and the first line of an error, for a message."""
+    return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -191,8 +197,9 @@ def fetch_snapshot(repo_id: str, patterns: list[str]) -> Path:
         return Path(snapshot_download(repo_id, allow_patterns=patterns))
     except (OSError, ValueError) as error:  # a ValueError over a name that the hub cannot have
         reason = str(error).strip().splitlines()[0]
-        raise OSError(f"could not get {repo_id} from the hub, and the cache does not hold it: {reason} "
-                      "(without network: copy its folder to this machine, and give the path instead)") from None
+        raise OSError(f"could not get {repo_id} from the hub, and it is neither a folder here nor in the cache: "
+                      f"{reason} (without network: copy its folder to this machine, and give the path instead)"
+                      ) from None
 
 
 def sha256_file(path: Path) -> str:

@@ -286,8 +286,8 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     except (MemoryError, RuntimeError) as error:  # torch's is a RuntimeError, in other words on a CPU, a GPU and MPS
         if not isinstance(error, MemoryError) and not re.search("can't allocate memory|out of memory", str(error)):
             raise
-        sys.exit(_complain("the memory is full: lower what a process holds at a time, --batch_size or the model's size "
-                           f"for one ({(str(error) or 'MemoryError').splitlines()[0]})"))
+        sys.exit(_complain("the memory is full: lower what a process holds at a time, the batch, a prompt's length or "
+                           f"the model's size ({(str(error) or 'MemoryError').splitlines()[0]})"))
     except KeyboardInterrupt:
         _complain("interrupted")
         sys.exit(130)

@@ -17,12 +17,15 @@ from typing import Any
 
 # What schedulers, people, clouds and a terminal that closes send.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+MAX_OPEN_FILES = 65536  # wanted: a trillion tokens are 10,000 shards
 
 
 def begin(needs_reader: bool = False) -> None:
-    """What a script does first, before it imports torch, prints or opens a file: see `prepare_streams`. Until its main
-    runs (`interruptible`), Ctrl-C ends the process by the signal, without a traceback."""
+    """What a script does first, before it imports torch, prints or opens a file: see `prepare_streams` and
+    `allow_open_files`. Until its main runs (`interruptible`), Ctrl-C ends the process by the signal, without a
+    traceback."""
     prepare_streams(needs_reader)
+    allow_open_files()
     is_interactive = hasattr(sys, "ps1")  # a notebook's process, which goes on behind the script
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler and not is_interactive:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -39,6 +42,18 @@ def interruptible() -> Iterator[None]:
     finally:
         if before == signal.SIG_DFL:
             signal.signal(signal.SIGINT, before)
+
+
+def allow_open_files() -> None:
+    """Raise this process's limit of open files as far as the system allows: each shard of a data set holds one, and
+    many systems begin with 256 or 1,024."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows; macOS has a limit of its own below `hard`
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def prepare_streams(needs_reader: bool = False) -> None:

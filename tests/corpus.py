@@ -43,7 +43,8 @@ def parquet(texts: Iterable[str | None], column: str = "text", **options: object
 
 
 MAKERS: dict[str, Callable[..., bytes]] = {  # ending -> the content of a file with these documents
-    ".jsonl": json_lines, ".jsonl.gz": lambda texts, *key: gzip.compress(json_lines(texts, *key)),
+    ".jsonl": json_lines, ".jsonlines": json_lines, ".ndjson": json_lines,
+    ".jsonl.gz": lambda texts, *key: gzip.compress(json_lines(texts, *key)),
     ".jsonl.zst": lambda texts, *key: zstd(json_lines(texts, *key)), ".parquet": parquet}
 
 

@@ -144,6 +144,14 @@ def test_documents_stay_whole_and_in_the_order_of_reading(prepare):
     assert val == [text for text in texts.values() if text not in train]
 
 
+def test_a_split_with_far_more_than_was_asked_for_is_a_warning(cli):
+    source = write_lines("texts.jsonl", ["a" * 1000, "b" * 1000])
+    result = cli("prepare_data", f"--input={source}", "--name=made", "--tokenizer=byte")
+    assert "warning: the val split has 50% of the tokens, and 10% were asked for" in result.out
+    assert "warning" not in cli("prepare_data", f"--input={source}", "--name=half", "--tokenizer=byte",
+                                "--val_fraction=0.3").out
+
+
 def test_a_split_that_no_document_falls_in_is_a_warning(prepare, cli):
     texts = [f"document {i}" for i in range(1200)]  # no small source, where a split has one at least
     source = write_lines("texts.jsonl", texts)

@@ -149,3 +149,13 @@ def test_a_conversation_without_an_input_ends(cli, tiny_data):
                           check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert len(done.stdout.splitlines()) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such limit")
+def test_a_script_may_open_as_many_files_as_the_system_lets_it():
+    code = ("import resource; from flatgpt import signals; signals.begin(); "
+            "print(*resource.getrlimit(resource.RLIMIT_NOFILE))")
+    done = subprocess.run(["sh", "-c", f"ulimit -Sn 64; exec '{sys.executable}' -c '{code}'"], cwd=ROOT, check=True,
+                          capture_output=True, text=True)
+    soft, hard = map(int, done.stdout.split())
+    assert soft == (min(hard, signals.MAX_OPEN_FILES) if hard > 0 else signals.MAX_OPEN_FILES)

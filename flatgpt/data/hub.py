@@ -87,7 +87,7 @@ def _read_hub(rows: Any, num_parts: int, index: int, name: str, text_column: str
             end += len(text)
             yield Record(f"{name}: document {row}", "text" if join else "utf8", text, end)
     except (ValueError, pyarrow.ArrowException) as error:
-        yield Record(name, "fault", files.broken(Path(name), f" behind document {row}: {error}"), end)
+        yield Record(name, "fault", files.broken(Path(name), f" behind document {row}: {error}", b"PAR1"), end)
     except Exception as error:  # of many kinds, by the way a file is fetched
         raise OSError(f"reading {name} failed: {type(error).__name__}: {error}; the same command again goes on from "
                       "the last finished shard") from None

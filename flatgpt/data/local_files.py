@@ -12,6 +12,7 @@ from __future__ import annotations
 import glob
 import gzip
 import io
+import json
 import os
 import re
 import shlex
@@ -46,7 +47,10 @@ def local_parts(pattern: str, text_column: str) -> list[Part]:
         what, has_nuls = files.identify(head), b"\0" in head and not files.bom_of(head)
         if what not in ("", files.HTML) or root.suffix.lower() in NOT_TEXT or has_nuls:
             what = what or "not text" + (" (it holds NULs: UTF-16 without a byte order mark?)" if has_nuls else "")
-            raise ValueError(f"--input={pattern} is {what}; what can be read is {', '.join(READERS)}")
+            raise ValueError(f"--input={pattern} is {what}; what can be read is {', '.join(READERS)}" + (
+                ", and .json and .csv in a folder, by --hf=FOLDER" if {".json", ".csv"} & {*root.suffixes} else ""))
+        if _is_json_line(head.partition(b"\n")[0], text_column):
+            raise ValueError(f"--input={pattern} looks like a JSON object a line: rename it to .jsonl")
     base, found = find_files(pattern)
     if not (paths := [path for path in sorted(found) if not found[path]]):
         left_out = describe_skipped(count_skipped(base, found))
@@ -54,6 +58,14 @@ def local_parts(pattern: str, text_column: str) -> list[Part]:
             f"there are no {', '.join(READERS)} files" + (f", but {left_out}" if left_out else "")
             if expand_glob(pattern) else "no such file or folder"))
     return [_file_part(path, path.relative_to(base).as_posix(), text_column) for path in paths]
+
+
+def _is_json_line(line: bytes, text_column: str) -> bool:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and isinstance(value.get(text_column), str)
 
 
 def expand_glob(pattern: str) -> list[Path]:
@@ -262,7 +274,7 @@ def _read_parquet(path: Path, text_column: str) -> Iterator[Record]:
                     row += 1
                     yield Record(f"{path}: row {row}", "utf8", text, size * row // file.metadata.num_rows)
     except (OSError, pyarrow.ArrowException) as error:
-        yield _fault(path, f" behind row {row}", error)
+        yield _fault(path, f" behind row {row}", error, b"PAR1")
 
 
 def column_texts(column: Any, name: object, text_column: str) -> list[bytes]:
@@ -281,6 +293,8 @@ READERS: dict[str, Callable[..., Iterator[Record]]] = {
     ".md": _read_whole,
     ".py": partial(_read_whole, form="python"),
     ".jsonl": read_lines,
+    ".jsonlines": read_lines,
+    ".ndjson": read_lines,
     ".jsonl.gz": read_lines,
     ".jsonl.zst": read_lines,
     ".parquet": _read_parquet,

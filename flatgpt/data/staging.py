@@ -246,6 +246,12 @@ def describe(target: Path, manifest: dict[str, Any]) -> str:
     lines += [f"warning: the {split} split has one token, but a loss takes two: give "
               + ("more text" if split == "train" else f"more text, or a larger --{split}_fraction")
               for split, held in manifest["splits"].items() if held["tokens"] == 1]
+    total, arguments = sum(held["tokens"] for held in manifest["splits"].values()), manifest.get("arguments", {})
+    for split, held in manifest["splits"].items():
+        wanted = arguments.get(f"{split}_fraction") or 0
+        if held["tokens"] > 2 * wanted * total > 0:
+            lines.append(f"warning: the {split} split has {held['tokens'] / total:.0%} of the tokens, and {wanted:.0%} "
+                         "were asked for: a document is in one split, and these are few, or very different in length")
     if manifest["documents"] > 1 and has_tokenizer(target) and load_tokenizer(target).eot_id is None:
         lines.append("note: nothing separates the documents, because the tokenizer has no end-of-text token")
     return "\n".join(lines)

@@ -29,6 +29,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
 from flatgpt.data.hf_tokenizer import Tokenizer, UnknownText, byte_alphabet
+from flatgpt.data.nanogpt import characters_of, read_meta
 from flatgpt.data.tokenizer_config import EOT, read_config, read_token_ids
 from flatgpt.files import HUB_ID, fetch_snapshot, read_json
 from flatgpt.run_folder import follow_link, newest_checkpoint
@@ -136,7 +137,10 @@ def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenize
     folder = follow_link(Path(kind))
     if not folder.is_dir():
         folder = fetch_snapshot(kind, TOKENIZER_FILES)
-    return load_tokenizer(newest_checkpoint(folder) or folder)
+    folder = newest_checkpoint(folder) or folder
+    if not has_tokenizer(folder) and (characters := characters_of(read_meta(folder))):
+        return CharTokenizer(characters)  # of a data set of nanoGPT's
+    return load_tokenizer(folder)
 
 
 def check_kind(kind: str) -> None:
@@ -156,8 +160,12 @@ def no_tokenizer(folder: Path) -> str:
     others = ", ".join(path.name for path in sorted(folder.glob("*")) if path.suffix in (".model", ".tiktoken")
                        or path.name in ("vocab.txt", "tekken.json"))
     return f"{folder} holds no tokenizer: neither tokenizer.json nor vocab.json and merges.txt" + (
-        f"; {others} has another format, which transformers converts to a tokenizer.json: AutoTokenizer."
-        f"from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})" if others else "")
+        f"; {others} has another format: {_conversion(folder)}" if others else "")
+
+
+def _conversion(folder: Path) -> str:
+    return (f"transformers converts it to a tokenizer.json: AutoTokenizer.from_pretrained({str(folder)!r})."
+            f"save_pretrained({str(folder)!r})")
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -195,7 +203,15 @@ def _read_tokenizer(path: Path) -> HFTokenizer:
 
 
 def _read_vocab_and_merges(folder: Path) -> HFTokenizer:
+    """GPT-2's own kind. Raises ValueError for another, which these two files do not tell: it splits words otherwise."""
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
+    settings, model = (read_json(path) if (path := folder / name).is_file() else {}
+                       for name in ("tokenizer_config.json", "config.json"))
+    kind = settings.get("tokenizer_class") or model.get("model_type") or "gpt2"
+    kind += " with add_bos_token" if settings.get("add_bos_token") else ""
+    if kind not in ("gpt2", "flatgpt", "GPT2Tokenizer", "GPT2TokenizerFast"):
+        raise ValueError(f"{folder} has vocab.json and merges.txt, which alone are GPT-2's tokenizer, and this is "
+                         f"{kind}: {_conversion(folder)}")
     try:
         model = models.BPE.from_file(str(vocab), str(merges))
     except Exception as error:  # tokenizers raises nothing more specific

@@ -30,11 +30,11 @@ from tqdm import tqdm
 
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.evaluation.scoring import cut_row, log_likelihoods
+from flatgpt.files import one_line
 from flatgpt.models.language_model import LanguageModel
 from flatgpt.models.sampling import Sampler
 from flatgpt.options import closest
 from flatgpt.training import distributed
-from flatgpt.training.device import one_line
 from flatgpt.training.distributed import Job
 
 MAX_NEW_TOKENS = 256  # where a task does not say, as with "hf"

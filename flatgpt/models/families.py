@@ -152,7 +152,7 @@ def _read_llama_config(settings: Mapping[str, Any]) -> Read:
     width, n_head = settings["hidden_size"], settings["num_attention_heads"]
     head_dim = settings.get("head_dim") or 0
     faults += [key for key in ("attention_bias", "mlp_bias", "quantization_config") if settings.get(key)]
-    if settings["hidden_act"] != "silu":
+    if settings["hidden_act"] not in ("silu", "swish"):  # two names of one function
         faults.append(f"hidden_act={settings['hidden_act']}")
     return {"block_size": settings["max_position_embeddings"], "vocab_size": settings["vocab_size"],
             "n_layer": settings["num_hidden_layers"], "n_head": n_head,
@@ -191,7 +191,10 @@ def _read_rope(settings: Mapping[str, Any]) -> Read:
 
 
 def _read_llama_state(config: GPTConfig, theirs: State) -> State:
-    theirs = {name: tensor for name, tensor in theirs.items() if not name.endswith("rotary_emb.inv_freq")}  # a buffer
+    theirs = {name.removeprefix("_orig_mod."): tensor for name, tensor in theirs.items()
+              if not name.endswith("rotary_emb.inv_freq")}  # a buffer
+    if not any(name.startswith("model.") for name in theirs):  # a LlamaModel, say: without its head
+        theirs = {name if name == "lm_head.weight" else f"model.{name}": tensor for name, tensor in theirs.items()}
     state = {ours: theirs.pop(name) for ours, name in LLAMA.items() if name in theirs}
     for layer in range(config.n_layer):
         for ours, names in LLAMA_BLOCK.items():
@@ -235,9 +238,13 @@ def _write_llama_state(config: GPTConfig, state: State) -> State:
 
 # Sliding windows
 
+LAYER_TYPES = {"sliding_attention": "S", "full_attention": "L"}
+
 
 def _read_mistral_windows(settings: Mapping[str, Any], n_layer: int) -> dict[str, Any]:
-    return {"sliding_window": settings["sliding_window"] or 0}
+    """Of all layers, or of those that layer_types names."""
+    window, kinds = settings["sliding_window"] or 0, settings.get("layer_types")
+    return _windows_of(kinds, window, n_layer) if kinds and window else {"sliding_window": window}
 
 
 def _read_qwen_windows(settings: Mapping[str, Any], n_layer: int) -> dict[str, Any]:
@@ -246,18 +253,28 @@ def _read_qwen_windows(settings: Mapping[str, Any], n_layer: int) -> dict[str, A
         return {}
     kinds = settings.get("layer_types") or [
         "sliding_attention" if layer >= settings["max_window_layers"] else "full_attention" for layer in range(n_layer)]
-    letters = "".join("S" if kind == "sliding_attention" else "L" for kind in kinds)
+    return _windows_of(kinds, settings["sliding_window"], n_layer)
+
+
+def _windows_of(kinds: list[str], window: int, n_layer: int) -> dict[str, Any]:
+    if unknown := {*kinds} - LAYER_TYPES.keys():
+        raise LookupError(f"layer_types has {', '.join(map(str, unknown))}")
+    letters = "".join(LAYER_TYPES[kind] for kind in kinds)
     if len(letters) != n_layer:
         raise LookupError(f"{len(letters)} layer_types for {n_layer} layers")
     if "S" not in letters:
         return {}
     pattern = next(letters[:n] for n in range(1, len(letters) + 1) if (letters[:n] * n_layer)[:n_layer] == letters)
-    return {"sliding_window": settings["sliding_window"], "window_pattern": pattern}
+    return {"sliding_window": window, "window_pattern": pattern}
+
+
+def _layer_types(config: GPTConfig) -> list[str]:
+    return ["sliding_attention" if window else "full_attention" for window in config.windows]
 
 
 def _qwen_window_keys(config: GPTConfig) -> dict[str, Any]:
     """Older readers know no layer_types: to them all layers from max_window_layers on have the window."""
-    kinds = ["sliding_attention" if window else "full_attention" for window in config.windows]
+    kinds = _layer_types(config)
     has_windows = any(config.windows)
     return {"use_sliding_window": has_windows, "sliding_window": config.sliding_window if has_windows else None,
             "max_window_layers": kinds.index("sliding_attention") if has_windows else config.n_layer,
@@ -274,6 +291,10 @@ FAMILIES = {
         "Mistral", "MistralForCausalLM", MISTRAL_DEFAULTS,
         lambda c: all(c.windows) and not (c.qkv_bias or c.qk_norm), {}, _read_mistral_windows,
         lambda c: {"sliding_window": c.sliding_window}),
+    "ministral": _llama_like(  # transformers' name for a Mistral of which some layers see all
+        "Ministral", "MinistralForCausalLM", MISTRAL_DEFAULTS,
+        lambda c: any(c.windows) and not (c.qkv_bias or c.qk_norm), {}, _read_mistral_windows,
+        lambda c: {"sliding_window": c.sliding_window, "layer_types": _layer_types(c)}),
     "qwen2": _llama_like(
         "Qwen2", "Qwen2ForCausalLM", QWEN_DEFAULTS,
         lambda c: c.qkv_bias and not c.qk_norm, {"qkv_bias": True}, _read_qwen_windows, _qwen_window_keys),

@@ -157,7 +157,7 @@ def load_nanogpt(path: Path) -> tuple[GPTConfig, State]:
 
 def _nanogpt_config(path: Path, checkpoint: dict) -> GPTConfig:
     args = checkpoint["model_args"]
-    return _make_config(path, {"mlp": "gelu"} | {key: args[key] for key in (
+    return _make_config(path, {"mlp": "gelu", "bias": True} | {key: args[key] for key in (
         "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias") if key in args})
 
 
@@ -237,13 +237,10 @@ def _shape(found: torch.Tensor | list[torch.Tensor]) -> torch.Size | None:
 
 
 def make_parameter(found: torch.Tensor | list[torch.Tensor], shape: torch.Size) -> torch.Tensor:
-    """What a file has, as float32 of this shape: rows of zeros are added at the end, or rows there are cut off. What is
-    so already stays where it is, in the mapped file: memory is taken when someone writes to it."""
-    parts = _parts(found)
-    if parts[0].shape == shape and parts[0].dtype == torch.float32 and parts[0].is_contiguous():
-        return parts[0]
+    """A copy of what a file has, as float32 of this shape: rows of zeros are added at the end, or rows there are cut
+    off. The file is mapped, and another program may write to it later."""
     parameter, start = torch.empty(shape), 0
-    for part in parts:
+    for part in _parts(found):
         rows = parameter[start:start + len(part)]
         rows.copy_(part[:len(rows)])
         start += len(rows)

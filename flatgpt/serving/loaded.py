@@ -100,10 +100,10 @@ def refuse_nan(logits: torch.Tensor) -> None:
         raise ValueError("this model computes NaN: its training diverged")
 
 
-def version(path: Path) -> tuple[Path, int, int]:
-    """Differs when something else was put in the place of a checkpoint. Raises FileNotFoundError."""
-    status = path.stat()
-    return path, status.st_ino, status.st_mtime_ns
+def version(path: Path) -> list[tuple[Path, int, int]]:
+    """Differs when something else was put in the place of a model, or of its files. Raises FileNotFoundError."""
+    found = [path, *sorted(path.glob("*.safetensors"))]
+    return [(file, status.st_ino, status.st_mtime_ns) for file in found for status in [file.stat()]]
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Loaded:
     id: str
     model: LanguageModel
     tokenizer: Tokenizer
-    version: tuple[Path, int, int]
+    version: list[tuple[Path, int, int]]
 
     def is_outdated(self) -> bool:
         """Whether the id names another checkpoint by now: its run was begun anew, or has a better one. A deleted one

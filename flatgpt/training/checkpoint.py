@@ -71,7 +71,8 @@ class RunConfig:
     def validate(self) -> list[str]:
         faults = failed_rules(
             self, ("save_interval", self.save_interval >= 0, "0 or more"),
-            ("keep_last", self.keep_last >= 0, "0 or more"), ("keep_every", self.keep_every >= 0, "0 or more"))
+            ("keep_last", self.keep_last >= 0, "0 or more"), ("keep_every", self.keep_every >= 0, "0 or more"),
+            ("out_dir", self.out_dir.strip() != "", "the name of a folder"))
         if self.overwrite and self.resume != "never":
             faults.append("overwrite=True needs resume=never, which says that the old run is to go")
         return faults

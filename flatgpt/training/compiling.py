@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from flatgpt.training.device import one_line
+from flatgpt.files import one_line
 from flatgpt.training.distributed import Job, gather
 from flatgpt.training.parallel import stand_in, try_pass
 

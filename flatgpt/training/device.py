@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from flatgpt.files import one_line
 from flatgpt.machine import device_faults
 from flatgpt.models.baselines import build_empty
 from flatgpt.options import check_options
@@ -83,8 +84,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def pick_attention(name: str, device: torch.device, dtype: torch.dtype, block_size: int) -> str:
     """`sdpa`, `math` or `flash3`; `auto` goes by device and window alone: flash3 on a Hopper GPU where FlashAttention-3
-    is installed and gives what SDPA gives, math for short windows in bfloat16 on a CPU, else sdpa, by which torch takes
-    cuDNN's kernel on a Hopper GPU if that is safe. Raises ValueError when flash3 was asked for and cannot be had."""
+    is installed and gives what SDPA gives, math for short windows in bfloat16 on a CPU, else sdpa, where torch
+    chooses among its own kernels. Raises ValueError when flash3 was asked for and cannot be had."""
     if name not in ("auto", "flash3"):
         return name
     fault = _flash3_fault(device, dtype)
@@ -219,9 +220,3 @@ def _flash3_fault(device: torch.device, dtype: torch.dtype) -> str:
     except Exception as error:  # a wrong build can fail in any way
         return f"a trial of it failed ({one_line(error)})"
     return ""
-
-
-def one_line(error: Exception) -> str:
-    """The type and the first line of an error, for a message."""
-    return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
-

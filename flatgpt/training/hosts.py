@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from flatgpt import launcher
-from flatgpt.training.device import one_line
+from flatgpt.files import one_line
 
 if TYPE_CHECKING:
     from flatgpt.training.distributed import Job

@@ -23,7 +23,7 @@ import torch.nn as nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from flatgpt.training.device import one_line
+from flatgpt.files import one_line
 from flatgpt.training.distributed import Job
 from flatgpt.training.metrics import EXCLUDED, LogConfig, Reporter
 

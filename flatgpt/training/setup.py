@@ -23,6 +23,8 @@ from flatgpt.training.distributed import Job
 from flatgpt.training.optim import OptimConfig, width_ratio
 from model import GPTConfig, LanguageModel
 
+MANY_SEQUENCES = 1024  # for a trial of a micro-batch that is to fill the memory; the trial has a limit of its own
+
 
 def open_data(config: DataConfig, vocab_size: int, sample_interval: int, log: Callable[[str], None]) -> Mixture:
     """The data sets of a run. Raises ValueError if a run cannot train on them, or cannot show samples as text."""
@@ -64,13 +66,13 @@ def make_model(options: GPTConfig, optim: OptimConfig, init_from: str, given: Ma
 def build_model(make: Callable[[], tuple[LanguageModel, State]], where: DeviceConfig, attention: str, batch_size: int,
                 recorded: Mapping[str, Any], log: Callable[[str], None], job: Job) -> tuple[LanguageModel, Numerics]:
     """The model that `make` gives rank 0, laid out over the ranks' devices, and what it computes in: what `auto` means
-    in `where` and `attention` (see device.pick_numerics) for micro-batches of `batch_size`."""
+    in `where` and `attention` (see device.pick_numerics) for micro-batches of `batch_size`; 0: as large as fits."""
     made: list[tuple[LanguageModel, State]] = []
 
     def pick() -> tuple[GPTConfig, Numerics, str]:
         made.append(make())
         config = made[0][0].config
-        rows = max(1, batch_size) * config.block_size
+        rows = (batch_size or MANY_SEQUENCES) * config.block_size
         return config, *pick_numerics(made[0][0], where.dtype, attention, job.device, rows, recorded)
 
     config, numerics, trial = distributed.on_rank0(pick, job)

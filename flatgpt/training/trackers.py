@@ -18,9 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from flatgpt.files import write_text
+from flatgpt.files import one_line, write_text
 from flatgpt.run_folder import current_scores, parse_eval, turn_of
-from flatgpt.training.device import one_line
 
 
 class Trackers:

@@ -50,6 +50,20 @@ def test_every_ending_is_tried_here():
     assert {".txt", ".md", ".py", *MAKERS} == set(local_files.READERS)
 
 
+def test_json_lines_under_another_name_and_what_the_hubs_reader_takes_are_said():
+    write("a.data", json_lines(["one", "two"]))
+    with pytest.raises(ValueError, match=r"a\.data looks like a JSON object a line: rename it to \.jsonl"):
+        local_parts("a.data", "text")
+    assert read(local_parts("a.data", "body"))[0] == [json_lines(["one", "two"]).decode()]
+    for name in ("a.json", "a.csv"):
+        write(name, "x")
+        with pytest.raises(ValueError, match=r"not text.* and \.json and \.csv in a folder, by --hf=FOLDER"):
+            local_parts(name, "text")
+    write("a.txt2", parquet(["one"]))
+    with pytest.raises(ValueError, match=r"is a Parquet file: its name has to end in \.parquet"):
+        local_parts("a.txt2", "text")
+
+
 def test_a_folders_files_come_in_sorted_order_and_others_are_left_out():
     contents = {"b.txt": "3", "a/z.md": "1", "a/c/y.py": "0", "c.jsonl": json_lines(["4", "5"]), "B.txt": "2",
                 "d.parquet": parquet(["6"]), "e.csv": "no", "f.json": "no", "g.txt.bak": "no", ".hidden.txt.swp": "no"}

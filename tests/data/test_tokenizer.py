@@ -1,6 +1,7 @@
 """tokenizer.py against tiktoken, transformers, and the text itself."""
 
 import json
+import pickle
 import random
 from pathlib import Path
 
@@ -351,9 +352,24 @@ def test_vocab_and_merges_of_an_older_gpt2_give_the_ids_that_transformers_gives(
     for text in (TEXT.replace(EOT, ""), " the  end", EOT[:5], "é\n\n"):
         assert ours.encode(text).tolist() == theirs(text).input_ids
         assert ours.decode(ours.encode(text)) == text
+    for name, settings, kind in (("tokenizer_config.json", {"tokenizer_class": "Qwen2Tokenizer"}, "Qwen2Tokenizer"),
+                                 ("tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True},
+                                  "GPT2Tokenizer with add_bos_token"),
+                                 ("config.json", {"model_type": "qwen2"}, "qwen2")):
+        (tmp_path / name).write_text(json.dumps(settings))
+        with pytest.raises(ValueError, match=rf"this is {kind}: transformers converts it"):
+            load_tokenizer(tmp_path)
+        (tmp_path / name).unlink()
     (tmp_path / "merges.txt").unlink()
     with pytest.raises(ValueError, match=r"merges\.txt are not a tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_a_data_set_of_nanogpts_is_a_tokenizer(tmp_path):
+    characters = ["b", "a", " "]
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 3, "itos": dict(enumerate(characters)),
+                                                      "stoi": {c: i for i, c in enumerate(characters)}}))
+    assert make_tokenizer(str(tmp_path), [], 0).encode("a b").tolist() == [1, 2, 0]
 
 
 def test_a_tokenizer_comes_from_a_folder_a_run_or_the_hubs_cache(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import TEXT
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from flatgpt.data.hf_tokenizer import Tokenizer as ModelTokenizer
@@ -94,7 +95,7 @@ LIKE_LLAMA = {"pos": "rope", "norm": "rmsnorm", "mlp": "swiglu"}
 WINDOWED = {"sliding_window": 5}
 SHAPES = [({}, "gpt2"), ({"head_dim": 4, "n_kv_head": 4, "mlp_hidden": 64}, "gpt2"), ({"head_dim": 8}, None),
           ({"qkv_bias": True}, None), (WINDOWED, None), (LIKE_LLAMA, "llama"),
-          (LIKE_LLAMA | WINDOWED, "mistral"), (LIKE_LLAMA | WINDOWED | {"window_pattern": "SL"}, None),
+          (LIKE_LLAMA | WINDOWED, "mistral"), (LIKE_LLAMA | WINDOWED | {"window_pattern": "SL"}, "ministral"),
           (LIKE_LLAMA | {"qk_norm": True, "head_dim": 8}, "qwen3"), (LIKE_LLAMA | {"qkv_bias": True}, "qwen2"),
           (LIKE_LLAMA | WINDOWED | {"qkv_bias": True, "window_pattern": "SL"}, "qwen2"),
           (LIKE_LLAMA | {"qkv_bias": True, "qk_norm": True}, None), (LIKE_LLAMA | {"bias": True}, None),
@@ -233,6 +234,9 @@ WHOLE = {
         "qwen3", 32, 56, 3, 4, 2, 101, architectures=["Qwen3ForCausalLM"], attention_bias=False, head_dim=16,
         dtype="bfloat16", layer_types=["full_attention"] * 3, max_position_embeddings=64, max_window_layers=3,
         rope_parameters={"rope_theta": 1000000, "rope_type": "default"}, sliding_window=None, use_sliding_window=False),
+    "a Mistral with layer_types": CHAT | published(
+        "mistral", 32, 56, 3, 4, 2, 101, max_position_embeddings=64, rope_theta=10.0, sliding_window=8, head_dim=8,
+        layer_types=["full_attention", "sliding_attention", "full_attention"]),
     "a length that stands outside": CHAT | published(
         "llama", 32, 56, 3, 4, 2, 101, max_position_embeddings=64, original_max_position_embeddings=24,
         rope_theta=10.0, rope_scaling=YARN)}
@@ -254,6 +258,16 @@ def test_published_files_mean_what_transformers_takes_them_for(tmp_path, name):
     ours.save_pretrained(str(tmp_path / "ours"))
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
     torch.testing.assert_close(again(idx).logits, theirs(idx).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.model."])
+def test_a_llama_without_its_head_or_from_the_compiler_is_one(tmp_path, prefix):
+    theirs = save_theirs(tmp_path, "llama", {"tie_word_embeddings": True, "num_key_value_heads": 2})
+    state = load_file(tmp_path / "model.safetensors")
+    save_file({name.replace("model.", prefix, 1): tensor for name, tensor in state.items()},
+              tmp_path / "model.safetensors", metadata={"format": "pt"})
+    idx = torch.randint(101, (2, 16))
+    torch.testing.assert_close(GPT.from_pretrained(str(tmp_path))(idx)[0], theirs(idx).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
@@ -286,8 +300,9 @@ def test_keys_that_a_config_leaves_out_have_transformers_defaults(family):
     ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
     ("qwen3", {"head_dim": 64}, "of another shape"), ("qwen2", WINDOW | {"layer_types": ["full_attention"]},
                                                        "1 layer_types for 3 layers"),
-    ("mistral", {"num_hidden_layers": None}, r"config\.json"), ("qwen3", {"model_type": "qwen3_moe"},
-                                                                "only gpt2, llama, mistral, qwen2 and qwen3")])
+    ("mistral", {"num_hidden_layers": None}, r"config\.json"),
+    ("mistral", {"layer_types": ["chunked_attention"] * 3}, "layer_types has chunked_attention"),
+    ("qwen3", {"model_type": "qwen3_moe"}, "only gpt2, llama, mistral, ministral, qwen2 and qwen3")])
 def test_what_a_config_asks_for_and_we_lack_is_named(tmp_path, family, change, message):
     save_theirs(tmp_path, family, {"num_key_value_heads": 2})
     config = json.loads((tmp_path / "config.json").read_text())

@@ -52,6 +52,27 @@ def save_nanogpt(path, compiled: bool = True, **changes) -> dict:
     return model.state_dict()
 
 
+def test_a_nanogpt_checkpoint_without_the_option_has_nanogpts_biases(tmp_path):
+    state = save_nanogpt(tmp_path / "ckpt.pt", bias=True)
+    theirs = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    del theirs["model_args"]["bias"]
+    torch.save(theirs, tmp_path / "ckpt.pt")
+    ours = GPT.from_pretrained(str(tmp_path / "ckpt.pt"))
+    assert ours.config.bias
+    assert torch.equal(ours.h[1].attn.c_attn.bias, state["h.1.attn.c_attn.bias"])
+
+
+@pytest.mark.parametrize("write", [save_nanogpt, lambda path: save_hf(path.parent, True)])
+def test_a_file_that_is_written_over_does_not_reach_a_model_in_memory(tmp_path, write):
+    """Nor end the process, which may hold it as a map of memory."""
+    write(tmp_path / "ckpt.pt")
+    file = next(path for path in (tmp_path / "model.safetensors", tmp_path / "ckpt.pt") if path.is_file())
+    model = GPT.from_pretrained(str(tmp_path if file.suffix == ".safetensors" else file))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    file.write_bytes(b"")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 @pytest.mark.parametrize("prefixed", [True, False])
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
 def test_logits_and_loss_equal_transformers(tmp_path, prefixed, activation):
@@ -365,8 +386,9 @@ def test_files_that_are_something_else_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"model_type": "bert"}, "only gpt2, llama, mistral, qwen2 and qwen3"), ({"n_inner": 20}, "of another shape"),
-    ({"activation_function": "tanh"}, "activation_function=tanh"), ({"n_embd": 32}, "of another shape"),
+    ({"model_type": "bert"}, "only gpt2, llama, mistral, ministral, qwen2 and qwen3"),
+    ({"n_inner": 20}, "of another shape"), ({"activation_function": "tanh"}, "activation_function=tanh"),
+    ({"n_embd": 32}, "of another shape"),
     ({"n_layer": 3}, "missing"), ({"n_layer": 1}, "unknown"),
     ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn"), ({"quantization_config": {"bits": 8}}, "quantization")])
 def test_a_folder_that_is_no_such_gpt2_says_why(tmp_path, change, message):

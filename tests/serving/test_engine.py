@@ -183,6 +183,19 @@ def test_a_run_that_is_begun_anew_writes_with_its_new_weights(tmp_path, monkeypa
     assert [run_alone(engine, name, norm) for name in engine.named] == after
 
 
+def test_weights_that_are_written_over_in_their_file_are_loaded_anew(tmp_path):
+    folder = Path(shutil.copytree(LAST, tmp_path / "model"))
+    (folder / "SHA256SUMS").unlink()
+    engine = Engine(list, [str(folder)], "cpu", "float32")
+
+    def norm(loaded):
+        yield loaded.model.wte.weight.norm().item()
+
+    before = run_alone(engine, str(folder), norm)
+    shutil.copyfile(Path(FIRST) / "model.safetensors", folder / "model.safetensors")
+    assert run_alone(engine, str(folder), norm) != before
+
+
 def test_a_run_of_somebody_else_hides_no_other(tmp_path, monkeypatch):
     def refuse(run):
         raise PermissionError(run)
