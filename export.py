@@ -40,7 +40,7 @@ from flatgpt.options import check_options, parse_options, run_script
 from flatgpt.training.checkpoint import RunConfig
 from flatgpt.training.device import one_line
 from flatgpt.training.metrics import LogConfig, summarize
-from flatgpt.training.plots import PICTURES, Run, picture_of, render
+from flatgpt.training.plots import PICTURES, RecordedRun, picture_of, render
 
 PARTS = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 UNSHOWN = {"dataset", "init_from", "eval_only", "max_minutes", "backend", "timeout_s",  # options; the card has its own
@@ -151,8 +151,9 @@ def export(parts: list[Part], to: Path, name: str) -> None:
                                     hidden / "model.safetensors")
         model = LanguageModel.from_pretrained(str(hidden))
         runs = {part.run.resolve(): part for part in parts}
-        curve = picture_of(PICTURES[0], [Run(name if len(runs) == 1 else part.name, part.run, part.records, {}, None)
-                                         for part in runs.values()])
+        curve = picture_of(PICTURES[0], [
+            RecordedRun(name if len(runs) == 1 else part.name, part.run, part.records, {}, None)
+            for part in runs.values()])
         if curve:
             files.write_bytes(hidden / "loss.png", render(curve, "png"))
         files.write_text(hidden / "README.md", card(parts, name, model, curve is not None))

@@ -41,7 +41,7 @@ from flatgpt.planning import fit, fit_summary, flops, memory, proposal
 from flatgpt.planning.hardware import Machine, parse_machine
 from flatgpt.planning.layout import Layout
 from flatgpt.planning.proposal import Setting
-from flatgpt.planning.summary import ASSUMED_MFU, CORPORA, Run, Speed, as_text, fits, summarize
+from flatgpt.planning.summary import ASSUMED_MFU, CORPORA, PlannedRun, Speed, as_text, fits, summarize
 from flatgpt.training.config import TrainConfig
 from flatgpt.training.device import DTYPES
 from model import GPTConfig, LanguageModel
@@ -154,7 +154,7 @@ def fit_runs(config: PlanConfig, given: Mapping[str, str]) -> None:
           "\n".join((*fit_summary.fit_as_text(found), f"wrote {picture}")))
 
 
-def plan_run(config: PlanConfig, given: Mapping[str, str]) -> Run:
+def plan_run(config: PlanConfig, given: Mapping[str, str]) -> PlannedRun:
     """What the options ask for, with the model on the meta device. Raises ValueError."""
     train, hardware = config.train, machine_of(config)
     vocab_size, dataset_tokens = known_data(train.data.dataset, config)
@@ -167,8 +167,8 @@ def plan_run(config: PlanConfig, given: Mapping[str, str]) -> Run:
             seqs, hardware.world_size, partial(fits, model, layout, train.optim.optimizer, room, program))))
     kept = memory.checkpoints_kept(train.run.keep_last, train.run.keep_every,
                                    train.run.save_interval or train.eval_interval, train.max_iters)
-    return Run(model, plan, layout, hardware, room, program, hardware.per_node, train.optim.optimizer, train.max_iters,
-               dataset_tokens, kept, speed_of(config, hardware), config.price_per_gpu_hour)
+    return PlannedRun(model, plan, layout, hardware, room, program, hardware.per_node, train.optim.optimizer,
+                      train.max_iters, dataset_tokens, kept, speed_of(config, hardware), config.price_per_gpu_hour)
 
 
 def machine_of(config: PlanConfig) -> Machine:
@@ -323,7 +323,7 @@ def with_settings(argv: list[str], settings: Mapping[str, Setting]) -> tuple[Pla
     return parse_options(PlanConfig, argv)
 
 
-def proposed_config(argv: list[str], config: PlanConfig, given: Collection[str], run: Run,
+def proposed_config(argv: list[str], config: PlanConfig, given: Collection[str], run: PlannedRun,
                     settings: Mapping[str, Setting]) -> str:
     """The text of a config file: what is proposed, and what of train.py's options was asked for."""
     train, path = config.train, config.write

@@ -36,7 +36,7 @@ from flatgpt.training.plots import (
     COLOURS,
     PICTURES,
     Picture,
-    Run,
+    RecordedRun,
     dashes,
     has_values,
     picture_of,
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
     print(f"wrote {out}, and {len(figures)} pictures into {beside}")
 
 
-def read_runs(folders: list[Path]) -> list[Run]:
+def read_runs(folders: list[Path]) -> list[RecordedRun]:
     """Those of the folders that are runs; out/* names others too, which are left out with a line each. Raises
     FileNotFoundError for one that is not there, and ValueError when none is a run."""
     runs, reasons = [], []
@@ -105,7 +105,7 @@ def labels(folders: list[Path]) -> list[str]:
     return [path.relative_to(common).as_posix() for path in paths]
 
 
-def page(runs: list[Run], figures: dict[Picture, Figure]) -> str:
+def page(runs: list[RecordedRun], figures: dict[Picture, Figure]) -> str:
     """The whole HTML page, which loads nothing from a network."""
     title = " · ".join(run.label for run in runs) if len(runs) <= 4 else f"{len(runs)} runs"
     sections = {"Summary": summary_table(runs) + events(runs), "Scores": scores(runs), "Curves": curves(figures),
@@ -128,7 +128,7 @@ def page(runs: list[Run], figures: dict[Picture, Figure]) -> str:
 """
 
 
-def plotted(run: Run) -> dict[str, Any]:
+def plotted(run: RecordedRun) -> dict[str, Any]:
     """A run's numbers as the page shows them, floats to seven digits; null where the run reported none."""
     return {"run": run.label, "summary": run.summary(), "curves": {
         key: {part: [rounded(value) for value in values.tolist()] for part, values in curve.items()
@@ -158,7 +158,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]], layout: str = "aut
             f"<tbody>\n{body}</tbody></table></div>\n")
 
 
-def name_of(run: Run, runs: list[Run]) -> str:
+def name_of(run: RecordedRun, runs: list[RecordedRun]) -> str:
     """The run's label, after a sample of the line that it is drawn with."""
     index = runs.index(run)
     pattern = " ".join(f"{2 * length:g}" for length in dashes(index))
@@ -167,7 +167,7 @@ def name_of(run: Run, runs: list[Run]) -> str:
             f"{html.escape(run.label)}")
 
 
-def summary_table(runs: list[Run]) -> str:
+def summary_table(runs: list[RecordedRun]) -> str:
     """One row a run; a column that no run has a number for is left out."""
     rows = [run.summary() for run in runs]
     columns = {
@@ -196,7 +196,7 @@ def summary_table(runs: list[Run]) -> str:
         "evaluation of a run reads. Time includes evaluations and saves, and leaves out what a restart has lost.</p>")
 
 
-def scores(runs: list[Run]) -> str:
+def scores(runs: list[RecordedRun]) -> str:
     """For each task and metric the last score of each run with its standard error, and the best."""
     keys = dict.fromkeys(key for run in runs for key in run.scores)
     rows = [[html.escape(key.rpartition("/")[0]) + f"<small>{html.escape(key.rpartition('/')[2])}</small>",
@@ -222,7 +222,7 @@ def reached(record: dict[str, Any]) -> str:
             + ("" if seconds is None else f"<small>{duration(seconds)} of training on {machine}</small>"))
 
 
-def events(runs: list[Run]) -> str:
+def events(runs: list[RecordedRun]) -> str:
     """Skipped steps, rollbacks, restarts and branches, in a section that is closed at first."""
     rows = [[name_of(run, runs), f"{record['step']:,}", short(run.place(record, "tokens")),
              html.escape(": ".join([kind, *(record[why] for why in ("fault", "branched_from") if why in record)]))]
@@ -248,7 +248,7 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f}\u00a0s"
 
 
-def options(runs: list[Run]) -> str:
+def options(runs: list[RecordedRun]) -> str:
     """The options that differ between the runs, without their folders; then all options, in a closed section."""
     head = ["option", *(name_of(run, runs) for run in runs)]
     keys = list(dict.fromkeys(key for run in runs for key in run.options))
@@ -275,7 +275,7 @@ def curves(figures: dict[Picture, Figure]) -> str:
         f'{base64.b64encode(render(figure, "svg")).decode()}">\n' for picture, figure in figures.items()) + "</div>\n"
 
 
-def samples(runs: list[Run]) -> str:
+def samples(runs: list[RecordedRun]) -> str:
     """The last samples that each run has recorded."""
     last = [(run, written[-1]) for run in runs if (written := [r for r in run.records if "samples" in r])]
     return '<div class="grid">' + "".join(

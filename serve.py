@@ -78,6 +78,9 @@ def main(argv: list[str]) -> None:
     listener = listen(config.host, config.port)
     url = page_url(config.host, listener.getsockname()[1], config.token)
     print(f"{url} shows the runs under {', '.join(patterns)}; Ctrl-C ends the server", flush=True)
+    for pattern in config.runs:
+        if not find_runs([pattern]):
+            print(f"warning: there is no run under {pattern} yet", flush=True)
     if config.open and has_browser():
         threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 

@@ -97,17 +97,17 @@ def _is_usable(value: float) -> bool:
     return -1e300 < value < 1e300
 
 
-def turn_of(record: dict[str, Any]) -> tuple[int, int] | None:
+def restart_point(record: dict[str, Any]) -> tuple[int, int] | None:
     """(step, next_seq) from which a run went on, for a record of a rollback or a resume; else None."""
     if {"rollbacks", "resumed"} & record.keys() and isinstance(record.get("next_seq"), int):
         return record["step"], record["next_seq"]
     return None
 
 
-def current_scores(evals: Iterable[dict], turns: list[tuple[int, int]], newest_step: int) -> list[dict]:
+def current_scores(evals: Iterable[dict], restart_points: list[tuple[int, int]], newest_step: int) -> list[dict]:
     """Those records of evals.jsonl with scores of what the run has in its past, in the order of steps: without what a
-    rollback, or a resume from an older checkpoint, went back from. `turns` are `turn_of` the records of metrics.jsonl,
-    in their order, and `newest_step` is the last one's.
+    rollback, or a resume from an older checkpoint, went back from. `restart_points` are those of the records of
+    metrics.jsonl, in their order, and `newest_step` is the last one's.
 
     Step and next_seq grow together, seqs_per_step at a time, but a rollback goes back in steps and not in the data: so
     what was trained before it, and what was after, differ in what next_seq is at a step. Of two records of one step and
@@ -115,7 +115,7 @@ def current_scores(evals: Iterable[dict], turns: list[tuple[int, int]], newest_s
     found = {}
     for record in evals:
         step = record["step"]
-        from_step, from_seq = next((turn for turn in reversed(turns) if turn[0] < step), (0, 0))
+        from_step, from_seq = next((point for point in reversed(restart_points) if point[0] < step), (0, 0))
         gained = record.get("next_seq", 0) - from_seq - (step - from_step) * record.get("seqs_per_step", 0)
         is_told = {"next_seq", "seqs_per_step"} <= record.keys()  # else by an earlier version's checkpoint
         if step <= newest_step and record["scores"] and not (is_told and gained):

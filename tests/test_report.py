@@ -17,7 +17,16 @@ from matplotlib.colors import same_color
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from flatgpt.training.plots import COLOURS, MAX_POINTS, PICTURES, Run, count_parameters, picture_of, read_run, short
+from flatgpt.training.plots import (
+    COLOURS,
+    MAX_POINTS,
+    PICTURES,
+    RecordedRun,
+    count_parameters,
+    picture_of,
+    read_run,
+    short,
+)
 from model import GPT, LanguageModel
 from report import duration, labels
 
@@ -64,7 +73,7 @@ def coloured_pixels(png: Path) -> int:
     return int((image.max(-1) - image.min(-1) > 0.3).sum())
 
 
-def drawn(name: str, *runs: Run, of: int = 0) -> dict[str, list]:
+def drawn(name: str, *runs: RecordedRun, of: int = 0) -> dict[str, list]:
     """What the picture of that name has of one of the runs; see `drawn_in`."""
     [picture] = [picture for picture in PICTURES if picture.name == name]
     return {what: points.tolist() for what, points in drawn_in(picture_of(picture, [*runs]), COLOURS[of]).items()}
@@ -141,7 +150,7 @@ def test_the_pictures_draw_what_metrics_jsonl_has(two_runs):
 
 def test_each_event_is_marked_where_it_happened():
     """At 100 tokens a step; eight minutes of seconds, drawn as minutes."""
-    run = Run("run", Path("run"), [
+    run = RecordedRun("run", Path("run"), [
         trained(1, elapsed_s=60.0), trained(2, elapsed_s=120.0), {"step": 2, "resumed": True, "elapsed_s": 150.0},
         trained(3, None, elapsed_s=300.0, fault="the loss is nan"), {"step": 2, "rollbacks": 1, "elapsed_s": 360.0},
         trained(3, elapsed_s=420.0), {"step": 3, "resumed": True, "elapsed_s": 420.0}, trained(4, elapsed_s=480.0)],
@@ -302,7 +311,7 @@ def test_runs_with_hardly_anything_in_them_are_drawn(cli, tmp_path, records, rec
 def test_long_runs_are_drawn_through_means_within_a_band():
     losses = np.random.default_rng(0).normal(3, 0.1, 10 * MAX_POINTS)
     losses[20] = math.nan
-    run = Run("long", Path("long"), [trained(i + 1, loss) for i, loss in enumerate(losses)], {}, None)
+    run = RecordedRun("long", Path("long"), [trained(i + 1, loss) for i, loss in enumerate(losses)], {}, None)
     curve = run.curves["train/loss"]
     assert len(curve["value"]) == MAX_POINTS
     groups = losses.reshape(MAX_POINTS, 10)
@@ -318,7 +327,7 @@ def test_long_runs_are_drawn_through_means_within_a_band():
 
 def test_axes_are_logarithmic_where_runs_reach_far():
     def axes_of(*ends: int, losses: tuple[float, float] = (3.0, 2.0)):
-        runs = [Run(str(i), Path(str(i)), [trained(1, losses[0]), trained(end, losses[1])], {}, None)
+        runs = [RecordedRun(str(i), Path(str(i)), [trained(1, losses[0]), trained(end, losses[1])], {}, None)
                 for i, end in enumerate(ends)]
         return picture_of(PICTURES[0], runs).axes[0]
 

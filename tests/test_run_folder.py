@@ -40,20 +40,20 @@ def eval_line(step: int, task: str = "a", **more) -> dict:
             "task": task, "scores": {task: {"acc": 0.5, "acc_stderr": 0.1, "questions": 7}}} | more
 
 
-def test_scores_count_where_step_and_data_agree_with_the_last_turn_before_them():
+def test_scores_count_where_step_and_data_agree_with_the_last_restart_before_them():
     """Back from 30 to 10, where the data goes on at 30's; later from 40 to 20."""
-    turns = [(10, 240), (20, 480)]
+    restart_points = [(10, 240), (20, 480)]
     first = [eval_line(step) for step in (5, 10, 15, 20, 25, 30)]
     second = [eval_line(step, next_seq=240 + 8 * (step - 10)) for step in (15, 20, 25, 40)]
     third = [eval_line(step, next_seq=480 + 8 * (step - 20)) for step in (25, 30)]
-    kept = run_folder.current_scores([*first, *second, *third], turns, 30)
+    kept = run_folder.current_scores([*first, *second, *third], restart_points, 30)
     assert [(line["step"], line["next_seq"]) for line in kept] == [
         (5, 40), (10, 80), (15, 280), (20, 320), (25, 520), (30, 560)]
     assert run_folder.current_scores(first, [], 12) == first[:2]  # the run began anew, and is at 12
     again = eval_line(5, scores={"a": {"acc": 0.7}})
     assert run_folder.current_scores([*first[:2], again], [], 12) == [again, first[1]]
     untold = {key: value for key, value in first[2].items() if key not in ("next_seq", "seqs_per_step")}
-    assert run_folder.current_scores([untold], turns, 30) == [untold]
+    assert run_folder.current_scores([untold], restart_points, 30) == [untold]
 
 
 def test_lines_that_are_no_scores_are_left_out(tmp_path):

@@ -135,6 +135,8 @@ def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenize
         return train_bpe(texts, vocab_size)
     check_kind(kind)
     folder = follow_link(Path(kind))
+    if folder.name == "tokenizer.json" and folder.is_file():
+        folder = folder.parent
     if not folder.is_dir():
         folder = fetch_snapshot(kind, TOKENIZER_FILES)
     folder = newest_checkpoint(folder) or folder
@@ -145,7 +147,9 @@ def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenize
 
 def check_kind(kind: str) -> None:
     """Raises ValueError for a kind that `make_tokenizer` cannot know."""
-    if not (kind in KINDS or follow_link(Path(kind)).is_dir() or HUB_ID.fullmatch(kind)):
+    path = follow_link(Path(kind))
+    is_there = path.is_dir() or (path.name == "tokenizer.json" and path.is_file())
+    if not (kind in KINDS or is_there or HUB_ID.fullmatch(kind)):
         raise ValueError(f"tokenizer={kind!r} is not one of {', '.join(KINDS)}, not a folder, and not a hub id "
                          "(owner/name)")
 

@@ -20,6 +20,7 @@ from flatgpt.files import read_json
 
 EOT = "<|endoftext|>"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of config.json and generation_config.json
+SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # how chats are to be written
 ADDED_TOKEN_KEYS = ("content", "lstrip", "rstrip", "single_word", "normalized", "special")
 # What is kept of a tokenizer_config.json: nothing that names a file, a class or code, and nothing that changes ids.
 # Other keys that end in _token are kept as well if their value is a token.
@@ -75,11 +76,11 @@ def read_config(folder: Path, hf: HFTokenizer) -> dict[str, Any]:
 
 def read_token_ids(folder: Path, own: Mapping[str, int | None]) -> dict[str, Mapping[str, Any]]:
     """File -> the ids in TOKEN_IDS that it gives. config.json overrides the tokenizer's `own` ids, and
-    generation_config.json overrides both."""
+    generation_config.json, of which the SAMPLING options are kept as well, overrides both."""
     ids, by_file = own, {}
-    for name in ("config.json", "generation_config.json"):
+    for name, keys in (("config.json", TOKEN_IDS), ("generation_config.json", TOKEN_IDS + SAMPLING)):
         found = _read_if_there(folder / name)
-        by_file[name] = ids = {**ids, **{key: found[key] for key in TOKEN_IDS if key in found}}
+        by_file[name] = ids = {**ids, **{key: found[key] for key in keys if key in found}}
     return by_file
 
 

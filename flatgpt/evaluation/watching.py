@@ -29,7 +29,7 @@ from flatgpt import files, run_folder
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.evaluation.tasks import Score, describe
 from flatgpt.models.language_model import LanguageModel
-from flatgpt.serving.runs import OPTIONS, QUIET_S, Run, locked_inodes
+from flatgpt.serving.runs import OPTIONS, QUIET_S, FollowedRun, locked_inodes
 from flatgpt.training.distributed import Job
 
 POLL_S = 5.0  # between two looks into the run folder
@@ -76,7 +76,7 @@ class Watcher:
     def __init__(self, folder: Path, tasks: Mapping[str, Score], limit: int, log: Callable[[str], None]):
         """`limit` is how many questions the tasks have, 0 for all, and goes into the lines. `log` prints one."""
         self._folder, self._tasks, self._limit, self._log = folder, tasks, limit, log
-        self._path, self._run = folder / run_folder.EVALS, Run(folder.resolve())
+        self._path, self._run = folder / run_folder.EVALS, FollowedRun(folder.resolve())
         self._seen: dict[str, Found] = {}
         self._lock = threading.Lock()
         self._damaged: dict[str, list] = {}  # checkpoint -> what its files looked like when they could not be read

@@ -35,7 +35,7 @@ class Speed:
 
 
 @dataclass
-class Run:
+class PlannedRun:
     """What is planned. `layout` is rank 0's."""
 
     model: LanguageModel
@@ -57,7 +57,7 @@ class Run:
         return self.max_iters * self.plan.seqs_per_step * self.model.config.block_size
 
 
-def summarize(run: Run) -> dict[str, Any]:
+def summarize(run: PlannedRun) -> dict[str, Any]:
     """The plan, in numbers: see docs/planning.md for what each is."""
     model, tokens = run.model, run.num_tokens
     params, non_embedding = model.num_params(non_embedding=False), flops.num_non_embedding(model)
@@ -81,7 +81,7 @@ def summarize(run: Run) -> dict[str, Any]:
     return found | {"warnings": list(warnings(run, found))}
 
 
-def memory_table(run: Run) -> list[dict[str, Any]]:
+def memory_table(run: PlannedRun) -> list[dict[str, Any]]:
     """A row for each layout that makes sense on the machine, and for the one that the options ask for, with and without
     activation checkpointing; `chosen` is the one asked for."""
     model, world_size, table = run.model, run.machine.world_size, []
@@ -111,7 +111,7 @@ def fits(model: LanguageModel, layout: Layout, optimizer: str, room: float, prog
     return sum(memory.forecast(model, plan, layout, optimizer, program_bytes).values()) <= memory.ROOM * room
 
 
-def compute(run: Run) -> dict[str, Any]:
+def compute(run: PlannedRun) -> dict[str, Any]:
     """Operations, hours and price; what depends on the speed is None where that is not known."""
     model, processes = run.model, run.machine.world_size
     a_token = flops.flops_per_token(model)
@@ -128,7 +128,7 @@ def compute(run: Run) -> dict[str, Any]:
                     "price": hours * processes * run.price_per_gpu_hour if run.price_per_gpu_hour else None}
 
 
-def warnings(run: Run, found: dict[str, Any]) -> Iterator[str]:
+def warnings(run: PlannedRun, found: dict[str, Any]) -> Iterator[str]:
     """What will fail, or be a waste."""
     tokens, row = found["tokens"], next(row for row in found["memory"] if row["chosen"])
     if row["bytes"] > run.memory_room * memory.ROOM:
@@ -153,7 +153,7 @@ def warnings(run: Run, found: dict[str, Any]) -> Iterator[str]:
     yield from _slow_links(run)
 
 
-def _slow_links(run: Run) -> Iterator[str]:
+def _slow_links(run: PlannedRun) -> Iterator[str]:
     """Where exchanging gradients takes longer than half of computing them, which it overlaps with."""
     if run.machine.accelerator is None or run.speed.flops_per_s is None or run.machine.world_size == 1:
         return

@@ -35,7 +35,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from flatgpt.run_folder import EVALS
 from flatgpt.serving.bodies import JSONAnswer, error_body, to_json
 from flatgpt.serving.curves import Curves
-from flatgpt.serving.runs import Run, RunTable, Tail, size_of
+from flatgpt.serving.runs import FollowedRun, RunTable, Tail, size_of
 
 STATIC = Path(__file__).parent / "static"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -119,7 +119,7 @@ class Feed:
     def __init__(self, runs: RunTable, positions: dict[str, str]):
         """`positions`: id -> up to where a run is known, as its history says it."""
         self._runs, self._positions = runs, positions
-        self._followed: dict[str, tuple[Run, Tail]] = {}
+        self._followed: dict[str, tuple[FollowedRun, Tail]] = {}
         self._sent: dict[str, dict[str, Any]] = {}
 
     async def stream(self, state: State) -> AsyncIterator[str]:

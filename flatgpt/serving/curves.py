@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from flatgpt.run_folder import EVENTS, number, turn_of
+from flatgpt.run_folder import EVENTS, number, restart_point
 
 MAX_POINTS = 2000
 MAX_EVALUATIONS, MAX_EVENTS, MAX_SAMPLES = 1000, 500, 100  # kept; beyond it every second one is left out
 MAX_TEXT, MAX_TEXTS = 10_000, 100  # characters of a sample, and samples of a step
 MAX_LOSSES = 100  # of an evaluation
-MAX_TURNS = 10_000  # rollbacks and resumes, of which the latest are kept
+MAX_RESTART_POINTS = 10_000  # rollbacks and resumes, of which the latest are kept
 PLACES = ("step", "tokens", "elapsed_s")
 VALUES = ("train/loss", "lr", "grad_norm", "tokens_per_sec", "mfu", "memory_gb")
 COLUMNS = PLACES + VALUES
@@ -81,7 +81,7 @@ class Curves:
         self._events: list[dict] = []
         self._samples: list[dict] = []
         self._tokens_per_step = tokens_per_step
-        self.turns: list[tuple[int, int]] = []  # see run_folder.current_scores
+        self.restart_points: list[tuple[int, int]] = []  # see run_folder.current_scores
         self.newest_step = 0
 
     def add(self, records: list[dict[str, Any]]) -> None:
@@ -90,8 +90,8 @@ class Curves:
         for record in records:
             self._tokens_per_step = tokens_per_step(record) or self._tokens_per_step
             self.newest_step = record["step"]
-            if turn := turn_of(record):
-                self.turns = [*self.turns[1 - MAX_TURNS:], turn]
+            if point := restart_point(record):
+                self.restart_points = [*self.restart_points[1 - MAX_RESTART_POINTS:], point]
             if "train/loss" in record:
                 rows.append([record.get(key) for key in COLUMNS])
             if "val/loss" in record:

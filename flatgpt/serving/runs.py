@@ -141,7 +141,7 @@ def read_scores(path: Path, curves: Curves) -> list[dict[str, Any]]:
     with contextlib.suppress(OSError), open_file(path) as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - MAX_EVAL_BYTES))
         records = filter(None, map(parse_eval, file.read(MAX_EVAL_BYTES).split(b"\n")))
-        found = curves_of_scores(current_scores(records, curves.turns, curves.newest_step))
+        found = curves_of_scores(current_scores(records, curves.restart_points, curves.newest_step))
         return [{"key": key, **curve} for key, curve in [*found.items()][:MAX_SCORES]]
     return []
 
@@ -217,7 +217,7 @@ def _has_open(process: str, path: Path) -> bool:
     return False
 
 
-class Run:
+class FollowedRun:
     """A run folder in the list: its options, and what the end of its metrics.jsonl says."""
 
     def __init__(self, folder: Path):
@@ -349,7 +349,7 @@ class RunTable:
 
     def __init__(self, patterns: Iterable[str]):
         self.patterns = tuple(patterns)
-        self._runs: dict[str, Run] = {}
+        self._runs: dict[str, FollowedRun] = {}
         self._lines: dict[str, dict[str, Any]] = {}
         self._histories: dict[str, History] = {}
         self._lock = threading.Lock()
@@ -361,7 +361,7 @@ class RunTable:
             now = time.monotonic()
             if now - self._scanned_at >= RESCAN_S:
                 known = {run.folder: run for run in self._runs.values()}
-                runs = [known.get(folder) or Run(folder) for folder in find_runs(self.patterns)]
+                runs = [known.get(folder) or FollowedRun(folder) for folder in find_runs(self.patterns)]
                 above = os.path.commonpath([run.folder.parent for run in runs]) if runs else ""
                 for run in runs:
                     run.name = os.path.relpath(run.folder, above)
@@ -374,7 +374,7 @@ class RunTable:
                 self._refreshed_at = time.monotonic()
             return [*self._lines.values()]
 
-    def get(self, run_id: str) -> Run:
+    def get(self, run_id: str) -> FollowedRun:
         """Raises KeyError for a run that is not, or no more, in the list."""
         self.refresh()
         with self._lock:

@@ -86,7 +86,7 @@ PICTURES = (
 
 
 @dataclass
-class Run:
+class RecordedRun:
     """A run folder as it was read."""
 
     label: str
@@ -175,7 +175,7 @@ def thin(curve: Curve) -> Curve:
             for part, of_part in groups.items()}
 
 
-def read_run(folder: Path, label: str) -> Run:
+def read_run(folder: Path, label: str) -> RecordedRun:
     """Raises FileNotFoundError or ValueError for what is no run folder, or one without a single report."""
     metrics, options = folder / "metrics.jsonl", folder / "train_config.json"
     if not folder.is_dir():
@@ -188,10 +188,11 @@ def read_run(folder: Path, label: str) -> Run:
     if not records:
         raise ValueError(f"{metrics} holds no report yet")
     newest = run_folder.newest_checkpoint(folder)
-    turns = [turn for record in records if (turn := run_folder.turn_of(record))]
+    restart_points = [point for record in records if (point := run_folder.restart_point(record))]
     scores = run_folder.curves_of_scores(run_folder.current_scores(
-        run_folder.read_records(folder / run_folder.EVALS, run_folder.parse_eval), turns, records[-1]["step"]))
-    return Run(label, folder, records, files.read_json(options), count_parameters(newest) if newest else None, scores)
+        run_folder.read_records(folder / run_folder.EVALS, run_folder.parse_eval), restart_points, records[-1]["step"]))
+    return RecordedRun(label, folder, records, files.read_json(options), count_parameters(newest) if newest else None,
+                       scores)
 
 
 def count_parameters(checkpoint: Path) -> int | None:
@@ -209,14 +210,14 @@ def count_parameters(checkpoint: Path) -> int | None:
 # Pictures
 
 
-def score_pictures(runs: list[Run]) -> list[Picture]:
+def score_pictures(runs: list[RecordedRun]) -> list[Picture]:
     """One for each task and metric that a run has scores of, MAX_SCORES at most."""
     keys = dict.fromkeys(key for run in runs for key in run.scores)
     return [Picture(f"score_{re.sub('[^A-Za-z0-9_.-]+', '_', key)}", key.rpartition("/")[0], f"score/{key}",
                     unit=f"{key.rpartition('/')[2]} ± standard error") for key in [*keys][:MAX_SCORES]]
 
 
-def picture_of(picture: Picture, runs: list[Run]) -> Figure | None:
+def picture_of(picture: Picture, runs: list[RecordedRun]) -> Figure | None:
     """One picture of all runs, or None when none of them has its numbers."""
     keys = (picture.key, "val/loss", "whole/val/loss") if picture.is_loss else (picture.key,)
     curves = [run.curve(key) for run in runs for key in keys if has_values(run.curve(key))]
@@ -266,7 +267,7 @@ def render(figure: Figure, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def _draw_run(axes: Axes, picture: Picture, run: Run, x_scale: float, style: dict[str, Any]) -> None:
+def _draw_run(axes: Axes, picture: Picture, run: RecordedRun, x_scale: float, style: dict[str, Any]) -> None:
     def place(curve: Curve) -> np.ndarray:
         on_axis = (curve[picture.x] > 0) | (axes.get_xscale() != "log")  # step 0 is not on a logarithmic one
         return np.where(on_axis, curve[picture.x] / x_scale, np.nan)
@@ -294,7 +295,7 @@ def _draw_run(axes: Axes, picture: Picture, run: Run, x_scale: float, style: dic
             axes.plot(when, [0.025] * len(when), color=colour, transform=at_bottom, **style)
 
 
-def _explain_signs(axes: Axes, runs: list[Run]) -> None:
+def _explain_signs(axes: Axes, runs: list[RecordedRun]) -> None:
     """Add a legend, in grey, for the signs that all runs share."""
     signs = {"training": {"alpha": 0.45}, "validation": OF_VALIDATION, "validation, whole split": OF_WHOLE_SPLIT,
              **OF_EVENTS}

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from flatgpt.files import one_line, write_text
-from flatgpt.run_folder import current_scores, parse_eval, turn_of
+from flatgpt.run_folder import current_scores, parse_eval, restart_point
 
 
 class Trackers:
@@ -54,12 +54,12 @@ class Scores:
     run has in its past comes again: TensorBoard has dropped those past the step, and a point twice is one."""
 
     def __init__(self, path: Path):
-        self._path, self._turns = path, []
+        self._path, self._restart_points = path, []
         self.rewind()
 
     def start(self, records: list[dict[str, Any]]) -> None:
         """`records` of metrics.jsonl lie before what is reported from now on."""
-        self._turns = [turn for record in records if (turn := turn_of(record))]
+        self._restart_points = [point for record in records if (point := restart_point(record))]
 
     def rewind(self) -> None:
         self._offset, self._size = 0, 0
@@ -67,8 +67,8 @@ class Scores:
     def after(self, record: dict[str, Any]) -> list[dict[str, Any]]:
         """What is new when the run has reported `record`: each with step, tokens, eval/TASK/METRIC. It costs a look at
         the file's size, unless that has changed."""
-        if turn := turn_of(record):
-            self._turns.append(turn)
+        if point := restart_point(record):
+            self._restart_points.append(point)
         try:
             size = self._path.stat().st_size
             if size == self._size:
@@ -84,7 +84,7 @@ class Scores:
         return [{"step": found["step"], "tokens": found.get("tokens", 0),
                  **{f"eval/{task}/{metric}": value for task, metrics in found["scores"].items()
                     for metric, value in metrics.items() if metric != "questions"}}
-                for found in current_scores(evals, self._turns, record["step"])]
+                for found in current_scores(evals, self._restart_points, record["step"])]
 
 
 class Wandb:

@@ -541,6 +541,8 @@ def test_tokens_ids_and_templates_travel_from_a_model_to_an_export(cli):
         vocab_size=len(theirs), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=16, **ids)).save_pretrained(folder)
     change_json(folder / "config.json", lambda config: config.update(eos_token_id=theirs.eos_token_id))
+    sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.8}
+    change_json(folder / "generation_config.json", lambda config: config.update(sampling))
     Path("text.txt").write_text(" ".join(TEXTS * 3))
     for command in (("prepare_data", "--input=text.txt", "--name=made", "--tokenizer=source"),
                     ("train", "--init_from=source", "--dataset=made", "--out_dir=out/run", *TINY[5:]),
@@ -555,7 +557,7 @@ def test_tokens_ids_and_templates_travel_from_a_model_to_an_export(cli):
         assert again("the words</s>").input_ids == theirs("the words</s>").input_ids
         found = {name: json.loads(Path(made, name).read_text()) for name in ("config.json", "generation_config.json")}
         wanted = ids if "scratch" not in made else {"bos_token_id": theirs.bos_token_id}
-        assert found["generation_config.json"].items() >= wanted.items()
+        assert found["generation_config.json"].items() >= (wanted | ({} if "scratch" in made else sampling)).items()
         assert found["config.json"].items() >= (wanted | {"eos_token_id": theirs.eos_token_id}).items()
     prompt = ["--prompt=the words", "--num_samples=1", "--max_new_tokens=5", "--temperature=0"]
     written = cli("sample", "--init_from=export", *prompt).out.split("\n", 1)[1].split("\n---------------")[0]

@@ -131,7 +131,7 @@ def test_after_a_rollback_scores_count_only_for_what_the_run_has_kept(tiny_data,
     code, log = start_ranks(1, tmp_path, *TINY_RUN, "--max_iters=12", "--eval_interval=3", "--save_interval=1",
                             "--keep_last=0", "--max_bad_steps=2", NAN_STEPS="8-9")
     assert code == 0, log
-    turns = [turn for record in records_of(RUN) if (turn := run_folder.turn_of(record))]
+    turns = [turn for record in records_of(RUN) if (turn := run_folder.restart_point(record))]
     assert len(turns) == 1
     went_back_to = turns[0][0]
     assert 0 < went_back_to < 9

@@ -16,7 +16,7 @@ from conftest import ROOT, TINY_RUN, records_of, write_run
 from flatgpt.serving import runs
 from flatgpt.serving.bodies import to_json
 from flatgpt.serving.curves import Curves
-from flatgpt.serving.runs import BLOCK_BYTES, History, Run, RunTable, Tail, find_runs, locked_inodes
+from flatgpt.serving.runs import BLOCK_BYTES, FollowedRun, History, RunTable, Tail, find_runs, locked_inodes
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc/locks is Linux's")
 
@@ -199,7 +199,7 @@ def test_a_folder_that_is_deleted_leaves_the_list(tmp_path):
 
 def state(folder: Path, is_held: bool = False) -> str:
     held = locked_inodes() if is_held else {}
-    return Run(folder).refresh(held)["state"]
+    return FollowedRun(folder).refresh(held)["state"]
 
 
 def run_at(folder: Path, last: dict, host: str = "") -> Path:
@@ -249,8 +249,8 @@ def test_a_held_lock_is_seen_without_being_taken(tmp_path, monkeypatch):
         held = locked_inodes()
         inode = os.fstat(lock.fileno()).st_ino
         elsewhere = {inode: [(12345, process) for _, process in held[inode]]}  # the device that btrfs has in the list
-        assert Run(folder).refresh(elsewhere)["state"] == "running"
-        assert Run(folder).refresh({inode: [(12345, "1")]})["state"] == "finished"  # the inode of another disk
+        assert FollowedRun(folder).refresh(elsewhere)["state"] == "running"
+        assert FollowedRun(folder).refresh({inode: [(12345, "1")]})["state"] == "finished"  # the inode of another disk
 
 
 @linux
@@ -287,7 +287,7 @@ def test_the_time_left_follows_from_the_latest_steps(tmp_path):
     folder = write_run(tmp_path / "a", [report(step) for step in range(1, 11)], {"max_iters": 110})
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        line = Run(folder).refresh(locked_inodes())
+        line = FollowedRun(folder).refresh(locked_inodes())
     assert line["time_left_s"] == pytest.approx(50.0)  # a hundred steps of half a second
 
 
