@@ -168,7 +168,7 @@ def open_mixture(spec: str, vocab_size: int = 0, tokenizer: str = "auto") -> Mix
         known = [dataset.tokenizer.hf.get_vocab() for dataset in (first, other) if dataset.tokenizer]
         if other.vocab_size != first.vocab_size or (len(known) == 2 and known[0] != known[1]):
             raise ValueError(f"{first.folder} and {other.folder} were made with different tokenizers: their ids mean "
-                             "different things")
+                             f"different things; prepare the second anew with --tokenizer={first.folder}")
     return mixture
 
 

@@ -44,7 +44,8 @@ class SourceConfig:
     def validate(self) -> list[str]:
         if self.dataset and self.dataset not in SOURCES:
             hint = closest(self.dataset, SOURCES) or f"the sources are {', '.join(SOURCES)}"
-            return [f"no source {self.dataset!r}; {hint} (your own text: --input=FILE_OR_FOLDER --name=NAME)"]
+            own = self.dataset if Path(self.dataset).exists() else "FILE_OR_FOLDER"
+            return [f"no source {self.dataset!r}; {hint} (your own text: --input={own} --name=NAME)"]
         if self.hf and (self.input or self.dataset):
             return [f"--hf={self.hf} is a source of its own: leave out "
                     + ("--input" if self.input else f"the name {self.dataset}")]

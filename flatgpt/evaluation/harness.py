@@ -153,7 +153,9 @@ def find_tasks(names: list[str], include_path: str) -> dict[str, list[Any]]:
             with quiet():
                 loaded = manager.load([name])
         except Exception as error:  # of many kinds: no network, a missing file, one that says too little
-            raise OSError(f"the task {name} could not be loaded: {one_line(error)}") from None
+            advice = "" if include_path else (" (without network: load it on a machine that has one, and copy its "
+                                              "Hugging Face cache, HF_HOME)")
+            raise OSError(f"the task {name} could not be loaded: {one_line(error)}{advice}") from None
         for task in loaded["tasks"].values():
             if getattr(task, "UNSAFE_CODE", False):
                 raise ValueError(f"{name} runs code that a model has written: lm_eval itself has "

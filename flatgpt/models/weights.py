@@ -191,7 +191,9 @@ def _read_safetensors(folder: Path) -> State:
     files = [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if not files[0].is_file() and index.is_file():
-        files = [folder / Path(name).name for name in sorted({*read_json(index).get("weight_map", {}).values()})]
+        if not isinstance(shards := read_json(index).get("weight_map"), dict):
+            raise ValueError(f"{index} does not say which tensor is in which file")
+        files = [folder / Path(name).name for name in sorted({*shards.values()})]
     state = {}
     for file in files:
         try:

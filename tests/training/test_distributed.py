@@ -5,6 +5,8 @@ import re
 import socket
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -113,6 +115,21 @@ def test_a_host_that_is_known_by_loopback_is_named_on_all(address):
         assert f"east ({address}) listens only on loopback" in message
         assert "GLOO_SOCKET_IFNAME=NAME NCCL_SOCKET_IFNAME=NAME" in message
         assert "west" not in message
+
+
+def read_on_rank0(rank_file: str) -> tuple[Any, str]:
+    """What a rank gets of a file that rank 0 reads, and how it ends where there is none."""
+    with join("ddp") as job:
+        found = distributed.kept_on_rank0(lambda: Path(rank_file).read_text(), job)
+        try:
+            distributed.kept_on_rank0(lambda: Path(f"{rank_file}.none").read_text(), job)
+        except (OSError, SystemExit) as end:
+            return found, type(end).__name__
+
+
+def test_what_rank_0_reads_for_itself_is_not_sent_and_its_failure_ends_all(tmp_path):
+    (tmp_path / "file").write_text("text")
+    assert on_ranks(2, read_on_rank0, str(tmp_path / "file")) == [("text", "FileNotFoundError"), (None, "SystemExit")]
 
 
 def test_another_host_hears_where_to_read_why_rank_0_failed():
