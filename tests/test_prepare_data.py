@@ -984,3 +984,11 @@ def test_a_validation_split_of_one_token_is_said_and_named_at_training(cli, refu
     assert "--val_fraction" in line
     result = cli("prepare_data", "--input=few.txt", "--name=more", "--tokenizer=char", "--val_fraction=0.4")
     assert "warning" not in result.out
+
+
+def test_when_no_document_can_be_encoded_their_number_and_the_first_are_said(cli, refused):
+    Path("ab.txt").write_text("ab" * 100)
+    assert cli("prepare_data", "--input=ab.txt", "--name=ab", "--tokenizer=char").code == 0
+    write_lines("texts.jsonl", ["xyz"] * 3)
+    line = refused("prepare_data", "--input=texts.jsonl", "--name=made", "--tokenizer=data/ab", "--skip_bad=True")
+    assert "empty (0 documents, 0 bytes, 3 broken records; the first that is broken: texts.jsonl:1: " in line

@@ -44,13 +44,13 @@ def local_parts(pattern: str, text_column: str) -> list[Part]:
     if root.is_file() and not known_suffix(root):
         with open(root, "rb") as file:
             head = file.read(65536)
+        if _is_json_line(head.partition(b"\n")[0], text_column):
+            raise ValueError(f"--input={pattern} looks like a JSON object a line: rename it to .jsonl")
         what, has_nuls = files.identify(head), b"\0" in head and not files.bom_of(head)
         if what not in ("", files.HTML) or root.suffix.lower() in NOT_TEXT or has_nuls:
             what = what or "not text" + (" (it holds NULs: UTF-16 without a byte order mark?)" if has_nuls else "")
             raise ValueError(f"--input={pattern} is {what}; what can be read is {', '.join(READERS)}" + (
                 ", and .json and .csv in a folder, by --hf=FOLDER" if {".json", ".csv"} & {*root.suffixes} else ""))
-        if _is_json_line(head.partition(b"\n")[0], text_column):
-            raise ValueError(f"--input={pattern} looks like a JSON object a line: rename it to .jsonl")
     base, found = find_files(pattern)
     if not (paths := [path for path in sorted(found) if not found[path]]):
         left_out = describe_skipped(count_skipped(base, found))

@@ -141,8 +141,10 @@ class StagingFolder:
         counts: Counter[str] = sum((Counter(state["counts"]) for state in states), Counter())
         if not counts["train_documents"]:
             shutil.rmtree(self.folder)
-            raise ValueError(f"the train split came out empty ({plural(counts['documents'], 'document')}, "
-                             f"{plural(counts['bytes'], 'byte')}): give more text")
+            found = ", ".join(plural(counts[key], word) for key, word in COUNTS.items()
+                              if counts[key] or key in ("documents", "bytes"))
+            first = f"; the first that is broken: {fault}" if (fault := _first_fault(states)) else ""
+            raise ValueError(f"the train split came out empty ({found}{first}): give more text")
         listed = []
         for split in SPLITS:
             of_split = [(self.rank_folder(rank) / shard["file"], shard) for rank, state in enumerate(states)
@@ -161,7 +163,7 @@ class StagingFolder:
                  for what in FILES if counts[what]}
         about |= {key: counts[key] for key in COUNTS | FILES} | {
             "files": {what: dict(found[:MAX_NAMED_FILES]) for what, found in named.items()},
-            "first_fault": next((state["first_fault"] for state in states if state.get("first_fault")), "")}
+            "first_fault": _first_fault(states)}
         splits = {split: {"documents": counts[f"{split}_documents"],
                           "tokens": sum(shard["tokens"] for shard in listed if shard["split"] == split)}
                   for split in SPLITS if split != "test" or self.arguments["test_fraction"]}
@@ -177,6 +179,10 @@ class StagingFolder:
                 print(f"what is finished is kept in {self.folder}: the same command goes on from there", flush=True)
         elif self.world_size == 1:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _first_fault(states: list[dict[str, Any]]) -> str:
+    return next((state["first_fault"] for state in states if state.get("first_fault")), "")
 
 
 def hidden_folder(target: Path) -> Path:

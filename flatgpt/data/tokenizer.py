@@ -31,7 +31,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from flatgpt.data.hf_tokenizer import Tokenizer, UnknownText, byte_alphabet
 from flatgpt.data.nanogpt import characters_of, read_meta
 from flatgpt.data.tokenizer_config import EOT, read_config, read_token_ids
-from flatgpt.files import HUB_ID, fetch_snapshot, read_json
+from flatgpt.files import HUB_ID, fetch_snapshot, read_json, refuse_pointer
 from flatgpt.run_folder import follow_link, newest_checkpoint
 
 KINDS = ("gpt2", "char", "byte", "bpe")
@@ -200,8 +200,9 @@ def _faster_kind(hf: HFTokenizer) -> Tokenizer | None:
 
 
 def _read_tokenizer(path: Path) -> HFTokenizer:
+    description = json.dumps(read_json(path))
     try:
-        return HFTokenizer.from_str(json.dumps(read_json(path)))
+        return HFTokenizer.from_str(description)
     except Exception as error:  # tokenizers raises nothing more specific
         raise ValueError(f"{path} is not a tokenizer: {error}") from None
 
@@ -216,6 +217,11 @@ def _read_vocab_and_merges(folder: Path) -> HFTokenizer:
     if kind not in ("gpt2", "flatgpt", "GPT2Tokenizer", "GPT2TokenizerFast"):
         raise ValueError(f"{folder} has vocab.json and merges.txt, which alone are GPT-2's tokenizer, and this is "
                          f"{kind}: {_conversion(folder)}")
+    for path in (vocab, merges):
+        if not path.is_file():
+            raise ValueError(f"{folder} has no {path.name}: a tokenizer is a tokenizer.json, or vocab.json and "
+                             "merges.txt")
+        refuse_pointer(path)
     try:
         model = models.BPE.from_file(str(vocab), str(merges))
     except Exception as error:  # tokenizers raises nothing more specific

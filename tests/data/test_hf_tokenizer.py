@@ -476,7 +476,7 @@ def test_saving_what_was_saved_changes_nothing(ours, tmp_path):
 @pytest.mark.parametrize(("name", "content", "words"), [
     ("tokenizer.model", "", r"neither .* tokenizer\.model has another format.*save_pretrained"),
     ("vocab.txt", "", r"neither .* vocab\.txt has another format.*save_pretrained"),
-    ("vocab.json", "{}", r"merges\.txt are not a tokenizer"),
+    ("vocab.json", "{}", r"has no merges\.txt"),
     ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "without any token"),
     ("tokenizer.json", '{"model": {"type": "Unigram", "vocab": []}}', "without any token"),
     ("tokenizer.json", '{"model": {"type": "WordLevel", "vocab": {}, "unk_token": "x"}}', "without any token"),

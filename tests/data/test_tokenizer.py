@@ -10,6 +10,7 @@ import pytest
 import requests
 import tiktoken
 import transformers
+from corpus import POINTER
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as HFTokenizer
@@ -360,8 +361,12 @@ def test_vocab_and_merges_of_an_older_gpt2_give_the_ids_that_transformers_gives(
         with pytest.raises(ValueError, match=rf"this is {kind}: transformers converts it"):
             load_tokenizer(tmp_path)
         (tmp_path / name).unlink()
+    for content, message in ((b"a b c d\n", r"merges\.txt are not a tokenizer"), (POINTER, "a Git LFS pointer")):
+        (tmp_path / "merges.txt").write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            load_tokenizer(tmp_path)
     (tmp_path / "merges.txt").unlink()
-    with pytest.raises(ValueError, match=r"merges\.txt are not a tokenizer"):
+    with pytest.raises(ValueError, match=r"has no merges\.txt"):
         load_tokenizer(tmp_path)
 
 
