@@ -33,12 +33,12 @@ from flatgpt.data.loader import Mixture, open_mixture
 from flatgpt.data.shards import Dataset
 from flatgpt.data.sources import SOURCES
 from flatgpt.data.tokenizer import load_tokenizer
+from flatgpt.files import one_line
 from flatgpt.models import averaging
 from flatgpt.models.families import FAMILIES, family_of
 from flatgpt.models.language_model import LanguageModel
 from flatgpt.options import check_options, parse_options, run_script
 from flatgpt.training.checkpoint import RunConfig
-from flatgpt.training.device import one_line
 from flatgpt.training.metrics import LogConfig, summarize
 from flatgpt.training.plots import PICTURES, RecordedRun, picture_of, render
 

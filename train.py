@@ -133,7 +133,7 @@ def train(config: TrainConfig, given: Mapping[str, str], run: RunFolder, report:
     samples = Samples(config.log, model, data.tokenizer, job)
     if config.eval_only:
         if config.init_from == "scratch" and not trainer["folder"] and not config.bigram_counts:
-            report.log(f"warning: {run.path} holds no checkpoint: the weights are random, as a new run would have them")
+            report.log("warning: no checkpoint was read: the weights are random, as a new run would have them")
         report.log(f"step {trainer['step']}: {describe_losses(validation.losses(whole=True))} on {validation.extent}")
         return ""
     if trainer["folder"] and (reason := why_finished(config, trainer)):
@@ -315,8 +315,8 @@ def finish(run: RunFolder, report: Reporter, now: Progress, stopped_by: str, has
         report.log(f"stopped by {stopped_by} at step {now.step:,}, and saved: the same command goes on from there")
     else:
         if now.bad_steps:
-            report.log(f"warning: the last {now.bad_steps} updates were skipped, and the loss may not be sound: lower "
-                       "--learning_rate, or lengthen --warmup_iters")
+            report.log(f"warning: the last {now.bad_steps} updates were skipped, and the loss may not be sound: see their "
+                       "warnings; a lower --learning_rate or a longer --warmup_iters may help")
         report.log("done." + (f" Read what it writes: python sample.py --out_dir={run.path}" if has_text else ""))
     report.close()  # wandb may take its time to upload, and a run that is told to stop has not much
 

@@ -22,11 +22,12 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.scripts import Figures
+from flatgpt.files import one_line
 from flatgpt.models.attention import AttentionContext, Documents, VarlenMask, attend
 from flatgpt.models.fused import ChunkLoss, add_product, swiglu
 from flatgpt.models.positions import rope_cos_sin
 from flatgpt.training.compiling import compile_in_place
-from flatgpt.training.device import one_line, pick_device, pick_dtype
+from flatgpt.training.device import pick_device, pick_dtype
 from flatgpt.training.distributed import Job
 from flatgpt.training.optim import OptimConfig, build_optimizer, muon_params
 from model import GPT, Block, CausalSelfAttention, GPTConfig

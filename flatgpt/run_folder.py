@@ -22,6 +22,7 @@ from flatgpt.files import read_json, refuse_pointer, sha256_file, write_text
 LINKS = ("latest", "best")  # in a run's checkpoints/
 EVALS = "evals.jsonl"  # what evaluation/watching.py writes: the scores of checkpoints, a task a line
 NUMBER = int | float
+MAX_INTEGER = 2**63  # of a record: no run counts so far, and floats and pictures cannot hold what JSON can
 OPTIONAL_NUMBER = (int, float, type(None))  # a tuple is tested faster than a union, and files of a run are long
 TRAINER = {  # trainer.json's keys, and of what kind their values are
     **dict.fromkeys(("step", "next_seq", "bad_steps", "skipped", "rollbacks", "tokens"), int), "best_step": int | None,
@@ -55,10 +56,11 @@ def parse_record(line: str | bytes) -> dict | None:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int) or math.isnan(number(record["step"])):
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int) or abs(record["step"]) > MAX_INTEGER:
         return None
     return {key: value for key, value in record.items()
-            if isinstance(value, RECORD.get(key, OPTIONAL_NUMBER if "/" in key else object))}
+            if isinstance(value, RECORD.get(key, OPTIONAL_NUMBER if "/" in key else object))
+            and not (isinstance(value, int) and abs(value) > MAX_INTEGER)}
 
 
 def parse_eval(line: str | bytes) -> dict | None:

@@ -150,6 +150,8 @@ def test_a_split_with_far_more_than_was_asked_for_is_a_warning(cli):
     assert "warning: the val split has 50% of the tokens, and 10% were asked for" in result.out
     assert "warning" not in cli("prepare_data", f"--input={source}", "--name=half", "--tokenizer=byte",
                                 "--val_fraction=0.3").out
+    result = cli("prepare_data", f"--input={source}", "--name=less", "--tokenizer=byte", "--val_fraction=0.0005")
+    assert "has 50% of the tokens, and 0.05% were asked for" in result.out
 
 
 def test_a_split_that_no_document_falls_in_is_a_warning(prepare, cli):

@@ -29,6 +29,9 @@ def test_of_records_what_is_of_another_kind_is_left_out(tmp_path):
     assert read_records(path) == [{"step": 1, "mfu": None, "mine": {"a": 1}},
                                         {"step": 4, "tokens": 64, "train/loss": None}]
     assert read_records(tmp_path / "none.jsonl") == []
+    nines = "9" * 400  # which no float holds
+    path.write_text(f'{{"step": {nines}}}\n{{"step": 5, "tokens": {nines}, "val/loss": -{nines}, "mine": true}}\n')
+    assert read_records(path) == [{"step": 5, "mine": True}]
 
 
 # Scores

@@ -13,6 +13,7 @@ import http.client
 import json
 import os
 import re
+import shlex
 import sysconfig
 import urllib.request
 from collections.abc import Callable, Collection, Iterator
@@ -44,7 +45,7 @@ class SourceConfig:
     def validate(self) -> list[str]:
         if self.dataset and self.dataset not in SOURCES:
             hint = closest(self.dataset, SOURCES) or f"the sources are {', '.join(SOURCES)}"
-            own = self.dataset if Path(self.dataset).exists() else "FILE_OR_FOLDER"
+            own = shlex.quote(self.dataset) if Path(self.dataset).exists() else "FILE_OR_FOLDER"
             return [f"no source {self.dataset!r}; {hint} (your own text: --input={own} --name=NAME)"]
         if self.hf and (self.input or self.dataset):
             return [f"--hf={self.hf} is a source of its own: leave out "

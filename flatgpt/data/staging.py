@@ -256,8 +256,9 @@ def describe(target: Path, manifest: dict[str, Any]) -> str:
     for split, held in manifest["splits"].items():
         wanted = arguments.get(f"{split}_fraction") or 0
         if held["tokens"] > 2 * wanted * total > 0:
-            lines.append(f"warning: the {split} split has {held['tokens'] / total:.0%} of the tokens, and {wanted:.0%} "
-                         "were asked for: a document is in one split, and these are few, or very different in length")
+            lines.append(f"warning: the {split} split has {100 * held['tokens'] / total:.2g}% of the tokens, and "
+                         f"{100 * wanted:g}% were asked for: a document is in one split, and these are few, or very "
+                         "different in length")
     if manifest["documents"] > 1 and has_tokenizer(target) and load_tokenizer(target).eot_id is None:
         lines.append("note: nothing separates the documents, because the tokenizer has no end-of-text token")
     return "\n".join(lines)

@@ -212,7 +212,7 @@ def _read_vocab_and_merges(folder: Path) -> HFTokenizer:
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
     settings, model = (read_json(path) if (path := folder / name).is_file() else {}
                        for name in ("tokenizer_config.json", "config.json"))
-    kind = settings.get("tokenizer_class") or model.get("model_type") or "gpt2"
+    kind = str(settings.get("tokenizer_class") or model.get("model_type") or "gpt2")
     kind += " with add_bos_token" if settings.get("add_bos_token") else ""
     if kind not in ("gpt2", "flatgpt", "GPT2Tokenizer", "GPT2TokenizerFast"):
         raise ValueError(f"{folder} has vocab.json and merges.txt, which alone are GPT-2's tokenizer, and this is "

@@ -193,7 +193,7 @@ def _read_rope(settings: Mapping[str, Any]) -> Read:
 def _read_llama_state(config: GPTConfig, theirs: State) -> State:
     theirs = {name.removeprefix("_orig_mod."): tensor for name, tensor in theirs.items()
               if not name.endswith("rotary_emb.inv_freq")}  # a buffer
-    if not any(name.startswith("model.") for name in theirs):  # a LlamaModel, say: without its head
+    if "embed_tokens.weight" in theirs:  # a LlamaModel, say, which is the model without its head
         theirs = {name if name == "lm_head.weight" else f"model.{name}": tensor for name, tensor in theirs.items()}
     state = {ours: theirs.pop(name) for ours, name in LLAMA.items() if name in theirs}
     for layer in range(config.n_layer):

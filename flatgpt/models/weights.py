@@ -191,7 +191,8 @@ def _read_safetensors(folder: Path) -> State:
     files = [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if not files[0].is_file() and index.is_file():
-        if not isinstance(shards := read_json(index).get("weight_map"), dict):
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
             raise ValueError(f"{index} does not say which tensor is in which file")
         files = [folder / Path(name).name for name in sorted({*shards.values()})]
     state = {}

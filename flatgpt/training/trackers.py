@@ -106,7 +106,7 @@ class Wandb:
         if is_new or not id_file.is_file():
             write_text(id_file, secrets.token_hex(4) + "\n")
         settings = {"project": project, "name": name, "id": id_file.read_text(encoding="utf-8").strip(), "dir": folder,
-               "resume": "allow"}
+                    "resume": "allow"}
         mode = wandb.setup().settings.mode  # of the environment, or of wandb's own files
         if mode == "online" and not wandb.login(prompt=False, verify=False):
             mode = "offline"
