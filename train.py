@@ -315,8 +315,8 @@ def finish(run: RunFolder, report: Reporter, now: Progress, stopped_by: str, has
         report.log(f"stopped by {stopped_by} at step {now.step:,}, and saved: the same command goes on from there")
     else:
         if now.bad_steps:
-            report.log(f"warning: the last {now.bad_steps} updates were skipped, and the loss may not be sound: see their "
-                       "warnings; a lower --learning_rate or a longer --warmup_iters may help")
+            report.log(f"warning: the last {now.bad_steps} updates were skipped, and the loss may not be sound: see "
+                       "their warnings; a lower --learning_rate or a longer --warmup_iters may help")
         report.log("done." + (f" Read what it writes: python sample.py --out_dir={run.path}" if has_text else ""))
     report.close()  # wandb may take its time to upload, and a run that is told to stop has not much
 
