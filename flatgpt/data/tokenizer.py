@@ -134,11 +134,7 @@ def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenize
     if kind == "bpe":
         return train_bpe(texts, vocab_size)
     check_kind(kind)
-    folder = follow_link(Path(kind))
-    if folder.name == "tokenizer.json" and folder.is_file():
-        folder = folder.parent
-    if not folder.is_dir():
-        folder = fetch_snapshot(kind, TOKENIZER_FILES)
+    folder = _local_folder(kind) or fetch_snapshot(kind, TOKENIZER_FILES)
     folder = newest_checkpoint(folder) or folder
     if not has_tokenizer(folder) and (characters := characters_of(read_meta(folder))):
         return CharTokenizer(characters)  # of a data set of nanoGPT's
@@ -147,11 +143,17 @@ def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenize
 
 def check_kind(kind: str) -> None:
     """Raises ValueError for a kind that `make_tokenizer` cannot know."""
-    path = follow_link(Path(kind))
-    is_there = path.is_dir() or (path.name == "tokenizer.json" and path.is_file())
-    if not (kind in KINDS or is_there or HUB_ID.fullmatch(kind)):
+    if not (kind in KINDS or _local_folder(kind) or HUB_ID.fullmatch(kind)):
         raise ValueError(f"tokenizer={kind!r} is not one of {', '.join(KINDS)}, not a folder, and not a hub id "
                          "(owner/name)")
+
+
+def _local_folder(kind: str) -> Path | None:
+    """The folder on this disk that a path names, or that of the tokenizer.json that it names."""
+    path = follow_link(Path(kind))
+    if path.name == "tokenizer.json" and path.is_file():
+        return path.parent
+    return path if path.is_dir() else None
 
 
 def has_tokenizer(folder: Path) -> bool:
