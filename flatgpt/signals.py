@@ -1,4 +1,4 @@
-"""This process's standard streams, and the signals that ask it to stop.
+"""This process's standard streams, its limit of open files, and the signals that ask it to stop.
 
 Imports no torch: a script prepares its streams before the seconds that this import takes.
 """

@@ -50,7 +50,7 @@ class UnknownText(ValueError):
 class Tokenizer:
     """Any tokenizer that a tokenizer.json describes. `eot_id` is the end-of-text id, or None. `config` holds special
     tokens and the chat template, as tokenizer_config.json has them; `token_ids` the ids in TOKEN_IDS by file, those for
-    config.json and those for generation_config.json."""
+    config.json and those for generation_config.json, with its SAMPLING options."""
 
     kind = "bpe"
     _unknown_hint = ""  # ends the message on unknown text

@@ -20,7 +20,7 @@ from flatgpt.files import read_json
 
 EOT = "<|endoftext|>"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of config.json and generation_config.json
-SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # how chats are to be written
+SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # of generation_config.json
 ADDED_TOKEN_KEYS = ("content", "lstrip", "rstrip", "single_word", "normalized", "special")
 # What is kept of a tokenizer_config.json: nothing that names a file, a class or code, and nothing that changes ids.
 # Other keys that end in _token are kept as well if their value is a token.

@@ -293,7 +293,7 @@ class Reporter:
             try:
                 cut_to_events(self._path, step)
             except OSError as error:
-                self._warn_of_lines(error)
+                self._warn_unwritable(error)
             self._trackers.each(lambda tracker: tracker.go_back(step))
             self._scores.rewind()
         self.record({"step": step, "rollbacks": rollbacks, "skipped": skipped, "next_seq": next_seq,
@@ -316,13 +316,13 @@ class Reporter:
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.truncate(self._path, size)
-            self._warn_of_lines(error)
+            self._warn_unwritable(error)
         self._trackers.each(lambda tracker: tracker.log(values))
         for scores in self._scores.after(values) if self._trackers.is_wanted else ():
             self._trackers.each(lambda tracker, scores=scores: tracker.log(scores))
 
-    def _warn_of_lines(self, error: OSError) -> None:
-        """Say once that metrics.jsonl cannot be written, on a full disk say: the run is worth more than its log."""
+    def _warn_unwritable(self, error: OSError) -> None:
+        """Say once that metrics.jsonl cannot be written. The run goes on: it is worth more than its log."""
         if not self._is_missing_lines:
             self.log(f"warning: {self._path} cannot be written ({error.strerror or error}); going on without")
         self._is_missing_lines = True
